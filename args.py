@@ -1,0 +1,410 @@
+"""Every command line of this example, and every check that needs no process group.
+
+All bad settings are reported together, each with its flag, its value and a mend, before anything is launched.
+"""
+
+import argparse
+import os
+import re
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from console import fail
+from data import DRAWN, DataError, locate
+from layout import Layout
+from model import PRESETS, known_architecture, read_config
+
+PLUGINS = {  # plugin -> the precisions it can do, its published one first
+    "torch_ddp": ("fp32", "bf16"),
+    "torch_ddp_fp16": ("fp16",),
+    "low_level_zero": ("fp16", "bf16", "fp32"),
+    "gemini": ("fp16", "bf16"),
+    "hybrid_parallel": ("fp16", "bf16", "fp32"),
+}
+
+OFFLINE_CHOICES = (
+    "offline choices: MODEL=a local folder (config.json and weights) or a preset with random weights "
+    f"({', '.join(PRESETS)}); DATASET=a local folder of images, parquet or arrow files, or `drawn`"
+)
+
+# The published runs fine-tune on Beans; the demo trains a small ViT from scratch on drawn leaves.
+RECIPES = {
+    "fine-tune": dict(batch_size=32, learning_rate=1e-4, num_epoch=3, weight_decay=0.05, warmup_ratio=0.3, augment=False),
+    "demo": dict(batch_size=32, learning_rate=5e-4, num_epoch=8, weight_decay=0.05, warmup_ratio=0.3, augment=False),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but bad values are collected instead of ending the program at the first one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs)
+        self.problems: list[str] = []
+
+    def number(self, flag: str, kind, low=None, high=None, above=None, auto=False, **kwargs):
+        """A flag for a bounded number; ``auto`` accepts the word and stores None."""
+
+        def convert(text: str):
+            if auto and text == "auto":
+                return None
+            try:
+                value = kind(text)
+            except ValueError:
+                value = None
+            bad = (
+                value is None
+                or value != value
+                or (low is not None and value < low)
+                or (high is not None and value > high)
+                or (above is not None and value <= above)
+            )
+            if bad:
+                bounds = [f">= {low}" * (low is not None), f"> {above}" * (above is not None), f"<= {high}" * (high is not None)]
+                what = "a whole number" if kind is int else "a number"
+                self.problems.append(f"{flag} {text}: must be {what} {' and '.join(filter(None, bounds))}".rstrip())
+                return kwargs.get("default")
+            return value
+
+        self.add_argument(flag, type=convert, metavar=kind.__name__.upper(), **kwargs)
+
+    def choice(self, flag: str, choices, auto=False, **kwargs):
+        """A flag for one of ``choices``."""
+
+        def convert(text: str):
+            if auto and text == "auto":
+                return None
+            if text not in choices:
+                self.problems.append(f"{flag} {text}: must be one of {', '.join(choices)}")
+                return kwargs.get("default")
+            return text
+
+        self.add_argument(flag, type=convert, metavar="{" + ",".join(choices) + "}", **kwargs)
+
+    def switch(self, flag: str, **kwargs):
+        """``--x`` and ``--no-x``."""
+        self.add_argument(flag, action=argparse.BooleanOptionalAction, **kwargs)
+
+    def text(self, flag: str, auto=False, **kwargs):
+        """A path or a name; ``auto`` stores None."""
+        self.add_argument(flag, type=lambda value: None if auto and value == "auto" else value, **kwargs)
+
+    def parse(self, argv: list[str] | None) -> argparse.Namespace:
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            self.problems.append(f"{' '.join(unknown)}: no such option (see --help)")
+        args.notes = []  # one line each, printed with the plan
+        return args
+
+
+def add_parallel_flags(parser: Parser) -> None:
+    """Plugin, precision, layout and memory: the same for training and for the benchmark."""
+    parser.choice("--preset", ("published", "fast", "cpu"), auto=True, help="published: the published runs' precision, gradient checkpointing and offload; fast: 16 bit without either; cpu: 32 bit without either (default: published with a GPU, cpu without)")  # fmt: skip
+    parser.choice("--precision", ("fp32", "fp16", "bf16"), auto=True, help="default: the preset's for this plugin")
+    parser.number("--tp_size", int, low=1, default=1, help="tensor-parallel processes (hybrid_parallel)")
+    parser.number("--pp_size", int, low=1, default=1, help="pipeline stages (hybrid_parallel)")
+    parser.number("--num_microbatches", int, low=1, auto=True, help="micro-batches of a pipeline's batch (default: the largest divisor of the batch up to 4 per stage)")  # fmt: skip
+    parser.number("--zero_stage", int, low=0, high=2, auto=True, help="what low_level_zero (1, 2) and hybrid_parallel (0, 1, 2) shard: 1 optimizer states, 2 gradients too (default: 1; 0)")  # fmt: skip
+    parser.choice("--placement_policy", ("static", "auto"), default="static", help="gemini's placement of parameters")
+    parser.number("--offload_optim_frac", float, low=0, high=1, auto=True, help="part of the optimizer states kept in CPU memory (default: the preset's)")  # fmt: skip
+    parser.number("--offload_param_frac", float, low=0, high=1, default=0.0, help="part of gemini's parameters kept in CPU memory")  # fmt: skip
+    parser.choice("--optimizer", ("adamw", "hybrid_adam"), default="adamw", help="torch's fused AdamW, or Colossal-AI's HybridAdam (compiles its kernels at first use)")  # fmt: skip
+    parser.switch("--grad_checkpoint", default=None, help="recompute activations in the backward pass (default: the preset's)")  # fmt: skip
+    parser.switch("--compile", default=False, help="torch.compile each transformer layer")
+    parser.number("--max_norm", float, low=0, default=0.0, help="clip gradients to this norm; 0: no clipping")
+    parser.number("--gradient_accumulation_steps", int, low=1, default=1, help="batches summed up into one step")
+    parser.number("--world_size", int, low=1, help="processes this will run on; known by itself inside a launch")
+    parser.add_argument("--check", action="store_true", help="check the settings and stop (used before a launch)")
+
+
+def finetune_parser() -> Parser:
+    parser = Parser(prog="vit_train_demo.py", description="Fine-tune a Vision Transformer with a Colossal-AI plugin.")
+    parser.text("--model_name_or_path", auto=True, help=f"hub name, local folder, or preset ({', '.join(PRESETS)}) (default: google/vit-base-patch16-224 with a GPU, vit-demo without)")  # fmt: skip
+    parser.text("--dataset", auto=True, help=f"hub name, local folder, parquet or arrow files, or {DRAWN} (default: AI-Lab-Makerere/beans with a GPU, {DRAWN} without)")  # fmt: skip
+    parser.text("--output_path", default="./output_model", help="folder of the result")
+    parser.choice("--plugin", tuple(PLUGINS), auto=True, help="default: gemini with a GPU, torch_ddp without")
+    add_parallel_flags(parser)
+    parser.number("--batch_size", int, low=1, auto=True, help="images per data-parallel group and batch (default: 32)")
+    parser.number("--learning_rate", float, above=0, auto=True, help="peak, before scaling (default: 1e-4; vit-demo 5e-4)")  # fmt: skip
+    parser.switch("--scale_lr", default=True, help="multiply the learning rate by the number of data-parallel groups")
+    parser.number("--num_epoch", int, low=1, auto=True, help="default: 3; vit-demo 8")
+    parser.number("--weight_decay", float, low=0, auto=True, help="of matrices; biases, LayerNorms and embeddings have none (default: 0.05)")  # fmt: skip
+    parser.number("--warmup_ratio", float, low=0, high=1, auto=True, help="part of the steps (default: 0.3)")
+    parser.number("--seed", int, low=0, high=2**31 - 1, default=42, help="of initial weights, order and augmentation")
+    parser.number("--image_size", int, low=8, help="pixels; position embeddings are interpolated (default: the model's)")
+    parser.switch("--augment", default=None, help="random resized crop and flip (default: off, as published)")
+    parser.text("--image_column", help="column of the images (default: found by its type)")
+    parser.text("--label_column", help="column of the labels (default: found by its type)")
+    parser.number("--validation_fraction", float, above=0, high=0.9, default=0.1, help="held out of train where there is no validation split")  # fmt: skip
+    parser.switch("--skip_bad_images", default=False, help="leave out unreadable images, named and counted")
+    parser.number("--max_train_samples", int, low=1, help="train on this many images")
+    parser.number("--max_eval_samples", int, low=1, help="evaluate on this many images of each split")
+    parser.number("--data_memory", float, above=0, help="GiB a machine may spend on decoded images (default: a quarter of its memory)")  # fmt: skip
+    parser.number("--num_workers", int, low=0, high=64, help="data-loading processes per process (default: by the cores)")
+    parser.text("--resume", help="`auto` (the newest checkpoint in the output folder, if any) or a checkpoint's path")
+    parser.number("--checkpoint_steps", int, low=0, default=0, help="also save every this many steps; 0: only after each epoch")  # fmt: skip
+    parser.number("--keep_checkpoints", int, low=0, default=1, help="newest checkpoints kept, beside the best epoch's; 0: none once the run is complete")  # fmt: skip
+    parser.switch("--overwrite_output", default=False, help="replace a finished or interrupted run in the output folder")
+    parser.switch("--tensorboard", default=False, help="write event files to OUTPUT_PATH/tensorboard")
+    parser.switch("--eval_only", default=False, help="evaluate the model on validation and test, and stop")
+    parser.switch("--dry_run", default=False, help="print the plan and stop")
+    return parser
+
+
+def parse_finetune(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings of vit_train_demo.py, resolved and checked; ends the program with every problem otherwise.
+
+    ``args.layout`` is the parallel layout, ``args.notes`` what the user should know.
+    """
+    parser = finetune_parser()
+    args = parser.parse(argv)
+    problems = parser.problems
+    gpus = gpu_count()
+    if args.model_name_or_path is None:
+        args.model_name_or_path = "google/vit-base-patch16-224" if gpus else "vit-demo"
+    if args.dataset is None:
+        demo = args.model_name_or_path == "vit-demo"
+        args.dataset = DRAWN if demo else "AI-Lab-Makerere/beans"
+    if not gpus and args.model_name_or_path == "vit-demo" and args.dataset == DRAWN:
+        args.notes.append("no GPU: training the small embedded model on drawn leaf images (MODEL and DATASET choose others)")
+    if args.plugin is None:
+        args.plugin = "gemini" if gpus else "torch_ddp"
+    recipe = RECIPES["demo" if args.model_name_or_path == "vit-demo" else "fine-tune"]
+    for name, value in recipe.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    resolve_parallel(args, problems, gpus)
+    check_model(args, problems)
+    check_data(args, problems)
+    check_hub(args, problems)
+    check_output(args, problems)
+    finish(args, problems)
+    return args
+
+
+def finish(args, problems: list[str]) -> None:
+    """Report all problems, or stop here after a mere check."""
+    if problems:
+        fail(*problems)
+    if args.check:
+        raise SystemExit(0)
+
+
+def gpu_count() -> int:
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def resolve_parallel(args, problems: list[str], gpus: int) -> None:
+    """Fill in what the preset decides and refuse what the plugin, the layout or the device cannot do."""
+    launched = "WORLD_SIZE" in os.environ
+    world = int(os.environ["WORLD_SIZE"]) if launched else (args.world_size or 1)
+    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if gpus and on_this_machine > gpus:
+        problems.append(f"{on_this_machine} processes on a machine with {gpus} GPU(s): set GPUNUM to at most {gpus}")
+    if args.preset is None:
+        args.preset = "published" if gpus else "cpu"
+    hybrid = args.plugin == "hybrid_parallel"
+    if not hybrid and args.tp_size * args.pp_size > 1:
+        args.notes.append(f"TP_SIZE and PP_SIZE are for hybrid_parallel; {args.plugin} runs data parallel on all {world}")
+        args.tp_size = args.pp_size = 1
+    args.layout = Layout(world, args.tp_size, args.pp_size, int(os.environ.get("RANK", 0)))
+    problems += args.layout.problems()
+
+    allowed = PLUGINS[args.plugin]
+    if args.precision is None:
+        has_bf16 = gpus and _bf16()
+        wanted = {"published": allowed[0], "cpu": "fp32", "fast": "bf16" if has_bf16 or not gpus else "fp16"}[args.preset]
+        if args.preset == "cpu" and args.plugin == "gemini":
+            wanted = "bf16"  # gemini has no fp32; CPUs add bf16 faster than fp16
+        args.precision = wanted if wanted in allowed else allowed[0]
+    elif args.precision not in allowed:
+        mend = "use torch_ddp for it" if args.plugin == "torch_ddp_fp16" else f"choose {' or '.join(allowed)}"
+        if args.plugin == "torch_ddp":
+            mend = "use torch_ddp_fp16 for it"
+        problems.append(f"--precision {args.precision}: {args.plugin} trains in {', '.join(allowed)}; {mend}")
+    if args.precision == "bf16" and gpus and not _bf16():
+        problems.append("--precision bf16: this GPU has no bf16 units (they came with Ampere); use --precision fp16")
+
+    if args.zero_stage is None:
+        args.zero_stage = 1 if args.plugin == "low_level_zero" else 0
+    elif args.plugin == "low_level_zero" and args.zero_stage == 0:
+        problems.append("--zero_stage 0: low_level_zero shards something by definition; use 1 or 2, or torch_ddp")
+    elif args.plugin not in ("low_level_zero", "hybrid_parallel"):
+        args.notes.append(f"--zero_stage is for low_level_zero and hybrid_parallel; {args.plugin} ignores it")
+        args.zero_stage = 0
+    if hybrid and args.zero_stage and args.layout.dp == 1:
+        args.notes.append("--zero_stage: nothing to shard with one data-parallel group; ZeRO is off")
+        args.zero_stage = 0
+    if hybrid and args.zero_stage and args.precision == "fp32":
+        problems.append("--zero_stage with --precision fp32: hybrid_parallel shards 16-bit training only; use bf16 or fp16")
+
+    if args.grad_checkpoint is None:
+        args.grad_checkpoint = args.preset == "published"
+    if args.offload_optim_frac is None:
+        args.offload_optim_frac = 1.0 if args.preset == "published" and args.plugin == "gemini" and gpus else 0.0
+    for flag in ("offload_optim_frac", "offload_param_frac"):
+        if getattr(args, flag) and not gpus:
+            problems.append(f"--{flag} {getattr(args, flag)}: there is no GPU to offload from; set it to 0")
+    if args.offload_param_frac and args.plugin != "gemini":
+        problems.append(f"--offload_param_frac {args.offload_param_frac}: only gemini offloads parameters")
+    if args.offload_optim_frac and args.plugin.startswith("torch_ddp"):
+        problems.append(f"--offload_optim_frac {args.offload_optim_frac}: {args.plugin} keeps all its states; use low_level_zero or gemini")
+    if hybrid and args.offload_optim_frac and not args.zero_stage:
+        problems.append(f"--offload_optim_frac {args.offload_optim_frac}: hybrid_parallel offloads with --zero_stage 1 or 2 only")
+    if args.placement_policy == "auto" and (args.plugin != "gemini" or not gpus):
+        problems.append("--placement_policy auto: is gemini's, on a GPU")
+    if args.optimizer == "hybrid_adam":
+        if not gpus:
+            problems.append("--optimizer hybrid_adam: its kernels need a GPU; use adamw")
+        elif args.plugin == "gemini" and args.precision == "bf16" and args.max_norm and args.offload_optim_frac:
+            problems.append("--max_norm with --optimizer hybrid_adam, bf16 and offload: the library skips the clipping; use --optimizer adamw")  # fmt: skip
+    if args.compile:
+        if args.plugin == "gemini":
+            problems.append("--compile: gemini swaps parameter storage under the compiler; use another plugin")
+        elif args.tp_size > 1:
+            problems.append("--compile: tensor parallelism is not proved with it; use TP_SIZE=1")
+
+    if args.pp_size > 1:
+        if args.num_microbatches is None:
+            fits = [n for n in range(args.pp_size, 4 * args.pp_size + 1) if args.batch_size % n == 0]
+            args.num_microbatches = max(fits, default=0)
+            if not fits:
+                problems.append(
+                    f"--batch_size {args.batch_size}: does not divide into {args.pp_size} or more micro-batches for "
+                    f"--pp_size {args.pp_size}; use a multiple of {args.pp_size}"
+                )
+        else:
+            if args.num_microbatches < args.pp_size:
+                problems.append(f"--num_microbatches {args.num_microbatches}: fewer than the {args.pp_size} stages would leave some idle; use {args.pp_size} or more")  # fmt: skip
+            if args.batch_size % args.num_microbatches:
+                problems.append(f"--num_microbatches {args.num_microbatches}: does not divide --batch_size {args.batch_size}")
+    else:
+        args.num_microbatches = 1
+
+
+def _bf16() -> bool:
+    import torch
+
+    return torch.cuda.get_device_capability()[0] >= 8
+
+
+def check_model(args, problems: list[str]) -> None:
+    """The model's name, and what its architecture must divide into, as far as it is known without the hub."""
+    name = args.model_name_or_path
+    heads = layers = patch = None
+    if Path(name).is_dir():
+        config = read_config(Path(name))
+        if not config:
+            problems.append(f"--model_name_or_path {name}: the folder has no readable config.json")
+        elif config.get("model_type") != "vit":
+            problems.append(f"--model_name_or_path {name}: is a {config.get('model_type')!r} model; this example trains ViTs")
+        # what the config leaves out has the library's default
+        heads, layers = config.get("num_attention_heads", 12), config.get("num_hidden_layers", 12)
+        patch = config.get("patch_size", 16)
+    elif shape := known_architecture(name):
+        heads, layers, patch = shape.heads, shape.layers, shape.patch_size
+    elif Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+        problems.append(
+            f"--model_name_or_path {name}: no such folder, and no preset ({', '.join(PRESETS)}); a hub name has the form owner/name"
+        )
+    if heads and heads % args.tp_size:
+        problems.append(f"--tp_size {args.tp_size}: does not divide the {heads} attention heads of {name}")
+    if layers and args.pp_size > layers:
+        problems.append(f"--pp_size {args.pp_size}: more stages than the {layers} layers of {name}")
+    if patch and args.image_size and args.image_size % patch:
+        problems.append(f"--image_size {args.image_size}: no multiple of the {patch} px patches of {name}")
+
+
+def check_data(args, problems: list[str]) -> None:
+    try:
+        args.dataset_kind = locate(args.dataset)
+    except DataError as error:
+        problems.append(str(error))
+        args.dataset_kind = None
+
+
+def check_hub(args, problems: list[str]) -> None:
+    """A hub name needs the hub, or a copy in its cache; says so at once instead of after minutes of retries."""
+    name = args.model_name_or_path
+    wanted = []
+    if not Path(name).exists() and name not in PRESETS and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        wanted.append(("model", name, "models"))
+    if args.dataset_kind == "hub":
+        wanted.append(("dataset", args.dataset, "datasets"))
+    if not wanted:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local: no library shall look for updates
+        return
+    reachable = os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false") and hub_answers()
+    if reachable:
+        return
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    missing = [f"{what} {name}" for what, name, kind in wanted if not _in_hub_cache(name, kind)]
+    if missing:
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+        problems.append(f"{' and '.join(missing)}: the HuggingFace hub ({endpoint}) does not answer and no copy is cached; {OFFLINE_CHOICES}")
+    else:
+        args.notes.append("the HuggingFace hub does not answer: using the cached copies")
+
+
+def hub_answers(seconds: float = 6) -> bool:
+    """Whether the hub answers HTTP at all, within ``seconds`` (name resolution included)."""
+    answers = []
+
+    def ask():
+        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=seconds)
+            answers.append(True)
+        except urllib.error.HTTPError:
+            answers.append(True)  # it answered
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(answers)
+
+
+def _in_hub_cache(name: str, kind: str) -> bool:
+    """Whether a hub repository has a local copy (the layout of huggingface_hub's and datasets' caches)."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    copies = [hub / f"{kind}--{name.replace('/', '--')}" / "snapshots"]
+    if kind == "datasets":
+        copies.append(Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")) / name.replace("/", "___").lower())
+    return any(copy.is_dir() and any(copy.iterdir()) for copy in copies)
+
+
+def check_output(args, problems: list[str]) -> None:
+    """Nothing that is there is overwritten unasked."""
+    if args.eval_only or args.dry_run:
+        return
+    folder = Path(args.output_path)
+    if folder.exists() and not folder.is_dir():
+        problems.append(f"--output_path {folder}: is a file")
+    elif folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output and not args.resume:
+        problems.append(
+            f"--output_path {folder}: is not empty; continue that run with --resume auto, replace it with "
+            "--overwrite_output, or set OUTPUT_PATH to another folder"
+        )
+    parent = folder.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    if not os.access(parent, os.W_OK):
+        problems.append(f"--output_path {folder}: {parent} cannot be written")
+    if args.resume and args.resume != "auto" and not Path(args.resume).is_dir():
+        problems.append(f"--resume {args.resume}: no such checkpoint folder (or use `auto`)")
+    if args.resume and args.overwrite_output:
+        problems.append("--resume with --overwrite_output: one keeps the run, the other removes it; give one of them")
+
+
+def command_line() -> str:
+    """This run's command, for the records."""
+    import shlex
+
+    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])

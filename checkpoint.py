@@ -1,0 +1,273 @@
+"""Save, resume and prune, for every plugin and layout; a kill at any instant leaves the previous checkpoint whole.
+
+A checkpoint is a folder ``step_<n>``, written beside and renamed when complete:
+
+    meta.json             position, settings and the metrics so far
+    state_<shard>.pt      weights, fp32 master weights, optimizer and loss scaler of one shard
+    random_<rank>.pt      random states of one process
+
+Each process saves what it holds, bit for bit; equal copies are saved once. (Booster's own save functions gather
+16-bit weights and would round the master weights away.) All processes must see one folder: with several
+machines, put it on a shared file system.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from console import rank
+from plugins import Boosted
+
+# What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes are not
+# among them: they are worked out again.
+SETTINGS = (
+    "model_name_or_path", "dataset", "image_size", "plugin", "precision", "optimizer", "tp_size", "pp_size",
+    "zero_stage", "batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr", "num_epoch",
+    "weight_decay", "warmup_ratio", "max_norm", "augment", "seed", "max_train_samples",
+)  # fmt: skip
+
+
+class CheckpointError(ValueError):
+    """The checkpoint cannot be used for this run; the message says why."""
+
+
+# ---------------------------------------------------------------------------------------------- local state
+
+
+def is_sharded(boosted: Boosted) -> bool:
+    """Whether data-parallel processes hold different optimizer shards."""
+    return boosted.plugin in ("low_level_zero", "gemini") or boosted.zero_stage > 0
+
+
+def shard_name(boosted: Boosted, dp_rank: int) -> str:
+    layout = boosted.layout
+    return f"tp{layout.tp_rank}_pp{layout.pp_rank}_dp{dp_rank if is_sharded(boosted) else 0}"
+
+
+def _scaler(optimizer):
+    """The fp16 loss scaler, wherever the plugin keeps it; None without one."""
+    if hasattr(optimizer, "scaler"):
+        return optimizer.scaler
+    for name in ("mixed_precision", "mixed_precision_mixin", "mix_precision_mixin"):
+        if scaler := getattr(getattr(optimizer, name, None), "grad_scaler", None):
+            return scaler
+    return None
+
+
+def _gemini_chunks(boosted: Boosted) -> list:
+    """Gemini's 16-bit chunks in the order of the parameters they hold; each has an fp32 ``paired_chunk``."""
+    chunks = {}
+    for param in boosted.model.fp16_params:
+        chunk = boosted.model.chunk_manager.get_chunk(param)
+        chunks[id(chunk)] = chunk
+    return list(chunks.values())
+
+
+def _masters(boosted: Boosted) -> list[torch.Tensor]:
+    """The fp32 tensors that the optimizer updates, where they are not the model's own parameters."""
+    if boosted.plugin == "gemini":
+        return [chunk.paired_chunk.payload for chunk in _gemini_chunks(boosted)]
+    own = {id(param) for param in boosted.model.parameters()}
+    params = [param for group in boosted.optimizer.optim.param_groups for param in group["params"]]
+    return [param.data for param in params if id(param) not in own]
+
+
+def local_state(boosted: Boosted) -> dict:
+    """Everything this process holds of model and optimizer, between two steps."""
+    scaler = _scaler(boosted.optimizer)
+    return {
+        # gemini's weights are its master weights, rounded
+        "weights": {} if boosted.plugin == "gemini" else boosted.model.unwrap().state_dict(),
+        "masters": _masters(boosted),
+        "optimizer": boosted.optimizer.optim.state_dict(),
+        "scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, torch.Tensor))} if scaler else {},
+    }
+
+
+@torch.no_grad()
+def load_local_state(boosted: Boosted, state: dict) -> None:
+    """Inverse of `local_state`, in place."""
+    if boosted.plugin == "gemini":
+        for chunk, saved in zip(_gemini_chunks(boosted), state["masters"], strict=True):
+            chunk.paired_chunk.payload.copy_(saved)
+            chunk.payload.copy_(chunk.paired_chunk.payload)
+    else:
+        boosted.model.unwrap().load_state_dict(state["weights"])
+        for master, saved in zip(_masters(boosted), state["masters"], strict=True):
+            master.copy_(saved)
+    boosted.optimizer.optim.load_state_dict(state["optimizer"])
+    if scaler := _scaler(boosted.optimizer):
+        for name, value in state["scaler"].items():
+            setattr(scaler, name, value.to(getattr(scaler, name).device) if isinstance(value, torch.Tensor) else value)
+
+
+def _merge_zero_shards(boosted: Boosted, shards: list[dict]) -> dict:
+    """ZeRO shards of another number of processes, cut anew for this one's.
+
+    Every master tensor is one slice of its flattened, zero-padded parameter; so are its moments.
+    """
+    optimizer, layout = boosted.optimizer, boosted.layout
+    params = [param for group in optimizer.optim.param_groups for param in group["params"]]
+
+    def recut(pieces: list[torch.Tensor], master: torch.Tensor) -> torch.Tensor:
+        size = optimizer.master_to_working_param[id(master)].numel()
+        whole = torch.cat([piece.flatten() for piece in pieces])[:size]
+        whole = torch.nn.functional.pad(whole, (0, master.numel() * layout.dp - size))
+        return whole.chunk(layout.dp)[layout.dp_rank].clone()
+
+    state = shards[0]
+    state["masters"] = [recut([s["masters"][i] for s in shards], master) for i, master in enumerate(params)]
+    for i, master in enumerate(params):
+        for name, value in state["optimizer"]["state"][i].items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                state["optimizer"]["state"][i][name] = recut([s["optimizer"]["state"][i][name] for s in shards], master)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------- folders
+
+
+class Checkpoints:
+    """The checkpoints of one run, in ``root``."""
+
+    def __init__(self, root: Path, keep: int):
+        self.root, self.keep = root, keep
+
+    def path(self, step: int) -> Path:
+        return self.root / f"step_{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, oldest first."""
+        return sorted(int(p.name.split("_")[1]) for p in self.root.glob("step_*") if (p / "meta.json").exists())
+
+    def save(self, boosted: Boosted, meta: dict) -> None:
+        """Write the checkpoint of ``meta["step"]``. Collective. ``meta["best_step"]`` is kept when others are pruned."""
+        final = self.path(meta["step"])
+        partial = final.with_name(f".{final.name}.partial")
+        if rank() == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        if is_sharded(boosted) or boosted.layout.dp_rank == 0:
+            _write(local_state(boosted), partial / f"state_{shard_name(boosted, boosted.layout.dp_rank)}.pt")
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random["cuda"] = torch.cuda.get_rng_state()
+        _write(random, partial / f"random_{rank()}.pt")
+        dist.barrier()
+        if rank() == 0:
+            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
+            if final.exists():  # the same step, saved before: replace it
+                remove(final)
+            os.replace(partial, final)
+            self.prune({meta["step"], meta.get("best_step")})
+        dist.barrier()
+
+    def prune(self, needed: set) -> None:
+        """Remove all but the newest ``keep`` (at least one) and those needed. Rank 0 only."""
+        steps = self.steps()
+        for step in set(steps) - set(steps[-max(1, self.keep) :]) - needed:
+            remove(self.path(step))
+
+    def find(self, resume: str) -> Path | None:
+        """The checkpoint that ``--resume`` names; None for `auto` where there is none."""
+        if resume != "auto":
+            path = Path(resume)
+            if (path / "checkpoints").is_dir():  # a run's output folder
+                path = path / "checkpoints"
+            newest = Checkpoints(path, 1).steps()
+            path = Checkpoints(path, 1).path(newest[-1]) if newest else path
+            if not (path / "meta.json").exists():
+                raise CheckpointError(f"--resume {resume}: holds no complete checkpoint (a step_* folder with meta.json)")
+            return path
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+
+def _write(state: dict, path: Path) -> None:
+    with open(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder so that a kill halfway leaves nothing that looks complete."""
+    doomed = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(folder, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def empty_run_folder(output: Path) -> None:
+    """Remove what a run of this example writes into its output folder, and nothing else."""
+    for name in ("checkpoints", "tensorboard"):
+        if (output / name).exists():
+            remove(output / name)
+    for name in ("model.safetensors", "config.json", "preprocessor_config.json", "metrics.jsonl", "metrics.png", "README.md"):
+        (output / name).unlink(missing_ok=True)
+
+
+def read_meta(path: Path) -> dict:
+    return json.loads((path / "meta.json").read_text())
+
+
+def settings_of(args) -> dict:
+    return {name: getattr(args, name) for name in SETTINGS}
+
+
+def check_settings(path: Path, meta: dict, args) -> None:
+    """Raises CheckpointError naming every setting that differs from the checkpoint's."""
+    now, then = settings_of(args), meta["settings"]
+    different = [f"{name} is {now[name]}, was {then.get(name)}" for name in now if now[name] != then.get(name)]
+    if different:
+        raise CheckpointError(
+            f"--resume {path}: the checkpoint is of another run: {'; '.join(different)}. "
+            "Use its settings, or start anew with --overwrite_output"
+        )
+    if meta["processes"] != args.layout.world and args.plugin == "gemini":
+        raise CheckpointError(
+            f"--resume {path}: saved by {meta['processes']} processes, and Gemini's chunks cannot be cut anew for "
+            f"{args.layout.world}: resume with GPUNUM={meta['processes']}"
+        )
+
+
+def load(path: Path, boosted: Boosted, meta: dict) -> None:
+    """Restore model, optimizer, scaler and random states of ``path``. Collective."""
+    saved_dp = meta["processes"] // (boosted.layout.tp * boosted.layout.pp)
+
+    def shard(dp_rank: int) -> dict:
+        return torch.load(path / f"state_{shard_name(boosted, dp_rank)}.pt", map_location="cpu", weights_only=True)
+
+    if is_sharded(boosted) and saved_dp != boosted.layout.dp:
+        state = _merge_zero_shards(boosted, [shard(i) for i in range(saved_dp)])
+    else:
+        state = shard(boosted.layout.dp_rank)
+    load_local_state(boosted, state)
+    random_path = path / f"random_{rank()}.pt"
+    if random_path.exists() and meta["processes"] == boosted.layout.world:
+        random = torch.load(random_path, map_location="cpu", weights_only=True)
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random["cuda"])
+    dist.barrier()
+
+
+def full_weights(boosted: Boosted, scratch: Path) -> dict | None:
+    """The whole model's state dict on rank 0, None elsewhere. Collective.
+
+    Gathered by the plugin's own checkpoint code, through a file in ``scratch`` that is removed again.
+    """
+    path = scratch / ".weights.partial"
+    boosted.booster.save_model(boosted.model, str(path), shard=False)
+    dist.barrier()
+    state = None
+    if rank() == 0:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        path.unlink()
+    dist.barrier()
+    return state

@@ -1,0 +1,580 @@
+"""Images in, batches out: from the hub, a folder, parquet or arrow files, or the drawn leaves.
+
+Every image becomes RGB uint8. Its size, and for training its random crop and flip, are settled here on the CPU;
+conversion to floats happens on the device (engine.Normalize).
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader
+
+from layout import Layout
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
+SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
+               "valid": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
+IGNORE = -100  # label of a padding image: it fills up a batch and counts nowhere (torch's cross_entropy ignores it)
+DRAWN = "drawn"  # the name of the embedded data set (leaves.py)
+
+
+class DataError(ValueError):
+    """The data cannot be used as it is; the message says what, where and how to mend it."""
+
+
+@dataclass
+class Split:
+    """Encoded images and their labels.
+
+    ``images[i]`` is a path, or the bytes of an image file, or a PIL image; ``labels`` is int64 (N,).
+    """
+
+    name: str
+    images: object
+    labels: np.ndarray
+    where: list[str] | None = None  # names of the images for messages; None: their index
+    resized: list[np.ndarray] | None = None  # uint8 (3, S, S) each: what Resize made of them, when kept in memory
+    sources: list[np.ndarray] | None = None  # uint8 (H, W, 3) each: what Augment.keep made of them, when kept in memory
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, indices) -> "Split":
+        """The images at ``indices``, in that order."""
+        return replace(
+            self,
+            images=_Subset(self.images, indices),
+            labels=self.labels[indices],
+            where=None if self.where is None else [self.where[i] for i in indices],
+        )
+
+    def describe(self, i: int) -> str:
+        return self.where[i] if self.where is not None else f"{self.name} image {i}"
+
+
+class _Subset:
+    """A view of a sequence of encoded images; nothing is read before it is asked for."""
+
+    def __init__(self, images, indices):
+        self.images, self.indices = images, np.asarray(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.images[int(self.indices[i])]
+
+
+@dataclass
+class ImageData:
+    """A data set: splits that share ``label_names``. ``validation`` is always there, ``test`` may be None."""
+
+    train: Split
+    validation: Split
+    test: Split | None
+    label_names: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def splits(self) -> list[Split]:
+        return [split for split in (self.train, self.validation, self.test) if split is not None]
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def load_data(args) -> ImageData:
+    """Read the data set named by ``args.dataset``: see `locate` for what it may be.
+
+    Raises:
+        DataError: anything that a user has to mend.
+    """
+    name = args.dataset
+    if name == DRAWN:
+        from leaves import write_leaves
+
+        splits, labels = _read_imagefolder(write_leaves(cache_folder() / "drawn-leaves"))
+    elif (kind := locate(name)) == "imagefolder":
+        splits, labels = _read_imagefolder(Path(name))
+    else:
+        splits, labels = _read_datasets(name, kind, args.image_column, args.label_column)
+    notes = []
+    if "train" not in splits:
+        raise DataError(f"--dataset {name} has no train split; it has: {', '.join(splits) or 'nothing'}")
+    for split in list(splits):
+        if split not in ("train", "validation", "test"):
+            notes.append(f"split {split!r} is not used")
+            del splits[split]
+        elif (splits[split].labels < 0).any():
+            if split == "train":
+                raise DataError(f"--dataset {name}: {int((splits[split].labels < 0).sum())} training images have no label")
+            notes.append(f"split {split!r} is not used: its labels are hidden")
+            del splits[split]
+    train = splits["train"]
+    if "validation" not in splits:
+        keep, held_out = stratified(train.labels, args.validation_fraction, args.seed)
+        splits["train"], splits["validation"] = train.take(keep), replace(train.take(held_out), name="validation")
+        notes.append(
+            f"no validation split: {len(held_out)} of {len(train)} training images held out "
+            f"(--validation_fraction {args.validation_fraction}, stratified, seed {args.seed})"
+        )
+    counts = np.bincount(splits["train"].labels, minlength=len(labels))
+    if empty := [labels[i] for i in np.flatnonzero(counts == 0)]:
+        raise DataError(f"--dataset {name}: no training images of class {', '.join(empty)}: add some, or remove the class")
+    for split in ("validation", "test"):
+        if split in splits:
+            present = set(splits[split].labels.tolist())
+            if absent := [label for i, label in enumerate(labels) if i not in present]:
+                notes.append(f"the {split} split has no images of class {', '.join(absent)}")
+    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples), ("test", args.max_eval_samples)):
+        if limit and split in splits and len(splits[split]) > limit:
+            chosen = np.sort(np.random.default_rng(args.seed).permutation(len(splits[split]))[:limit])
+            splits[split] = splits[split].take(chosen)
+            notes.append(f"{split}: {limit} images drawn at random (seed {args.seed})")
+    return ImageData(splits["train"], splits["validation"], splits.get("test"), labels, notes)
+
+
+def cache_folder() -> Path:
+    """Where drawn images are kept between runs."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vit-colossalai"
+
+
+def locate(name: str) -> str:
+    """What kind of data set ``name`` is: drawn, imagefolder, saved, parquet, arrow, or hub.
+
+    A local path wins over a hub name. Reads directory entries only.
+
+    Raises:
+        DataError: the path exists and holds none of these, or looks like a path and does not exist.
+    """
+    path = Path(name)
+    if name == DRAWN:
+        return "drawn"
+    if path.is_file() and path.suffix in (".parquet", ".arrow"):
+        return path.suffix[1:]
+    if path.is_dir():
+        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+            return "saved"
+        for suffix in ("parquet", "arrow"):
+            if next(path.rglob(f"*.{suffix}"), None) is not None:
+                return suffix
+        if any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir()):
+            return "imagefolder"
+        raise DataError(
+            f"--dataset {name}: the folder holds no data set. Expected {name}/train/<class>/*.jpg (and validation/, "
+            "test/), or {name}/<class>/*.jpg, or parquet or arrow files, or a saved `datasets` directory"
+        )
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"--dataset {name}: no such folder or file (a hub name has the form owner/name)")
+    return "hub"
+
+
+def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
+    """``root/<split>/<class>/**/image``; or ``root/<class>/**/image`` as a train split."""
+    folders = {SPLIT_NAMES[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in SPLIT_NAMES}
+    if not folders:
+        folders = {"train": root}
+    classes = {split: _subfolders(folder) for split, folder in folders.items()}
+    if "train" not in classes:
+        raise DataError(f"--dataset {root} has no train folder; it has: {', '.join(folders)}")
+    labels = classes["train"]
+    if not labels:
+        raise DataError(f"--dataset {root}: {folders['train']} holds no class folders (expected <class>/*.jpg)")
+    splits = {}
+    for split, folder in folders.items():
+        if strangers := sorted(set(classes[split]) - set(labels)):
+            raise DataError(
+                f"--dataset {root}: class {', '.join(strangers)} is in {folder.name}/ but not in {folders['train'].name}/: "
+                "rename or remove the folder, or add training images of it"
+            )
+        paths, label_ids = [], []
+        for label, name in enumerate(labels):
+            found = sorted(str(p) for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            paths += found
+            label_ids += [label] * len(found)
+        if not paths:
+            raise DataError(f"--dataset {root}: no images under {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        splits[split] = Split(split, paths, np.array(label_ids, dtype=np.int64), where=paths)
+    return splits, labels
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+
+
+def _read_datasets(name: str, kind: str, image_column: str | None, label_column: str | None):
+    """The `datasets` library: hub, saved directory, parquet or arrow files."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    if kind == "saved":
+        loaded = datasets.load_from_disk(name)
+    elif kind == "hub":
+        loaded = datasets.load_dataset(name)
+    elif Path(name).is_file():
+        loaded = datasets.load_dataset(kind, data_files={"train": name})
+    else:
+        # files are named or foldered by split (train-00000-of-00002.parquet, test/0.parquet), as on the hub
+        files: dict[str, list[str]] = {}
+        for path in sorted(Path(name).rglob(f"*.{kind}")):
+            words = str(path.relative_to(name)).replace("-", "/").replace(".", "/").replace("_", "/").lower().split("/")
+            split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
+            files.setdefault(split, []).append(str(path))
+        loaded = datasets.load_dataset(kind, data_files=files)
+    if isinstance(loaded, datasets.Dataset):
+        loaded = datasets.DatasetDict(train=loaded)
+    features = next(iter(loaded.values())).features
+    image_column = image_column or _image_column(name, features)
+    label_column = label_column or _label_column(name, features, image_column)
+    for column in (image_column, label_column):
+        if column not in features:
+            raise DataError(f"--dataset {name} has no column {column!r}; it has: {', '.join(features)}")
+    if isinstance(features[label_column], datasets.ClassLabel):
+        labels = features[label_column].names
+    else:
+        values = sorted(set().union(*(split.unique(label_column) for split in loaded.values())))
+        labels = [str(value) for value in values]
+        index = {value: i for i, value in enumerate(values)}
+    splits = {}
+    for split_name, split in loaded.items():
+        column = split[label_column]
+        if not isinstance(features[label_column], datasets.ClassLabel):
+            column = [index[value] for value in column]
+        label_ids = np.array([-1 if label is None else label for label in column], dtype=np.int64)
+        # undecoded: the bytes of the file, read from the memory-mapped table when asked for
+        images = split.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
+        key = SPLIT_NAMES.get(split_name, split_name)
+        splits[key] = Split(key, _Column(images, image_column), label_ids)
+    return splits, labels
+
+
+class _Column:
+    """One image column of a `datasets` table as a sequence of paths or bytes."""
+
+    def __init__(self, table, column: str):
+        self.table, self.column = table, column
+
+    def __getitem__(self, i: int):
+        value = self.table[i][self.column]
+        return value["bytes"] if value["bytes"] is not None else value["path"]
+
+
+def _image_column(name: str, features) -> str:
+    import datasets
+
+    def holds_images(feature) -> bool:
+        plain = isinstance(feature, dict) and set(feature) == {"bytes", "path"}  # parquet without the hub's metadata
+        return isinstance(feature, datasets.Image) or plain
+
+    found = [column for column, feature in features.items() if holds_images(feature)]
+    if len(found) != 1:
+        raise DataError(f"--dataset {name} has {len(found)} image columns among {', '.join(features)}: name one with --image_column")
+    return found[0]
+
+
+def _label_column(name: str, features, image_column: str) -> str:
+    import datasets
+
+    found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    if not found:
+        plain = [c for c, f in features.items() if c != image_column and getattr(f, "dtype", "").startswith(("int", "string"))]
+        found = [c for c in plain if c in ("label", "labels")] or plain
+    if len(found) != 1:
+        raise DataError(f"--dataset {name} has {len(found)} label columns among {', '.join(features)}: name one with --label_column")
+    return found[0]
+
+
+def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices into (kept, held out) with the class proportions of ``labels``, at least one held out a class."""
+    rng = np.random.default_rng(seed)
+    held_out = []
+    for label in np.unique(labels):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        count = max(1, round(len(members) * fraction)) if len(members) > 1 else 0
+        held_out.append(members[:count])
+    held_out = np.sort(np.concatenate(held_out))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright 8-bit RGB from any mode. Transparency is laid over white; 16-bit grey keeps its 8 high bits."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        pixels = np.asarray(image, dtype=np.float64)
+        if pixels.max(initial=0) > 255:
+            pixels = pixels / 257  # 65535 -> 255
+        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def open_image(encoded) -> Image.Image:
+    """An RGB image from a path, from the bytes of an image file, or from a PIL image."""
+    if isinstance(encoded, Image.Image):
+        return to_rgb(encoded)
+    if isinstance(encoded, bytes):
+        encoded = io.BytesIO(encoded)
+    with Image.open(encoded) as image:
+        return to_rgb(image)
+
+
+@dataclass(frozen=True)
+class Resize:
+    """The model's own preprocessing of an image: squeezed to size x size pixels, with the processor's filter."""
+
+    size: int
+    resample: int = 2  # PIL's number of the filter; 2 is bilinear
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """-> uint8 (3, size, size)"""
+        pixels = np.asarray(image.resize((self.size, self.size), resample=self.resample))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random resized crop and horizontal flip, by torchvision.
+
+    Drawn from (seed, epoch, image) alone: the same on all processes of a tensor- or pipeline-parallel group, for
+    any number of workers, and after a resume.
+    """
+
+    size: int
+    seed: int
+    resample: int = 2
+    smallest_crop: float = 0.35  # of the image's area
+
+    def keep(self, image: Image.Image) -> np.ndarray:
+        """What is kept of an image for later crops: at most twice the model's size on the shorter side."""
+        short = min(image.size)
+        if short > 2 * self.size:
+            scale = 2 * self.size / short
+            image = image.resize((round(image.width * scale), round(image.height * scale)), resample=self.resample)
+        return np.asarray(image)
+
+    def __call__(self, pixels: np.ndarray, epoch: int, index: int) -> torch.Tensor:
+        """uint8 (H, W, 3) -> uint8 (3, size, size)"""
+        from torchvision.transforms import v2
+
+        modes = {0: "nearest", 2: "bilinear", 3: "bicubic"}
+        transform = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    self.size,
+                    scale=(self.smallest_crop, 1.0),
+                    interpolation=v2.InterpolationMode(modes.get(self.resample, "bilinear")),
+                    antialias=True,
+                ),
+                v2.RandomHorizontalFlip(),
+            ]
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(_mix(self.seed, epoch, index))
+            return transform(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+def _mix(*numbers: int) -> int:
+    """A 63-bit seed from several numbers; near numbers give unrelated seeds."""
+    digest = hashlib.blake2b(np.array(numbers, dtype=np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def decode(images: ImageData, resize: Resize, augment: Augment | None, args, processes: int) -> tuple[ImageData, int]:
+    """Decode every split once and keep it as uint8, as far as the memory budget of a process allows.
+
+    Args:
+        processes: processes on this machine; they share ``args.data_memory`` GiB (default: a quarter of its memory).
+
+    Returns:
+        The data, without unreadable images where ``--skip_bad_images`` allows, and the bytes kept.
+
+    Raises:
+        DataError: unreadable images, all named, unless ``--skip_bad_images``.
+    """
+    import psutil
+
+    budget = (args.data_memory * 2**30 if args.data_memory else psutil.virtual_memory().total / 4) / processes
+    threads = max(1, min(16, len(os.sched_getaffinity(0)) // processes))
+    kept, notes = {}, []
+    for split in images.splits():
+        keep, slot = (augment.keep, "sources") if augment and split.name == "train" else (resize, "resized")
+        split, skipped = _decode_split(split, keep, slot, budget, threads, args.skip_bad_images)
+        budget -= sum(array.nbytes for array in getattr(split, slot) or [])
+        kept[split.name] = split
+        notes += skipped
+    images = replace(images, notes=images.notes + notes, **kept)
+    return images, sum(a.nbytes for split in images.splits() for a in (split.resized or split.sources or []))
+
+
+def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, skip_bad: bool) -> tuple[Split, list[str]]:
+    """`decode` of one split; ``keep`` makes the array that is kept in the field ``slot``."""
+
+    def decode_one(i: int):
+        try:
+            return keep(open_image(split.images[i]))
+        except Exception as error:  # PIL raises many kinds on a damaged file
+            return f"{split.describe(i)} ({error})"
+
+    with ThreadPoolExecutor(threads) as pool:
+        sample = list(pool.map(decode_one, range(0, len(split), max(1, len(split) // 32))))
+        sizes = [item.nbytes for item in sample if not isinstance(item, str)]
+        if sizes and np.mean(sizes) * len(split) > budget:
+            return split, []
+        results = list(pool.map(decode_one, range(len(split))))
+    bad = [i for i, item in enumerate(results) if isinstance(item, str)]
+    if not bad:
+        return replace(split, **{slot: results}), []
+    named = "; ".join(results[i] for i in bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+    if not skip_bad:
+        raise DataError(f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or use --skip_bad_images")
+    if len(bad) == len(split):
+        raise DataError(f"no readable image in {split.name}: {named}")
+    good = np.setdiff1d(np.arange(len(split)), bad)
+    split = replace(split.take(good), **{slot: [results[i] for i in good]})
+    return split, [f"{split.name}: {len(bad)} unreadable image(s) skipped: {named}"]
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Which images make up which step: the same on any machine, a function of seed, epoch and sizes.
+
+    One step takes ``batch_size * accumulation * dp`` images; the last step of an epoch takes what is left, its
+    batches filled up with padding, so that every batch has one size (pipelines and compiled graphs need it).
+    """
+
+    images: int
+    batch_size: int  # per data-parallel group and micro-step
+    accumulation: int
+    layout: Layout
+    seed: int
+
+    @property
+    def batches_per_step(self) -> int:
+        """Batches that this process is handed per step: a pipeline takes a step's batches as one, and cuts it itself."""
+        return 1 if self.layout.pp > 1 else self.accumulation
+
+    @property
+    def rows(self) -> int:
+        """Images in a batch, padding included."""
+        return self.batch_size * self.accumulation // self.batches_per_step
+
+    @property
+    def per_step(self) -> int:
+        """Images of a whole step, over all data-parallel groups."""
+        return self.rows * self.batches_per_step * self.layout.dp
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return -(-self.images // self.per_step)
+
+    @property
+    def images_per_step(self) -> list[int]:
+        """Real images of each step of an epoch, over all data-parallel groups."""
+        return [min(self.per_step, self.images - step * self.per_step) for step in range(self.steps)]
+
+    def batches(self, epoch: int, first_step: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """This process's batches of one epoch as (epoch, image) pairs; image -1 is padding."""
+        generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+        order = torch.randperm(self.images, generator=generator)
+        order = torch.cat([order, torch.full((self.steps * self.per_step - self.images,), -1)])
+        shaped = order.view(self.steps, self.batches_per_step, self.layout.dp, self.rows)
+        for step in shaped[first_step:, :, self.layout.dp_rank]:
+            for batch in step.tolist():
+                yield [(epoch, image) for image in batch]
+
+
+class Batches(torch.utils.data.Dataset):
+    """(epoch, image) pairs to a batch: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,).
+
+    torch's DataLoader hands a whole batch to ``__getitems__``.
+    """
+
+    def __init__(self, split: Split, resize: Resize, augment: Augment | None, skip_bad: bool):
+        self.split, self.resize, self.augment, self.skip_bad = split, resize, augment, skip_bad
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitems__(self, pairs: list[tuple[int, int]]) -> dict:
+        size = self.resize.size
+        pixels = torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8)
+        labels = torch.full((len(pairs),), IGNORE)
+        for slot, (epoch, image) in enumerate(pairs):
+            if image < 0:
+                continue
+            try:
+                pixels[slot] = self._pixels(epoch, image)
+            except Exception as error:
+                if not self.skip_bad:
+                    raise DataError(f"unreadable image: {self.split.describe(image)} ({error}); or use --skip_bad_images") from None
+                continue  # stays padding
+            labels[slot] = int(self.split.labels[image])
+        return {"pixel_values": pixels, "labels": labels}
+
+    def _pixels(self, epoch: int, image: int) -> torch.Tensor:
+        if self.augment:
+            source = self.split.sources[image] if self.split.sources else self.augment.keep(open_image(self.split.images[image]))
+            return self.augment(source, epoch, image)
+        if self.split.resized is not None:
+            return torch.from_numpy(self.split.resized[image])
+        return torch.from_numpy(self.resize(open_image(self.split.images[image])))
+
+
+class _Order:
+    """An iterable of batches as DataLoader's batch sampler."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+def _whole(batch: dict) -> dict:
+    """DataLoader's collate_fn: a batch comes collated."""
+    return batch
+
+
+def make_loader(batches: Batches, order, workers: int) -> DataLoader:
+    """A torch DataLoader over ``order`` (lists of (epoch, image) pairs, one per batch)."""
+    return DataLoader(
+        batches,
+        batch_sampler=_Order(order),
+        collate_fn=_whole,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def evaluation_order(images: int, batch_size: int, layout: Layout) -> list[list[tuple[int, int]]]:
+    """This process's evaluation batches: each image once over all groups, padded to whole, equally many batches."""
+    per_round = batch_size * layout.dp
+    rounds = -(-images // per_round)
+    order = list(range(images)) + [-1] * (rounds * per_round - images)
+    start = layout.dp_rank * batch_size
+    return [[(0, image) for image in order[r * per_round + start :][:batch_size]] for r in range(rounds)]
+
+
+def auto_workers(images: ImageData, augment: Augment | None, processes: int) -> int:
+    """Data-loading processes of one process: none where batches are mere copies, else its share of the cores, at most 8."""
+    if images.train.resized is not None and not augment:
+        return 0
+    return max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))

@@ -1,0 +1,260 @@
+"""One train step, one epoch, one exact evaluation: the same for every plugin and layout."""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from console import progress_bar
+from data import IGNORE
+from plugins import Boosted, all_max, all_sum, device
+
+
+class Stopped(Exception):
+    """A signal asked for the end; the step in hand was finished on every process."""
+
+    def __init__(self, signum: int):
+        self.signum = signum
+
+
+class NonFiniteLoss(Exception):
+    """The loss became infinite or NaN; raised on every process at once."""
+
+
+def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
+    """Linear warm-up, then a cosine to zero (Loshchilov and Hutter, 2017).
+
+    A function of the step alone, so that a resumed run cannot get it wrong. ``step`` counts from 0; the first
+    step already moves (peak / warmup), the last one is the smallest above zero.
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass
+class Normalize:
+    """uint8 pixels (N, 3, H, W) to the model's floats, on the device: (x / 255 - mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
+        return (pixels.float() / 255 - mean) / std
+
+
+@dataclass
+class EpochProgress:
+    """Sums over (the part so far of) an epoch; kept in checkpoints, so that a resumed epoch reports its whole."""
+
+    loss_sum: float = 0.0  # over images
+    images: int = 0
+    steps: int = 0
+    seconds: float = 0.0  # in training steps
+
+
+class SignalFlag:
+    """Remembers SIGINT or SIGTERM, so that a step can be finished and saved before the process ends."""
+
+    def __init__(self):
+        self.signum = 0
+
+    def __enter__(self):
+        self.previous = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _remember(self, signum, frame):
+        self.signum = signum
+
+    def __exit__(self, *exc):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+
+class Engine:
+    """Trains and evaluates a boosted model.
+
+    Args:
+        boosted: what `plugins.boost` returned.
+        num_labels: true number of classes; logits beyond it are padding and never count.
+        normalize: turns a uint8 batch into the model's input, on the device.
+    """
+
+    def __init__(self, boosted: Boosted, num_labels: int, normalize: Normalize):
+        self.boosted = boosted
+        self.model, self.optimizer = boosted.model, boosted.optimizer
+        self.layout = boosted.layout
+        self.num_labels = num_labels
+        self.normalize = normalize
+
+    def to_device(self, batch: dict) -> dict:
+        """Move a batch of uint8 ``pixel_values`` (N, 3, H, W) and ``labels`` (N,) over, and normalise it there."""
+        pixels = batch["pixel_values"].to(device(), non_blocking=True)
+        return {"pixel_values": self.normalize(pixels), "labels": batch["labels"].to(device(), non_blocking=True)}
+
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over the real images of a batch; always in fp32."""
+        return F.cross_entropy(
+            logits[:, : self.num_labels].float(), labels, ignore_index=IGNORE, reduction="sum"
+        )
+
+    def train_step(self, batches: list[dict], images: int, lr: float) -> torch.Tensor:
+        """One optimizer step over ``batches`` (one per accumulation micro-step).
+
+        Args:
+            images: real images in this step, over all data-parallel groups. Gradients are the mean over exactly
+                these, whatever the layout, the accumulation and the padding of the last batch.
+
+        Returns:
+            This data-parallel group's share of the mean loss (a device scalar, valid on its reporter): shares add up.
+        """
+        scale = self.layout.dp / images  # plugins average gradients over dp
+        share = torch.zeros((), device=device())
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        for i, batch in enumerate(batches):
+            batch = self.to_device(batch)
+            if self.layout.pp > 1:
+                # the schedule divides every micro-batch's loss by their number; ours is already a mean
+                pieces = self.boosted.booster.plugin.scheduler.num_microbatches
+
+                def criterion(outputs, micro_batch):
+                    return self.loss_sum(outputs.logits, micro_batch["labels"]) * (scale * pieces)
+
+                result = self.boosted.booster.execute_pipeline(
+                    iter([batch]), self.model, criterion, self.optimizer, return_loss=True
+                )
+                if result["loss"] is not None:
+                    share += result["loss"].detach()
+            else:
+                last = i == len(batches) - 1
+                with self.boosted.no_sync() if not last else nullcontext():
+                    logits = self.model(pixel_values=batch["pixel_values"]).logits
+                    loss = self.loss_sum(logits, batch["labels"]) * scale
+                    self.boosted.booster.backward(loss, self.optimizer)
+                share += loss.detach()
+        if self.boosted.clip_here > 0:
+            self.optimizer.clip_grad_by_norm(self.boosted.clip_here)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return share / self.layout.dp if self.layout.is_reporter else torch.zeros_like(share)
+
+    def train_epoch(
+        self,
+        batches: Iterator[list[dict]],
+        images_per_step: list[int],
+        lr_at: Callable[[int], float],
+        first_step: int,
+        progress: EpochProgress,
+        label: str = "",
+        stop: SignalFlag | None = None,
+        save_every: int = 0,
+        save: Callable[[int], None] | None = None,
+    ) -> None:
+        """Run the steps of (the rest of) one epoch, adding to ``progress``.
+
+        The loss is read from the device about once a second, not every step: a reading makes the CPU wait for the
+        GPU. At each reading all processes see the same losses and the same stop request, so they act together.
+
+        Args:
+            batches: yields, per step, the list of micro-batches of this process.
+            images_per_step: real images of each step, over all data-parallel groups.
+            lr_at: learning rate of a global step.
+            first_step: global index of the first step here.
+            save_every: call ``save`` with the number of global steps done whenever it is a multiple of this.
+
+        Raises:
+            NonFiniteLoss, Stopped: on every process together; ``progress`` is up to date.
+        """
+        self.model.train()
+        bar = progress_bar(len(images_per_step), label)
+        window_start, shares, window = time.perf_counter(), [], 1
+        for i, images in enumerate(images_per_step):
+            step = first_step + i
+            shares.append(self.train_step(next(batches), images, lr_at(step)))
+            last = i == len(images_per_step) - 1
+            save_now = save_every and (step + 1) % save_every == 0
+            if len(shares) < window and not last and not save_now:
+                continue
+            losses, signum, elapsed = self._read(shares, window_start, stop)
+            for offset, loss in enumerate(losses):
+                if not math.isfinite(loss):
+                    bad = step + 1 - len(losses) + offset
+                    bar.close()
+                    raise NonFiniteLoss(
+                        f"the loss became {loss} at step {bad + 1} (learning rate {lr_at(bad):.3g}): "
+                        "lower --learning_rate, set --max_norm 1, or use --precision fp32 or bf16"
+                    )
+            counts = images_per_step[i + 1 - len(losses) : i + 1]
+            progress.loss_sum += sum(loss * count for loss, count in zip(losses, counts))
+            progress.images += sum(counts)
+            progress.steps += len(losses)
+            progress.seconds += elapsed
+            bar.update(len(losses))
+            bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr_at(step):.2e}, {sum(counts) / elapsed:.0f} images/s")
+            if signum and not last:
+                bar.close()
+                raise Stopped(signum)
+            if save_now:
+                save(step + 1)
+            # about one reading a second; from the common elapsed time, so every process chooses the same window
+            window = min(50, max(1, round(len(losses) / elapsed)))
+            shares, window_start = [], time.perf_counter()
+        bar.close()
+
+    def _read(self, shares: list[torch.Tensor], since: float, stop: SignalFlag | None) -> tuple[list[float], int, float]:
+        """Wait for the device and agree: the mean loss of each step, the signal asked for (0: none), seconds passed."""
+        signum = float(stop.signum) if stop else 0.0
+        losses = torch.stack(shares).tolist()  # waits for the steps to end
+        mine = torch.tensor([*losses, time.perf_counter() - since], device=device(), dtype=torch.float64)
+        *losses, elapsed = all_sum(mine).tolist()
+        signum = all_max(torch.tensor(signum, device=device())).item()
+        return losses, int(signum), elapsed / self.layout.world
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterator[dict], expected: int) -> dict:
+        """Mean loss and accuracy over every image exactly once, on any layout.
+
+        Args:
+            batches: this data-parallel group's batches, all of the training batch size, padding labelled `IGNORE`.
+            expected: number of images in the split.
+
+        Returns:
+            ``average_loss``, ``accuracy`` and ``images``; the same on every process.
+
+        Raises:
+            RuntimeError: the count is not ``expected``; the sums would be wrong.
+        """
+        self.model.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=device())  # loss, correct, images
+        for batch in batches:
+            batch = self.to_device(batch)
+            labels = batch["labels"]
+            if self.layout.pp > 1:
+                result = self.boosted.booster.execute_pipeline(
+                    iter([batch]), self.model, _no_loss, return_loss=False, return_outputs=True
+                )
+                logits = result["outputs"]["logits"] if self.layout.is_reporter else None
+            else:
+                logits = self.model(pixel_values=batch["pixel_values"]).logits
+            if self.layout.is_reporter:
+                real = labels != IGNORE
+                correct = logits[:, : self.num_labels].argmax(-1) == labels
+                sums += torch.stack([self.loss_sum(logits, labels).double(), correct.sum(), real.sum()])
+        loss, correct, images = all_sum(sums).tolist()
+        if images != expected:
+            raise RuntimeError(f"evaluation counted {images:.0f} images instead of {expected}")
+        return {"average_loss": loss / images, "accuracy": correct / images, "images": int(images)}
+
+
+def _no_loss(outputs, micro_batch) -> torch.Tensor:
+    """The pipeline schedule wants a criterion also where nobody reads its value."""
+    return torch.zeros((), device=device())

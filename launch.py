@@ -1,0 +1,290 @@
+"""Start a Python script on several processes, with `colossalai run` or torchrun.
+
+launch.sh calls this file; nobody else needs to.
+
+    launch.py gpus                                      how many GPUs this process may use
+    launch.py port [PORT]                               a free port, or PORT if it is free
+    launch.py hosts FILE                                how many machines a hostfile names
+    launch.py missing FILE [NEEDED...]                  what a requirements file names and is not installed
+    launch.py installed                                 everything installed, as pip constraints
+    launch.py needs PACKAGE                             what an installed package wants and is not installed
+    launch.py colossalai|torchrun OPTIONS -- SCRIPT ARGS...
+
+The last form starts this tree; what stops it travels down it, what is printed travels up:
+
+    launch.py -> `colossalai run`: one child a machine -> shell, or ssh -> agent -> processes
+    launch.py ->                                                           agent -> processes
+
+The agent is torchrun, called by `launch.py agent`. Everything above the agent stops it by
+closing its standard input: that works through ssh, and also when something above it is killed.
+"""
+
+import contextlib
+import ctypes
+import functools
+import importlib
+import importlib.metadata
+import io
+import logging
+import multiprocessing
+import os
+import platform
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+# What describes one machine or one login, and so must not be copied to another machine.
+NOT_COPIED = re.compile(
+    r"(PATH|LD_LIBRARY_PATH|HOME|HOST|HOSTNAME|PWD|OLDPWD|SHLVL|SHELL|USER|LOGNAME|MAIL|TERM|TMPDIR|TMP|TEMP|"
+    r"LANG|DISPLAY|XAUTHORITY|_|(LC|SSH|XDG|DBUS|SLURM|BASH_FUNC)_.*)"
+)
+
+OPTIONAL = {"pytest", "tensorboard"}  # a run goes without them
+SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
+
+
+def fail(message):
+    print(f"launch: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def count_gpus():
+    """GPUs the NVIDIA driver shows this process: exact for CUDA_VISIBLE_DEVICES, and no torch to import."""
+    count = ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver
+        return 0
+    found = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if found else 0
+
+
+def free_port(wanted=0):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", int(wanted)))
+        except (ValueError, OverflowError, OSError) as error:
+            fail(f"MASTER_PORT={wanted} cannot be used ({error}): choose another, or leave it out to get a free one")
+        return probe.getsockname()[1]
+
+
+def count_hosts(path):
+    """`colossalai run` leaves with status 0 at a bad hostfile, so it is read here first."""
+    try:
+        with open(path) as file:
+            hosts = [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        fail(f"HOSTFILE={path} cannot be read: {error.strerror}")
+    if not hosts:
+        fail(f"HOSTFILE={path} names no machine: write one host name a line")
+    for host in hosts:
+        if hosts.count(host) > 1:
+            fail(f"HOSTFILE={path} names {host} twice")
+        try:
+            socket.getaddrinfo(host, None)
+        except (OSError, UnicodeError):
+            fail(f"HOSTFILE={path}: there is no machine called {host!r}")
+    return len(hosts)
+
+
+def version_of(requirement):
+    """Installed version of the package that a requirement such as `torch==2.5.1` names, or None."""
+    try:
+        return importlib.metadata.version(re.match(r"[\w.-]+", requirement)[0])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing(path, *needed):
+    """Print what is missing; or, when a run can do without that, the versions, and leave with status 0."""
+    with open(path) as file:
+        lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
+    absent = [line for line in lines if not version_of(line)]
+    if any(re.match(r"[\w.-]+", line)[0] not in OPTIONAL.difference(needed) for line in absent):
+        print(*absent, sep="\n")
+        raise SystemExit(1)
+    versions = (f"{name} {version_of(name)}" for name in SHOWN)
+    return f"Python {platform.python_version()}, {', '.join(versions)} in {sys.prefix}"
+
+
+def installed():
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
+    return "\n".join(f"{name}=={v}" for name, v in found.items() if name and v and re.fullmatch(r"\d[\w.!+-]*", v))
+
+
+def needs(package):
+    wanted = importlib.metadata.requires(package) or []
+    return "\n".join(line for line in wanted if "extra ==" not in line and not version_of(line))
+
+
+def die_with_parent():
+    """Have the kernel send SIGTERM when the shell script is killed outright."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
+
+
+def run_torchrun(command, stdin):
+    return subprocess.run([sys.executable, __file__, "agent", *command], stdin=stdin).returncode
+
+
+def run_colossalai(options, script, args, stdin, stdin_writer):
+    """`colossalai run`, with what it does to arguments, environment, signals and status put right."""
+    import click
+    import fabric
+    from colossalai.cli import cli
+
+    launcher = importlib.import_module("colossalai.cli.launcher.run")
+    environment = dict(os.environ)
+    failed = multiprocessing.Value("i", 0)
+    pid = os.getpid()
+
+    # It joins the command with blanks for a shell to read: quote every word, and name
+    # the programs and the folder in full, for the PATH of another machine may differ.
+    # Another machine also gets our environment, quoted in the same way.
+    def shell_command(user_script, user_args, _original=launcher.get_launch_command, **kwargs):
+        words = shlex.join(["exec", "env", *copied, sys.executable, __file__, "agent"])
+        line = _original(user_script=shlex.quote(script), user_args=[shlex.quote(a) for a in args], **kwargs)
+        return f"cd {shlex.quote(cwd)} && " + line.replace("torchrun", words, 1)
+
+    cwd = os.getcwd()
+    copied = []
+    if any(option.startswith("--hostfile") for option in options):
+        copied = [f"{name}={value}" for name, value in environment.items() if not NOT_COPIED.fullmatch(name)]
+    launcher.get_launch_command = shell_command
+
+    # It writes `export NAME="VALUE"` for all of os.environ, so a value with $() would run.
+    # Let it see one harmless variable; its children get the true environment by inheritance.
+    def in_child():
+        os.environ.update(environment)
+        os.close(stdin_writer)
+
+    os.environ.clear()
+    os.environ["COLOSSALAI_RUN"] = "1"
+    os.register_at_fork(after_in_child=in_child)
+    os.chdir("/")
+
+    # The agent lives as long as its standard input is open.
+    for method in ("local", "run"):
+        original = getattr(fabric.Connection, method)
+        setattr(fabric.Connection, method, functools.partialmethod(original, in_stream=stdin))
+
+    # It prints tables, and on a failure the whole command. Keep the exit status and real news;
+    # and when one machine fails, stop the others, which would wait for it.
+    def echo(message="", **_):
+        if message.startswith("Error: failed to run"):
+            status = re.findall(r"^Exit code: (\d+)$", message, re.MULTILINE)
+            if status:  # the agent has said why
+                failed.value = failed.value or int(status[-1])
+            else:
+                print("launch:", message.rpartition("exception: ")[2], file=sys.stderr)
+            os.kill(pid, signal.SIGUSR1)
+        elif not re.fullmatch(r"\s*=+ .* =+|\S+: (success|failure|finish)", message):
+            print(message, file=sys.stderr)
+
+    click.echo = echo
+    try:
+        cli(["run", *options, "--", script, *args])
+    except SystemExit as end:
+        if end.code is None:  # how it leaves at its own errors; after a run the status is a number
+            fail("`colossalai run` started nothing")
+        return failed.value or end.code
+    except Exception as error:
+        fail(f"`colossalai run`: {error}")
+
+
+def head(launcher, argv):
+    """Start everything, pass a signal on, and return the exit status."""
+    split = argv.index("--")
+    options, (script, *args) = argv[:split], argv[split + 1 :]
+    received = []
+    reader, writer = os.pipe()
+    pid = os.getpid()
+
+    def stop(signum, _frame):
+        if os.getpid() != pid or received:  # a child, or the second signal
+            return
+        received.append(signum)
+        os.close(writer)
+        if signum != signal.SIGUSR1:
+            print("\nlaunch: stopping; each process may finish its step and save, for 30 s at most", file=sys.stderr)
+
+    if os.getpgrp() != pid:
+        os.setsid()  # Ctrl-C at the terminal then reaches the script alone, and comes once, from there
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a script starts with it ignored
+    die_with_parent()
+    if launcher == "colossalai":
+        with contextlib.redirect_stderr(io.StringIO()):  # about packages that are not used here
+            importlib.import_module("colossalai.cli")  # takes seconds, in which a signal still ends us at once
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, stop)
+    with os.fdopen(reader) as stdin:
+        try:
+            if launcher == "colossalai":
+                code = run_colossalai(options, script, args, stdin, writer)
+            else:
+                code = run_torchrun([*options, script, *args], stdin)
+        finally:
+            stop(signal.SIGUSR1, None)
+    if code and received and received[0] != signal.SIGUSR1:
+        code = 128 + received[0]
+    return code
+
+
+def agent(argv):
+    """torchrun on one machine, told to stop by the end of its standard input, and without its tables."""
+    lifeline = os.dup(0)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the processes inherit
+
+    def watch():
+        while os.read(lifeline, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        # torchrun passes that on, and waits 30 s. But it hears nothing while it waits in C++ for another machine,
+        # before its processes start and after they ended: then there is nothing left to save.
+        while True:
+            time.sleep(1)
+            try:
+                os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:  # no processes
+                os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+    # A kernel's first use calls ninja, which is beside Python, and on the PATH only of an activated environment.
+    os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
+    processes = int(next(a.partition("=")[2] for a in argv if a.startswith("--nproc_per_node=")))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    logging.disable(logging.ERROR)  # the failure is told below, in one line
+
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    try:
+        main(argv)
+    except SignalException as stopped:
+        return 128 + stopped.sigval
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        code = failure.exitcode
+        what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+        print(f"launch: process {rank} {what} on {socket.gethostname()}", file=sys.stderr)
+        return 128 - code if code < 0 else code
+    return 0
+
+
+if __name__ == "__main__":
+    command, *rest = sys.argv[1:]
+    if command == "agent":
+        sys.exit(agent(rest))
+    elif command in ("colossalai", "torchrun"):
+        sys.exit(head(command, rest))
+    else:
+        answers = {"gpus": count_gpus, "port": free_port, "hosts": count_hosts}
+        answers |= {"missing": missing, "installed": installed, "needs": needs}
+        print(answers[command](*rest))

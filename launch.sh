@@ -1,0 +1,176 @@
+# shellcheck shell=bash
+# Sourced by the run scripts. In this order they call
+#
+#   install_environment       find or make a Python environment; sets PYTHON
+#   launch SCRIPT ARGS...     check the settings, then start SCRIPT on GPUNUM processes
+#
+# and may call count_gpus. Nothing here changes directory: paths the user gives stay relative to where they called.
+# Settings, all from the environment:
+#
+#   INSTALL=0        install nothing, check nothing
+#   PYTHON           the interpreter to use, instead of the active environment's
+#   GPUNUM           auto: one GPU, or 2 processes on a machine without; all: every GPU; or a number
+#   LAUNCHER         colossalai (run), or torchrun
+#   MASTER_PORT      default: a free port
+#   LAUNCH_ARGS      further options of the launcher, such as --ssh-port=2222
+#
+# Several machines need this folder and the Python environment at the same paths, and one MASTER_PORT; GPUNUM counts
+# on each. HOSTFILE holds one host a line, reached by ssh without a password; torchrun is started on each machine:
+#
+#   HOSTFILE=hosts MASTER_PORT=29500 bash run_demo.sh
+#   LAUNCHER=torchrun NNODES=2 LAUNCH_ARGS='--nnodes=2 --node_rank=0' MASTER_ADDR=host0 MASTER_PORT=29500 bash run_demo.sh
+
+set -euo pipefail
+HERE=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+
+say() { printf 'launch: %s\n' "$*"; }
+die() {
+  printf 'launch: %s\n' "$*" >&2
+  return 2
+}
+helper() { "$PYTHON" "$HERE/launch.py" "$@"; }
+
+# --- environment -----------------------------------------------------------------------------------------------------
+
+# Sets PYTHON: the active environment, else .venv beside this file (made if need be), else a complete system Python.
+choose_python() {
+  local prefix=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+  if [ -n "${PYTHON:-}" ]; then
+    command -v -- "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is not a program"
+  elif [ -n "$prefix" ]; then
+    PYTHON=$prefix/bin/python
+    [ -x "$PYTHON" ] || die "the active environment has no $PYTHON: make it anew, or deactivate it"
+  elif [ -x "$HERE/.venv/bin/python" ]; then
+    PYTHON=$HERE/.venv/bin/python
+  else
+    PYTHON=$(command -v python3) || die "there is no python3 on the PATH" || return
+    if [ "${INSTALL:-1}" = 0 ] || helper missing "$HERE/requirements.txt" ${NEEDED:+"$NEEDED"} >/dev/null; then return; fi
+    make_venv
+  fi
+}
+
+make_venv() {
+  local candidate
+  for candidate in python3 python3.12 python3.11 python3.10; do # the pinned torch has no build for later ones
+    "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null || continue
+    say "making $HERE/.venv with $candidate"
+    if "$candidate" -m venv "$HERE/.venv" >/dev/null 2>&1; then
+      PYTHON=$HERE/.venv/bin/python
+      return
+    fi
+    rm -rf "$HERE/.venv" # half made, it would be taken for a good one next time
+    die "$candidate cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install" \
+      "python3-venv), or activate an environment of your own"
+    return
+  done
+  die "no Python 3.10, 3.11 or 3.12 on the PATH: install one, or activate an environment that has it"
+}
+
+# An environment that has everything needed is taken as it is, whatever the versions: a GPU machine may have newer
+# builds of torch, and no package registry. NEEDED: an optional package that this script does need.
+install_environment() {
+  local report missing keep status=0
+  choose_python || return
+  [ "${INSTALL:-1}" != 0 ] || return 0
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$PYTHON is not Python 3.10 or later" || return
+  if report=$(helper missing "$HERE/requirements.txt" ${NEEDED:+"$NEEDED"}); then
+    say "$report"
+    return
+  fi
+  mapfile -t missing <<<"$report"
+  say "installing ${#missing[@]} packages and what they need with pip (some minutes, some GB): ${missing[*]%%[<=]*}"
+  keep=$(mktemp)
+  install_missing || status=$?
+  rm -f "$keep"
+  return "$status"
+}
+
+# What is installed stays: $keep pins it. colossalai asks for torch<=2.5.1, so where a torch is present already,
+# colossalai comes alone and the rest of what it needs after it.
+install_missing() {
+  local others
+  helper installed >"$keep" || return
+  if [[ "${missing[*]}" = *colossalai* && "${missing[*]}" != *torch==* ]]; then
+    pip_install --no-deps "$(grep '^colossalai' "$HERE/requirements.txt")" || return
+    others=$(helper needs colossalai) || return
+    mapfile -t missing < <(printf '%s\n' "${missing[@]/colossalai*/}" "$others" | grep .)
+  fi
+  pip_install --constraint "$keep" "${missing[@]}"
+}
+
+pip_install() {
+  local log status=0
+  log=$(mktemp)
+  "$PYTHON" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1 || status=$?
+  if [ "$status" != 0 ]; then
+    tail -n 12 "$log" >&2
+    die "pip could not install into $PYTHON; its last lines are above. Mend that and call again; or use a fresh" \
+      "environment (python3 -m venv NEW; . NEW/bin/activate); or set INSTALL=0 if the packages are there" || true
+  fi
+  rm -f "$log"
+  return "$status"
+}
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+count_gpus() { helper gpus; }
+
+# GPUNUM as a number.
+count_processes() {
+  local gpus wanted=${GPUNUM:-auto}
+  gpus=$(count_gpus) || return
+  case $wanted in
+    auto) wanted=$((gpus ? 1 : 2)) ;;
+    all) wanted=$((gpus ? gpus : 2)) ;;
+    0* | *[!0-9]* | ?????*) die "GPUNUM=$wanted is neither auto nor all nor a number from 1 to 9999" || return ;;
+  esac
+  if [ -z "${HOSTFILE:-}" ] && ((gpus && wanted > gpus)); then
+    die "GPUNUM=$wanted is more than the GPUs this process may use: $gpus" \
+      "${CUDA_VISIBLE_DEVICES:+(CUDA_VISIBLE_DEVICES=$CUDA_VISIBLE_DEVICES)}"
+  else
+    echo "$wanted"
+  fi
+}
+
+# Returns the script's status; 130 or 143 after Ctrl-C or SIGTERM, once every process has saved and ended.
+launch() {
+  local script=$1 launcher=${LAUNCHER:-colossalai} address=${MASTER_ADDR:-} port=${MASTER_PORT:-} nodes=1
+  local processes options extra pid status=0
+  shift
+  [[ $launcher =~ ^(colossalai|torchrun)$ ]] || die "LAUNCHER=$launcher is neither colossalai nor torchrun" || return
+  # The next two reach a shell, by way of `colossalai run`.
+  [[ $address =~ ^[[:alnum:].:_-]*$ ]] || die "MASTER_ADDR=$address is not a host name or address" || return
+  [[ ${LAUNCH_ARGS:-} =~ ^[[:alnum:]\ .,:=_/-]*$ ]] || die "LAUNCH_ARGS=$LAUNCH_ARGS is not a list of options" || return
+  [[ ${NNODES:-1} =~ ^[1-9][0-9]{0,4}$ ]] || die "NNODES=$NNODES is not a number of machines" || return
+  read -ra extra <<<"${LAUNCH_ARGS:-}"
+  processes=$(count_processes) || return
+  options=("--nproc_per_node=$processes" "--master_addr=${address:-127.0.0.1}")
+  if [ -n "${HOSTFILE:-}" ]; then
+    [ "$launcher" = colossalai ] || die "HOSTFILE needs LAUNCHER=colossalai" || return
+    nodes=$(helper hosts "$HOSTFILE") || return
+    options+=("--hostfile=$(realpath -- "$HOSTFILE")")
+  fi
+  nodes=${NNODES:-$nodes}
+  if ((nodes == 1)); then
+    port=$(helper port "${port:-0}") || return
+  elif [ -z "$port" ]; then # what is free here may not be free there
+    die "several machines need MASTER_PORT: a port that is free on the first, the same for all" || return
+  fi
+  options+=("--master_port=$port" ${extra[@]+"${extra[@]}"})
+
+  # All settings are checked together, before anything is started.
+  "$PYTHON" "$script" "$@" --check --world_size "$((processes * nodes))" || return
+
+  # In the background, for bash runs a trap only after a foreground command.
+  "$PYTHON" "$HERE/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
+  pid=$!
+  trap 'kill -TERM "$pid" 2>/dev/null || true' TERM
+  trap 'kill -INT "$pid" 2>/dev/null || true' INT
+  while true; do # a trap ends `wait` early
+    status=0
+    wait "$pid" || status=$?
+    kill -0 "$pid" 2>/dev/null || break
+  done
+  trap - INT TERM
+  return "$status"
+}

@@ -1,0 +1,239 @@
+"""A plugin's name to a ready Booster: the one place where Colossal-AI is set up.
+
+    boosted = boost(model, args, layout)        # -> Boosted(booster, model, optimizer, ...)
+"""
+
+import os
+import resource
+import socket
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from console import silence_colossalai_logger
+from layout import Layout
+
+
+def start_distributed(seed: int) -> None:
+    """Join the process group of this launch (torchrun's environment variables) and pick the device.
+
+    Without a GPU, mends Colossal-AI for the CPU first.
+    """
+    import colossalai
+
+    silence_colossalai_logger()
+    if not torch.cuda.is_available():
+        import cpu_accelerator
+
+        cpu_accelerator.install()
+    # started without a launcher: a group of one
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(_free_port()))
+    colossalai.launch_from_torch(seed=seed, verbose=False)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stop_distributed() -> None:
+    """Leave the process group; a process that just exits makes the others' libraries complain."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def local_processes() -> int:
+    """Processes of this launch on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@dataclass
+class Boosted:
+    """A model and its optimizer under a plugin, and the few things that differ between plugins."""
+
+    booster: object
+    model: nn.Module
+    optimizer: object
+    layout: Layout
+    plugin: str
+    zero_stage: int
+    clip_here: float  # clip to this norm in the train step; 0: the plugin clips by itself, or nothing clips
+    can_defer_sync: bool  # whether all but the last micro-step may skip the gradient reduction
+
+    def no_sync(self):
+        """Context in which a backward pass leaves gradients unreduced (for accumulation)."""
+        if not self.can_defer_sync:
+            return nullcontext()
+        if self.plugin.startswith("torch_ddp"):
+            # the plugin's own no_sync does not look through the mixed-precision wrapper
+            ddp = next(m for m in self.model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
+            return ddp.no_sync()
+        return self.booster.no_sync(self.model, self.optimizer)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Biases, LayerNorms and embeddings are not decayed; matrices are."""
+    decayed, rest = [], []
+    for name, param in model.named_parameters():
+        is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+        (decayed if is_matrix else rest).append(param)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+
+
+def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+    """AdamW: torch's fused kernel, or Colossal-AI's HybridAdam by ``--optimizer hybrid_adam``."""
+    groups, lr = parameter_groups(model, args.weight_decay), args.learning_rate
+    if args.optimizer == "hybrid_adam":
+        from colossalai.nn.optimizer import HybridAdam
+
+        return HybridAdam(groups, lr=lr)
+    if args.plugin == "gemini":
+        from colossalai.zero.gemini import gemini_optimizer
+
+        from adamw import GeminiAdamW
+
+        gemini_optimizer._AVAIL_OPTIM_LIST.add(GeminiAdamW)
+        return GeminiAdamW(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
+
+
+# Loss scale at the first fp16 step. The published runs start at 32 (zero, gemini) and 1 (hybrid_parallel);
+# 1 loses small gradients to underflow, and the library's 2**32 skips the first twenty steps.
+INITIAL_SCALE = 2**8
+
+
+def build_plugin(args, layout: Layout):
+    """-> (plugin, mixed_precision): what Booster takes. ``args`` has been checked by args.py."""
+    from colossalai.booster import plugin as library
+
+    on_gpu = torch.cuda.is_available()
+    if args.plugin in ("torch_ddp", "torch_ddp_fp16"):
+        # gradients live in the reduction buckets: one copy of them, not two
+        plugin = library.TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
+        return plugin, {"fp32": None, "fp16": "fp16", "bf16": _bf16_autocast()}[args.precision]
+    if args.plugin == "low_level_zero":
+        return (
+            library.LowLevelZeroPlugin(
+                stage=args.zero_stage,
+                precision=args.precision,
+                initial_scale=INITIAL_SCALE,
+                max_norm=args.max_norm,
+                cpu_offload=args.offload_optim_frac > 0,
+                overlap_communication=on_gpu and layout.world > 1,  # nothing to overlap with on one GPU
+            ),
+            None,
+        )
+    if args.plugin == "gemini":
+        accumulating = args.gradient_accumulation_steps > 1
+        return (
+            library.GeminiPlugin(
+                precision=args.precision,
+                placement_policy=args.placement_policy,
+                offload_optim_frac=args.offload_optim_frac,
+                offload_param_frac=args.offload_param_frac,
+                enable_gradient_accumulation=accumulating,
+                # models under this size (in 2**20 parameters) are kept whole on each process, and such chunks add
+                # up wrongly when gradients accumulate (`chunk/manager.py`, rearrange_accumulated_grad_chunk)
+                min_chunk_size_m=0 if accumulating else 32,
+                search_range_m=2,  # the default of 32 searches for seconds and saves under 1 % of memory
+                enable_async_reduce=on_gpu,
+                pin_memory=on_gpu,
+                initial_scale=INITIAL_SCALE,
+                max_norm=args.max_norm,
+            ),
+            None,
+        )
+    return (
+        library.HybridParallelPlugin(
+            tp_size=layout.tp,
+            pp_size=layout.pp,
+            num_microbatches=args.num_microbatches * args.gradient_accumulation_steps if layout.pp > 1 else None,
+            zero_stage=args.zero_stage,
+            precision=args.precision,
+            initial_scale=INITIAL_SCALE,
+            max_norm=args.max_norm,
+            cpu_offload=args.offload_optim_frac > 0,
+            overlap_communication=on_gpu,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+        ),
+        None,
+    )
+
+
+def _bf16_autocast():
+    """Booster's own BF16MixedPrecision is abstract (`booster/mixed_precision/bf16.py`); this is autocast."""
+    from colossalai.booster.mixed_precision import MixedPrecision
+    from colossalai.interface import ModelWrapper
+
+    class AutocastModel(ModelWrapper):
+        def forward(self, *args, **kwargs):
+            with torch.autocast(device().type, dtype=torch.bfloat16):
+                return self.module(*args, **kwargs)
+
+    class Autocast(MixedPrecision):
+        def configure(self, model, optimizer=None, criterion=None):
+            return AutocastModel(model), optimizer, criterion
+
+    return Autocast()
+
+
+
+def boost(model: nn.Module, args, layout: Layout) -> Boosted:
+    """Shard, wrap and cast ``model`` as ``args.plugin`` does. Collective: every process calls it."""
+    from colossalai.booster import Booster
+
+    if args.grad_checkpoint:
+        # Gemini swaps parameter storage under hooks that only the re-entrant form runs again
+        model.gradient_checkpointing_enable({"use_reentrant": args.plugin == "gemini"})
+    if args.compile:
+        # layer by layer: they are alike, so the first one's kernels serve them all
+        for layer in model.vit.encoder.layer:
+            layer.compile()
+    plugin, mixed_precision = build_plugin(args, layout)
+    optimizer = build_optimizer(model, args)
+    booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    ddp = args.plugin.startswith("torch_ddp")
+    return Boosted(
+        booster=booster,
+        model=model,
+        optimizer=optimizer,
+        layout=layout,
+        plugin=args.plugin,
+        zero_stage=args.zero_stage,
+        clip_here=args.max_norm if ddp else 0.0,
+        can_defer_sync=ddp or (args.plugin in ("low_level_zero", "hybrid_parallel") and args.zero_stage < 2),
+    )
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def all_max(values: torch.Tensor) -> torch.Tensor:
+    """Maximum over all processes, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+def peak_memory() -> float:
+    """GiB: the most that any process has had allocated on its GPU so far; without a GPU, its resident set. Collective."""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return all_max(torch.tensor(peak / 2**30, device=device())).item()

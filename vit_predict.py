@@ -1,0 +1,98 @@
+"""Classify images with a fine-tuned model: `python vit_predict.py --model ./output_model IMAGE_OR_FOLDER ...`"""
+
+import argparse
+import csv
+import json
+import sys
+from pathlib import Path
+
+import console
+
+console.silence_libraries()
+
+
+def parse(argv=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders searched for them")
+    parser.add_argument("--model", default="./output_model", help="folder written by vit_train_demo.py or train.py, or a hub name")
+    parser.add_argument("--topk", type=int, default=1, help="classes listed per image")
+    parser.add_argument("--format", choices=("table", "json", "csv"), default="table")
+    parser.add_argument("--batch_size", type=int, default=32)
+    args = parser.parse_args(argv)
+    for flag in ("topk", "batch_size"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag} {getattr(args, flag)}: must be a whole number >= 1")
+    return args
+
+
+def find_images(paths: list[str]) -> list[Path]:
+    """Files as they are, folders searched in depth by image suffix."""
+    from data import IMAGE_SUFFIXES
+
+    found = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        else:
+            found.append(path)
+    return found
+
+
+def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
+    """Yield (path, [(label, probability), ...] best first) or (path, error message), in order."""
+    import torch
+    from transformers import AutoImageProcessor, ViTForImageClassification
+
+    from data import open_image
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = ViTForImageClassification.from_pretrained(model_path).eval().to(device)
+    processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
+    topk = min(topk, model.config.num_labels)
+    for start in range(0, len(images), batch_size):
+        opened, results = [], {}
+        for path in images[start : start + batch_size]:
+            try:
+                opened.append((path, open_image(path)))
+            except Exception as error:  # PIL raises many kinds on a damaged file
+                results[path] = f"cannot be read: {error}"
+        if opened:
+            inputs = processor([image for _, image in opened], return_tensors="pt").to(device)
+            with torch.inference_mode():
+                best = model(**inputs).logits.float().softmax(-1).topk(topk)
+            for (path, _), values, indices in zip(opened, best.values.tolist(), best.indices.tolist()):
+                results[path] = [(model.config.id2label[i], p) for i, p in zip(indices, values)]
+        for path in images[start : start + batch_size]:
+            yield path, results[path]
+
+
+def main(argv=None) -> int:
+    args = parse(argv)
+    if not Path(args.model).is_dir() and args.model.count("/") != 1 or args.model.startswith("."):
+        if not (Path(args.model) / "config.json").exists():
+            console.fail(f"--model {args.model}: no such model folder (bash run_demo.sh writes ./output_model)")
+    images = find_images(args.images)
+    if not images:
+        console.fail(f"no images under {', '.join(args.images)}")
+    rows, bad = [], 0
+    for path, result in predict(args.model, images, args.topk, args.batch_size):
+        if isinstance(result, str):
+            bad += 1
+            print(f"{path}: {result}", file=sys.stderr)
+        else:
+            rows.append((str(path), result))
+    if args.format == "json":
+        print(json.dumps([{"image": p, "predictions": [{"label": n, "probability": q} for n, q in r]} for p, r in rows], indent=1))
+    elif args.format == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerow(["image", "rank", "label", "probability"])
+        writer.writerows([p, i + 1, n, f"{q:.6f}"] for p, r in rows for i, (n, q) in enumerate(r))
+    else:
+        width = max((len(p) for p, _ in rows), default=0)
+        for path, result in rows:
+            print(f"{path:<{width}}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in result))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

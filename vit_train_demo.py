@@ -1,0 +1,221 @@
+"""Fine-tune a Vision Transformer with a Colossal-AI plugin chosen by name. `bash run_demo.sh` launches it.
+
+In order: check the settings, join the processes, read the images, build and boost the model, then epoch by epoch
+train, evaluate and save; at the end the best epoch is tested and exported.
+"""
+
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import console
+
+console.silence_libraries()  # before anything imports colossalai or transformers
+
+from args import command_line, parse_finetune  # noqa: E402
+from console import fail, rank, say  # noqa: E402
+
+
+def main() -> None:
+    args = parse_finetune()  # bad settings end here, before the slow imports
+
+    import torch
+
+    import checkpoint as ckpt
+    import data
+    import model as vit
+    import report
+    from engine import Engine, EpochProgress, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
+    from plugins import boost, local_processes, peak_memory, start_distributed, stop_distributed
+
+    with SignalFlag() as stop:
+        start_distributed(args.seed)
+        started = time.perf_counter()
+        layout = args.layout
+        output = Path(args.output_path)
+
+        # ---- data and model
+        try:
+            images = data.load_data(args)
+            torch.manual_seed(args.seed)
+            loaded = vit.load_model(args.model_name_or_path, images.label_names, layout.tp, args.image_size)
+            resize = data.Resize(loaded.processor.size["height"], int(loaded.processor.resample))
+            augment = data.Augment(resize.size, args.seed, resize.resample) if args.augment else None
+            images, decoded_bytes = data.decode(images, resize, augment, args, local_processes())
+        except (ValueError, OSError) as error:
+            fail(str(error))
+        args.notes += images.notes + loaded.notes
+        config = loaded.model.config
+
+        # ---- plan
+        schedule = data.Schedule(
+            len(images.train), args.batch_size, args.gradient_accumulation_steps, layout, args.seed
+        )
+        total_steps = schedule.steps * args.num_epoch
+        warmup_steps = round(total_steps * args.warmup_ratio)
+        peak_lr = args.learning_rate * (layout.dp if args.scale_lr else 1)
+        if len(images.train) < schedule.per_step:
+            args.notes.append(f"{len(images.train)} training images are fewer than a step's {schedule.per_step}: every step sees all of them")
+        say(f"\n{args.model_name_or_path} on {args.dataset}")
+        say(f"  layout    {layout}; plugin {args.plugin}, {args.precision}, preset {args.preset}"
+            + ", gradient checkpointing" * args.grad_checkpoint
+            + f", {args.offload_optim_frac:.0%} of optimizer states offloaded" * (args.offload_optim_frac > 0)
+            + f", {args.num_microbatches} micro-batches" * (layout.pp > 1))  # fmt: skip
+        say(f"  data      {', '.join(f'{s.name} {len(s)}' for s in images.splits())} images of {len(images.label_names)} classes, {resize.size} px; "
+            + (f"{decoded_bytes / 2**20:.0f} MiB decoded in each process" if decoded_bytes else "decoded as they are used (--data_memory)"))  # fmt: skip
+        say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images "
+            f"(batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x dp {layout.dp})")  # fmt: skip
+        say(f"  learning  rate {peak_lr:.3g}" + f" ({args.learning_rate:.3g} x dp {layout.dp}; --no-scale_lr keeps it)" * (args.scale_lr and layout.dp > 1)
+            + f", warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {args.seed}")  # fmt: skip
+        say(f"  model     {sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters")
+        for note in args.notes:
+            say(f"  note      {note}")
+        if args.dry_run:
+            say("dry run: nothing was trained or written")
+            return stop_distributed()
+
+        # ---- boost
+        boosted = boost(loaded.model, args, layout)
+        normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
+        engine = Engine(boosted, len(images.label_names), normalize)
+        workers = args.num_workers if args.num_workers is not None else data.auto_workers(images, augment, local_processes())
+
+        def evaluate(split: data.Split) -> dict:
+            order = data.evaluation_order(len(split), schedule.rows, layout)
+            plain = data.Batches(split, resize, None, args.skip_bad_images)
+            return engine.evaluate(iter(data.make_loader(plain, order, 0 if split.resized is not None else workers)), len(split))
+
+        if args.eval_only:
+            for split in (images.validation, images.test):
+                if split is not None:
+                    result = evaluate(split)
+                    say(f"{split.name}: average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f} ({result['images']} images)")
+            return stop_distributed()
+
+        # ---- output folder, or the run to go on with
+        checkpoints = ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints)
+        rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": ckpt.settings_of(args)}]
+        progress, first_epoch, first_step, best_step = EpochProgress(), 0, 0, None
+        try:
+            found = checkpoints.find(args.resume) if args.resume else None
+            if found:
+                meta = ckpt.read_meta(found)
+                ckpt.check_settings(found, meta, args)
+                ckpt.load(found, boosted, meta)
+                rows += meta["rows"]
+                best_step = meta["best_step"]
+                progress = EpochProgress(**meta["progress"])
+                first_epoch = meta["epoch"]
+                # the position is kept in images, so that another number of processes finds its place
+                first_step = -(-progress.images // schedule.per_step)
+                say(f"  resumed   {found}, epoch {first_epoch + 1}, step {first_step} of {schedule.steps}")
+            elif args.resume:
+                say("  note      --resume auto: no checkpoint found, starting from the beginning")
+        except ckpt.CheckpointError as error:
+            fail(str(error))
+        if rank() == 0:
+            if args.overwrite_output and output.exists():
+                ckpt.empty_run_folder(output)
+            output.mkdir(parents=True, exist_ok=True)
+            report.write_rows(output / "metrics.jsonl", rows)
+        writer = report.tensorboard_writer(output) if args.tensorboard and rank() == 0 else None
+
+        def lr_at(step: int) -> float:
+            return learning_rate(step, total_steps, warmup_steps, peak_lr)
+
+        def save(step: int, epoch: int) -> None:
+            meta = dict(
+                step=step, epoch=epoch, progress=vars(progress), rows=rows[1:], best_step=best_step,
+                processes=layout.world, settings=ckpt.settings_of(args),
+            )  # fmt: skip
+            checkpoints.save(boosted, meta)
+
+        # ---- train
+        order = itertools.chain.from_iterable(
+            schedule.batches(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, args.num_epoch)
+        )
+        training_set = data.Batches(images.train, resize, augment, args.skip_bad_images)
+        batches = iter(data.make_loader(training_set, order, workers))
+        say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
+        best = max((row for row in rows if row["kind"] == "epoch"), key=_quality, default=None)
+        try:
+            for epoch in range(first_epoch, args.num_epoch):
+                done = epoch * schedule.steps
+                engine.train_epoch(
+                    (list(itertools.islice(batches, schedule.batches_per_step)) for _ in itertools.count()),
+                    schedule.images_per_step[first_step:],
+                    lr_at,
+                    first_step=done + first_step,
+                    progress=progress,
+                    label=f"epoch {epoch + 1}/{args.num_epoch}",
+                    stop=stop,
+                    save_every=args.checkpoint_steps,
+                    save=lambda step: save(step, epoch),
+                )
+                evaluated_at = time.perf_counter()
+                result = evaluate(images.validation)
+                row = {
+                    "kind": "epoch", "epoch": epoch + 1, **result, "train_loss": progress.loss_sum / progress.images,
+                    "learning_rate": lr_at(done + schedule.steps - 1), "seconds": progress.seconds,
+                    "steps_per_second": progress.steps / progress.seconds,
+                    "images_per_second": progress.images / progress.seconds,
+                    "evaluation_seconds": time.perf_counter() - evaluated_at, "peak_memory_gib": peak_memory(),
+                }  # fmt: skip
+                row["best"] = best is None or _quality(row) > _quality(best)
+                rows.append(row)
+                if row["best"]:
+                    if best is not None:
+                        best["best"] = False
+                    best, best_step = row, done + schedule.steps
+                progress, first_step = EpochProgress(), 0
+                save(done + schedule.steps, epoch + 1)
+                if rank() == 0:
+                    report.write_rows(output / "metrics.jsonl", rows)
+                    report.log_epoch(writer, row)
+                # the published form, then what it does not say
+                say(f"Evaluation result for epoch {epoch + 1}: average_loss={row['average_loss']:.4f}, accuracy={row['accuracy']:.4f}."
+                    f"  (train loss {row['train_loss']:.4f}, {row['steps_per_second']:.2f} it/s, {row['images_per_second']:.0f} images/s, "
+                    f"{row['seconds']:.1f} s, peak memory {row['peak_memory_gib']:.2f} GiB)")  # fmt: skip
+        except Stopped as stopped:
+            step = epoch * schedule.steps + progress.steps
+            save(step, epoch)
+            say(f"stopped by signal {stopped.signum} after step {step}; checkpoint saved: continue with --resume auto")
+            stop_distributed()
+            sys.exit(128 + stopped.signum)
+        except NonFiniteLoss as error:
+            kept = f" The last checkpoint in {checkpoints.root} is from before." if checkpoints.steps() else ""
+            stop_distributed()
+            fail(f"{error}.{kept}", code=1)
+
+        # ---- the best epoch: test it once, export it
+        if best_step != args.num_epoch * schedule.steps:
+            path = checkpoints.path(best_step)
+            ckpt.load(path, boosted, ckpt.read_meta(path))
+        if images.test is not None:
+            result = evaluate(images.test)
+            rows.append({"kind": "test", "epoch": best["epoch"], **result})
+            say(f"Test result of epoch {best['epoch']}: average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f} ({result['images']} images)")
+        weights = ckpt.full_weights(boosted, output)
+        rows.append({"kind": "end", "seconds": time.perf_counter() - started})
+        if rank() == 0:
+            vit.export(weights, config, loaded.processor, output)
+            report.write_rows(output / "metrics.jsonl", rows)
+            report.epoch_chart(rows, output / "metrics.png", f"{Path(args.model_name_or_path).name} on {Path(args.dataset).name}, {args.plugin} {args.precision}")
+            settings = ckpt.settings_of(args) | {"preset": args.preset}
+            report.write_atomically(output / "README.md", report.model_card(rows, settings, images.label_names))
+            if args.keep_checkpoints == 0:
+                ckpt.remove(checkpoints.root)
+            if writer is not None:
+                writer.close()
+        say(f"\nbest epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s in all): python vit_predict.py --model {output} IMAGE_OR_FOLDER")
+        stop_distributed()
+
+
+def _quality(row: dict) -> tuple[float, float]:
+    """Higher is better: accuracy, then the lower loss."""
+    return row["accuracy"], -row["average_loss"]
+
+
+if __name__ == "__main__":
+    main()
