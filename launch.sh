@@ -18,7 +18,8 @@
 # on each. HOSTFILE holds one host a line, reached by ssh without a password; torchrun is started on each machine:
 #
 #   HOSTFILE=hosts MASTER_PORT=29500 bash run_demo.sh
-#   LAUNCHER=torchrun NNODES=2 LAUNCH_ARGS='--nnodes=2 --node_rank=0' MASTER_ADDR=host0 MASTER_PORT=29500 bash run_demo.sh
+#   LAUNCHER=torchrun NNODES=2 LAUNCH_ARGS='--nnodes=2 --node_rank=0' \
+#     MASTER_ADDR=host0 MASTER_PORT=29500 bash run_demo.sh
 
 set -euo pipefail
 HERE=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -29,6 +30,7 @@ die() {
   return 2
 }
 helper() { "$PYTHON" "$HERE/launch.py" "$@"; }
+missing_packages() { helper missing "$HERE/requirements.txt" ${NEEDED:+"$NEEDED"}; }
 
 # --- environment -----------------------------------------------------------------------------------------------------
 
@@ -44,8 +46,7 @@ choose_python() {
     PYTHON=$HERE/.venv/bin/python
   else
     PYTHON=$(command -v python3) || die "there is no python3 on the PATH" || return
-    if [ "${INSTALL:-1}" = 0 ] || helper missing "$HERE/requirements.txt" ${NEEDED:+"$NEEDED"} >/dev/null; then return; fi
-    make_venv
+    [ "${INSTALL:-1}" = 0 ] || missing_packages >/dev/null || make_venv
   fi
 }
 
@@ -73,7 +74,7 @@ install_environment() {
   choose_python || return
   [ "${INSTALL:-1}" != 0 ] || return 0
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$PYTHON is not Python 3.10 or later" || return
-  if report=$(helper missing "$HERE/requirements.txt" ${NEEDED:+"$NEEDED"}); then
+  if report=$(missing_packages); then
     say "$report"
     return
   fi

@@ -9,7 +9,7 @@ export CUDA_VISIBLE_DEVICES='' # two processes, whatever GPUs there are
 NEEDED=pytest install_environment
 
 status=0
-"$PYTHON" -m pytest -q --rootdir "$HERE" "$HERE/tests" "$@" || status=$?
+PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m pytest -q --rootdir "$HERE" "$HERE/tests" "$@" || status=$?
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

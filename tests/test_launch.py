@@ -261,7 +261,8 @@ for word in sys.argv[2:]:
         package = site / f"{match[1]}-{match[2] or 1}.dist-info"
         package.mkdir()
         wants = "Requires-Dist: torch<=2.5.1\\nRequires-Dist: fabric\\n" if match[1] == "colossalai" else ""
-        (package / "METADATA").write_text(f"Metadata-Version: 2.1\\nName: {match[1]}\\nVersion: {match[2] or 1}\\n{wants}")
+        head = f"Metadata-Version: 2.1\\nName: {match[1]}\\nVersion: {match[2] or 1}\\n"
+        (package / "METADATA").write_text(head + wants)
 """
 
 
