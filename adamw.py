@@ -23,22 +23,44 @@ class GeminiAdamW(torch.optim.Optimizer):
     def step(self, closure=None, div_scale: float = -1) -> None:
         """One update. ``div_scale`` divides the gradients (loss scale x clipping factor); -1 means 1."""
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.state[param]
-                if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-                # one tensor at a time, so that only one gradient at a time is held in fp32
-                grad = param.grad.float()
-                if div_scale > 0:
-                    grad.div_(div_scale)
-                state["step"] += 1
+            for params in _batched([param for param in group["params"] if param.grad is not None]):
+                states = [self._state(param) for param in params]
+                torch._foreach_add_([state["step"] for state in states], 1)
+                scale = torch.tensor(float(div_scale), device=params[0].device) if div_scale > 0 else None
                 torch._fused_adamw_(
-                    [param.data], [grad], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-                    lr=group["lr"], beta1=beta1, beta2=beta2, weight_decay=group["weight_decay"], eps=group["eps"],
-                    amsgrad=False, maximize=False,
-                )  # fmt: skip
+                    [param.data for param in params],
+                    [param.grad.float() for param in params],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [],
+                    [state["step"] for state in states],
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                    grad_scale=scale,
+                )
+
+    def _state(self, param: torch.Tensor) -> dict:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state
+
+
+def _batched(params: list[torch.Tensor], elements: int = 2**23):
+    """Split into lists on one device of about ``elements`` each: few kernels, and few gradients in fp32 at a time."""
+    batch, size = [], 0
+    for param in params:
+        if batch and (size + param.numel() > elements or param.device != batch[0].device):
+            yield batch
+            batch, size = [], 0
+        batch.append(param)
+        size += param.numel()
+    if batch:
+        yield batch

@@ -23,6 +23,7 @@ PLUGINS = {  # plugin -> the precisions it can do, its published one first
     "low_level_zero": ("fp16", "bf16", "fp32"),
     "gemini": ("fp16", "bf16"),
     "hybrid_parallel": ("fp16", "bf16", "fp32"),
+    "none": ("fp32", "fp16", "bf16"),  # plain PyTorch, the reference
 }
 
 OFFLINE_CHOICES = (
@@ -70,6 +71,17 @@ class Parser(argparse.ArgumentParser):
 
         self.add_argument(flag, type=convert, metavar=kind.__name__.upper(), **kwargs)
 
+    def numbers(self, flag: str, kind, low, default, **kwargs):
+        """A flag for one or more bounded numbers."""
+
+        def convert(text: str):
+            if not text.isdigit() or kind(text) < low:
+                self.problems.append(f"{flag} {text}: must be whole numbers >= {low}")
+                return default[0]
+            return kind(text)
+
+        self.add_argument(flag, type=convert, nargs="+", default=default, metavar=kind.__name__.upper(), **kwargs)
+
     def choice(self, flag: str, choices, auto=False, **kwargs):
         """A flag for one of ``choices``."""
 
@@ -113,6 +125,7 @@ def add_parallel_flags(parser: Parser) -> None:
     parser.choice("--optimizer", ("adamw", "hybrid_adam"), default="adamw", help="torch's fused AdamW, or Colossal-AI's HybridAdam (compiles its kernels at first use)")  # fmt: skip
     parser.switch("--grad_checkpoint", default=None, help="recompute activations in the backward pass (default: the preset's)")  # fmt: skip
     parser.switch("--compile", default=False, help="torch.compile each transformer layer")
+    parser.switch("--cuda_graphs", default=False, help="compile the whole model and replay it as CUDA graphs: for small batches, where starting kernels takes longer than running them")  # fmt: skip
     parser.number("--max_norm", float, low=0, default=0.0, help="clip gradients to this norm; 0: no clipping")
     parser.number("--gradient_accumulation_steps", int, low=1, default=1, help="batches summed up into one step")
     parser.number("--world_size", int, low=1, help="processes this will run on; known by itself inside a launch")
@@ -251,7 +264,7 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
             problems.append(f"--{flag} {getattr(args, flag)}: there is no GPU to offload from; set it to 0")
     if args.offload_param_frac and args.plugin != "gemini":
         problems.append(f"--offload_param_frac {args.offload_param_frac}: only gemini offloads parameters")
-    if args.offload_optim_frac and args.plugin.startswith("torch_ddp"):
+    if args.offload_optim_frac and args.plugin in ("torch_ddp", "torch_ddp_fp16", "none"):
         problems.append(f"--offload_optim_frac {args.offload_optim_frac}: {args.plugin} keeps all its states; use low_level_zero or gemini")
     if hybrid and args.offload_optim_frac and not args.zero_stage:
         problems.append(f"--offload_optim_frac {args.offload_optim_frac}: hybrid_parallel offloads with --zero_stage 1 or 2 only")
@@ -262,7 +275,12 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
             problems.append("--optimizer hybrid_adam: its kernels need a GPU; use adamw")
         elif args.plugin == "gemini" and args.precision == "bf16" and args.max_norm and args.offload_optim_frac:
             problems.append("--max_norm with --optimizer hybrid_adam, bf16 and offload: the library skips the clipping; use --optimizer adamw")  # fmt: skip
-    if args.compile:
+    if args.cuda_graphs:
+        if not gpus:
+            problems.append("--cuda_graphs: needs a GPU; leave it out")
+        if args.gradient_accumulation_steps > 1 or args.pp_size > 1 or args.grad_checkpoint:
+            problems.append("--cuda_graphs: a graph runs a whole batch at once; without accumulation, pipeline and --grad_checkpoint (PRESET=fast)")  # fmt: skip
+    if args.compile or args.cuda_graphs:
         if args.plugin == "gemini":
             problems.append("--compile: gemini swaps parameter storage under the compiler; use another plugin")
         elif args.tp_size > 1:
@@ -401,6 +419,56 @@ def check_output(args, problems: list[str]) -> None:
         problems.append(f"--resume {args.resume}: no such checkpoint folder (or use `auto`)")
     if args.resume and args.overwrite_output:
         problems.append("--resume with --overwrite_output: one keeps the run, the other removes it; give one of them")
+
+
+def benchmark_parser() -> Parser:
+    parser = Parser(prog="vit_benchmark.py", description="Measure a plugin's training speed and memory on synthetic images.")
+    parser.text("--model_name_or_path", auto=True, help="known ViT name or preset; random weights, no hub (default: google/vit-base-patch16-224 with a GPU, vit-demo without)")  # fmt: skip
+    parser.choice("--plugin", tuple(PLUGINS), default="gemini", help="none: plain PyTorch")
+    add_parallel_flags(parser)
+    parser.numbers("--batch_size", int, low=1, default=[8, 32], help="one or more; images per data-parallel group and step")
+    parser.number("--image_size", int, low=8, help="pixels (default: the model's)")
+    parser.number("--num_labels", int, low=2, default=1000, help="size of the classifier")
+    parser.number("--learning_rate", float, above=0, default=1e-4, help="constant, used")
+    parser.number("--weight_decay", float, low=0, default=0.05, help="used")
+    parser.number("--warmup_steps", int, low=1, auto=True, help="steps before the clock starts (default: 10; 2 without a GPU)")  # fmt: skip
+    parser.number("--window_steps", int, low=1, auto=True, help="steps per timed window (default: 10; 3 without a GPU)")
+    parser.number("--windows", int, low=1, auto=True, help="timed windows; the median is reported (default: 5; 3 without a GPU)")
+    parser.number("--mem_cap", float, above=0, help="GiB of each GPU that may be used (default: all)")
+    parser.number("--seed", int, low=0, high=2**31 - 1, default=42, help="of weights and images")
+    parser.text("--results", default="./benchmark_results/rows.jsonl", help="file to append one JSON row per case to")
+    parser.switch("--remeasure", default=False, help="measure cases again that the results hold already")
+    return parser
+
+
+def parse_benchmark(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings of vit_benchmark.py.
+
+    A wrong flag ends the program, as everywhere. A case that is well said but impossible here (a layout, a
+    precision) is a result: it is returned in ``args.impossible``, batch size -> reason.
+    """
+    parser = benchmark_parser()
+    args = parser.parse(argv)
+    problems = parser.problems
+    gpus = gpu_count()
+    if args.model_name_or_path is None:
+        args.model_name_or_path = "google/vit-base-patch16-224" if gpus else "vit-demo"
+    if known_architecture(args.model_name_or_path) is None:
+        problems.append(f"--model_name_or_path {args.model_name_or_path}: unknown; known are the presets {', '.join(PRESETS)}, also with an owner as on the hub")
+    for name, with_gpu, without in (("warmup_steps", 10, 2), ("window_steps", 10, 3), ("windows", 5, 3)):
+        if getattr(args, name) is None:
+            setattr(args, name, with_gpu if gpus else without)
+    if problems:
+        fail(*problems)
+    args.cases, args.impossible = [], {}
+    for batch_size in args.batch_size:
+        case, reasons = argparse.Namespace(**vars(args) | {"batch_size": batch_size, "notes": []}), []
+        resolve_parallel(case, reasons, gpus)
+        check_model(case, reasons)
+        args.cases.append(case)
+        if reasons:
+            args.impossible[batch_size] = "; ".join(reasons)
+    return args
 
 
 def command_line() -> str:

@@ -51,11 +51,11 @@ def silence_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # a library's warning tells its developer something; ours are printed with say()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # data workers and compile workers
-    for name in ("bitsandbytes", "colossalai", "datasets", "torch.distributed", "torch.utils.checkpoint"):
+    for name in (None, "bitsandbytes", "colossalai", "datasets", "torch.distributed", "torch.utils.checkpoint"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 

@@ -46,9 +46,9 @@ class Normalize:
     std: tuple[float, float, float]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean = torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        mean = 255 * torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
+        std = 255 * torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
+        return pixels.float().sub_(mean).div_(std)  # in place: one float copy of the batch, not three
 
 
 @dataclass
@@ -200,7 +200,7 @@ class Engine:
             progress.seconds += elapsed
             bar.update(len(losses))
             bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr_at(step):.2e}, {sum(counts) / elapsed:.0f} images/s")
-            if signum and not last:
+            if signum:
                 bar.close()
                 raise Stopped(signum)
             if save_now:

@@ -15,6 +15,13 @@ from torch import nn
 
 from console import silence_colossalai_logger
 from layout import Layout
+from speedups import remove_waits
+
+
+def import_libraries() -> None:
+    """The slow imports (4 to 10 s), in one place, so that what comes after them can be timed by itself."""
+    import colossalai.booster.plugin
+    import transformers.models.vit.modeling_vit  # noqa: F401
 
 
 def start_distributed(seed: int) -> None:
@@ -58,6 +65,9 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+DDP = ("torch_ddp", "torch_ddp_fp16", "none")  # every process holds the whole model and optimizer
+
+
 @dataclass
 class Boosted:
     """A model and its optimizer under a plugin, and the few things that differ between plugins."""
@@ -75,10 +85,10 @@ class Boosted:
         """Context in which a backward pass leaves gradients unreduced (for accumulation)."""
         if not self.can_defer_sync:
             return nullcontext()
-        if self.plugin.startswith("torch_ddp"):
+        if self.plugin in DDP:
             # the plugin's own no_sync does not look through the mixed-precision wrapper
-            ddp = next(m for m in self.model.modules() if isinstance(m, nn.parallel.DistributedDataParallel))
-            return ddp.no_sync()
+            ddp = next((m for m in self.model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+            return ddp.no_sync() if ddp is not None else nullcontext()
         return self.booster.no_sync(self.model, self.optimizer)
 
 
@@ -113,15 +123,70 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
 INITIAL_SCALE = 2**8
 
 
+class PlainOptimizer:
+    """What Booster's optimizer wrappers offer, around a plain torch optimizer: the reference the plugins are held against."""
+
+    def __init__(self, optim: torch.optim.Optimizer, fp16: bool):
+        self.optim = optim
+        self.param_groups = optim.param_groups
+        self.scaler = torch.amp.GradScaler(device().type, enabled=fp16)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def clip_grad_by_norm(self, max_norm: float) -> None:
+        self.scaler.unscale_(self.optim)
+        nn.utils.clip_grad_norm_([p for group in self.param_groups for p in group["params"]], max_norm)
+
+    def step(self) -> None:
+        self.scaler.step(self.optim)
+        self.scaler.update()
+
+    def zero_grad(self) -> None:
+        self.optim.zero_grad()
+
+
+class PlainModel(nn.Module):
+    """autocast around a model (DistributedDataParallel when there are several processes)."""
+
+    def __init__(self, module: nn.Module, precision: str, parallel: bool):
+        super().__init__()
+        module = module.to(device())
+        self.module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True) if parallel else module
+        self.dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+    def unwrap(self) -> nn.Module:
+        return self.module.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else self.module
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast(device().type, dtype=self.dtype) if self.dtype else nullcontext():
+            return self.module(*args, **kwargs)
+
+
+class PlainBooster:
+    """PyTorch without Colossal-AI (`--plugin none`), behind the two Booster calls that the engine makes."""
+
+    plugin = None
+
+    def backward(self, loss: torch.Tensor, optimizer: PlainOptimizer) -> None:
+        optimizer.backward(loss)
+
+    def save_model(self, model: PlainModel, path: str, shard: bool = False) -> None:
+        if dist.get_rank() == 0:
+            torch.save(model.unwrap().state_dict(), path)
+
+
 def build_plugin(args, layout: Layout):
     """-> (plugin, mixed_precision): what Booster takes. ``args`` has been checked by args.py."""
     from colossalai.booster import plugin as library
+    from colossalai.booster.mixed_precision import FP16TorchMixedPrecision
 
     on_gpu = torch.cuda.is_available()
     if args.plugin in ("torch_ddp", "torch_ddp_fp16"):
         # gradients live in the reduction buckets: one copy of them, not two
         plugin = library.TorchDDPPlugin(broadcast_buffers=False, gradient_as_bucket_view=True)
-        return plugin, {"fp32": None, "fp16": "fp16", "bf16": _bf16_autocast()}[args.precision]
+        fp16 = FP16TorchMixedPrecision(init_scale=INITIAL_SCALE)  # its own 2**16 skips the first steps
+        return plugin, {"fp32": None, "fp16": fp16, "bf16": _bf16_autocast()}[args.precision]
     if args.plugin == "low_level_zero":
         return (
             library.LowLevelZeroPlugin(
@@ -195,17 +260,25 @@ def boost(model: nn.Module, args, layout: Layout) -> Boosted:
     from colossalai.booster import Booster
 
     if args.grad_checkpoint:
-        # Gemini swaps parameter storage under hooks that only the re-entrant form runs again
-        model.gradient_checkpointing_enable({"use_reentrant": args.plugin == "gemini"})
-    if args.compile:
+        # the re-entrant form costs the CPU less; Gemini's hooks know no other
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    if args.cuda_graphs:
+        # the whole model, for a graph is worth the more the less is left between graphs
+        model.compile(mode="reduce-overhead", dynamic=False)
+    elif args.compile:
         # layer by layer: they are alike, so the first one's kernels serve them all
         for layer in model.vit.encoder.layer:
-            layer.compile()
-    plugin, mixed_precision = build_plugin(args, layout)
-    optimizer = build_optimizer(model, args)
-    booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
-    model, optimizer, *_ = booster.boost(model, optimizer)
-    ddp = args.plugin.startswith("torch_ddp")
+            layer.compile(dynamic=False)
+    if args.plugin == "none":
+        booster, model = PlainBooster(), PlainModel(model, args.precision, parallel=layout.world > 1)
+        optimizer = PlainOptimizer(build_optimizer(model, args), fp16=args.precision == "fp16")
+    else:
+        plugin, mixed_precision = build_plugin(args, layout)
+        optimizer = build_optimizer(model, args)
+        booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
+        model, optimizer, *_ = booster.boost(model, optimizer)
+        remove_waits(optimizer, clips=args.max_norm > 0)
+    ddp = args.plugin in DDP
     return Boosted(
         booster=booster,
         model=model,

@@ -1,8 +1,13 @@
-"""What a run leaves behind for people: metrics.jsonl, charts, tables, the model card."""
+"""What a run leaves behind for people: metrics.jsonl, charts, tables, the model card.
 
+    python report.py benchmark FOLDER     table.md, table.csv and charts from FOLDER/rows.jsonl
+"""
+
+import csv
 import json
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -177,3 +182,140 @@ On {run["hardware"]}, {run["layout"]}, {run["date"]}; {versions}.
 
 {chosen}
 """
+
+
+# ---------------------------------------------------------------------------------------------- benchmark
+
+
+def case_name(row: dict) -> str:
+    """A benchmark row's plugin with what sets it apart: `hybrid_parallel bf16 tp 2`."""
+    name = "plain PyTorch" if row["plugin"] == "none" else row["plugin"]
+    parts = [name, row["precision"]]
+    parts += [f"{axis} {row[f'{axis}_size']}" for axis in ("tp", "pp") if row[f"{axis}_size"] > 1]
+    parts += [f"ZeRO {row['zero_stage']}"] * (row["plugin"] == "hybrid_parallel" and row["zero_stage"] > 0)
+    parts += [f"{row['world']} GPUs"] * (row["world"] > 1)
+    parts += ["compiled"] * row["compile"] + ["CUDA graphs"] * row["cuda_graphs"]
+    return " ".join(parts)
+
+
+def latest_rows(rows: list[dict]) -> list[dict]:
+    """The last row of each case, in the order in which the cases first came."""
+    latest = {}
+    for row in rows:
+        key = (case_name(row), row["batch_size"], *(row[k] for k in ("model_name_or_path", "image_size", "num_labels", "preset", "hardware", "mem_cap")))  # fmt: skip
+        latest[key] = row
+    return list(latest.values())
+
+
+def benchmark_report(folder: Path) -> None:
+    """table.md, table.csv and three charts from ``folder``/rows.jsonl, one section per model, size and preset."""
+    rows = latest_rows(read_rows(folder / "rows.jsonl"))
+    sections: dict[tuple, list[dict]] = {}
+    for row in rows:
+        key = (row["model_name_or_path"], row["image_size"], row["num_labels"], row["preset"], row["hardware"])
+        sections.setdefault(key, []).append(row)
+    text = []
+    for (model, size, labels, preset, hardware), cases in sections.items():
+        title = f"{model}{f' at {size} px' if size else ''}, {labels} labels, preset {preset}, {hardware}"
+        text.append(f"## {title}\n\n{_section(cases)}")
+    write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("versions", "kind")))
+    partial = folder / ".table.csv.partial"
+    with open(partial, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(partial, folder / "table.csv")
+    for name, column, label in (
+        ("throughput", "images_per_second", "images/s"),
+        ("batches_per_second", "steps_per_second", "batches/s"),
+        ("peak_memory", "peak_memory_gib", "peak memory, GiB (max over processes)"),
+    ):
+        _bars(list(sections.items()), column, label, folder / f"{name}.png")
+    print(f"{folder}/table.md, table.csv, throughput.png, batches_per_second.png, peak_memory.png\n")
+    print("\n".join(text))
+
+
+def _section(cases: list[dict]) -> str:
+    """The published form (plugins as columns), then every case with all its numbers."""
+    names = list(dict.fromkeys(case_name(row) for row in cases))
+    parts = []
+    for batch_size in sorted({row["batch_size"] for row in cases}):
+        found = {case_name(row): row for row in cases if row["batch_size"] == batch_size}
+
+        def line(label: str, column: str, form: str) -> list:
+            cells = [found[n] if n in found else None for n in names]
+            return [label, *("" if r is None else format(r[column], form) if r["status"] == "ok" else r["status"] for r in cells)]
+
+        header = [f"batch size {batch_size} per group", *names]
+        body = [line("throughput, images/s", "images_per_second", ".1f"), line("max memory, GiB", "peak_memory_gib", ".2f"), line("it/s", "steps_per_second", ".2f")]
+        parts.append(markdown_table(header, body))
+    long = []
+    for row in cases:
+        if row["status"] == "ok":
+            long.append([
+                case_name(row), row["batch_size"], f"{row['images_per_second']:.1f}", f"{row['steps_per_second']:.2f}", f"{row['step_ms']:.1f}",
+                f"{row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}", f"{row['peak_memory_gib']:.2f}",
+                f"{row.get('peak_reserved_gib', float('nan')):.2f}", f"{row['mfu']:.1%}", f"{row['first_loss']:.2f} -> {row['last_loss']:.2f}",
+            ])  # fmt: skip
+        else:
+            long.append([case_name(row), row["batch_size"], f"{row['status']}: {row['reason']}", *[""] * 7])
+    header = ["case", "batch", "images/s", "it/s", "step ms", "min-max", "allocated GiB", "reserved GiB", "MFU", "loss"]
+    parts.append(markdown_table(header, long))
+    ok = [row for row in cases if row["status"] == "ok"]
+    if ok:
+        versions = ", ".join(f"{name} {number}" for name, number in ok[-1]["versions"].items())
+        dates = sorted({row["date"][:10] for row in ok})
+        parts.append(
+            f"Median of the timed windows, slowest process; MFU of {ok[-1]['peak_tflops']:.3g} TFLOP/s ({ok[-1]['peak_source']}). "
+            f"Measured {' and '.join(dates)}; {versions}.\n\nCommands:\n\n"
+            + "\n".join(f"    {command}" for command in dict.fromkeys(row["command"] for row in ok))
+            + "\n"
+        )
+    return "\n".join(parts)
+
+
+def _bars(sections: list, column: str, label: str, path: Path) -> None:
+    """One row of bars per section: groups are batch sizes, colours are plugins."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    sections = [(key, [row for row in cases if row["status"] == "ok"]) for key, cases in sections]
+    sections = [(key, cases) for key, cases in sections if cases]
+    if not sections:
+        return
+    figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
+    for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
+        names = list(dict.fromkeys(case_name(row) for row in cases))
+        batch_sizes = sorted({row["batch_size"] for row in cases})
+        width = 0.85 / len(names)
+        for i, name in enumerate(names):
+            values = {row["batch_size"]: row[column] for row in cases if case_name(row) == name}
+            at = [x + (i - (len(names) - 1) / 2) * width for x, b in enumerate(batch_sizes) if b in values]
+            bars = axis.bar(at, [values[b] for b in batch_sizes if b in values], width, label=name, color=f"C{i}")
+            if len(names) * len(batch_sizes) <= 48:
+                axis.bar_label(bars, fmt="%.3g" if column != "images_per_second" else "%.0f", fontsize=6.5, rotation=90, padding=2)
+        axis.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])
+        axis.set(xlabel="batch size per data-parallel group", ylabel=label)
+        axis.margins(y=0.18)
+        axis.set_title(f"{model}{f' at {size} px' if size else ''}, preset {preset}, {hardware}", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", alpha=0.25)
+        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    save_figure(figure, path)
+
+
+def main(argv: list[str]) -> None:
+    from console import fail
+
+    if len(argv) != 2 or argv[0] not in REPORTS:
+        fail(f"usage: python report.py {{{','.join(REPORTS)}}} FOLDER")
+    REPORTS[argv[0]](Path(argv[1]))
+
+
+REPORTS = {"benchmark": benchmark_report}
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

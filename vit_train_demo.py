@@ -27,11 +27,12 @@ def main() -> None:
     import model as vit
     import report
     from engine import Engine, EpochProgress, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
-    from plugins import boost, local_processes, peak_memory, start_distributed, stop_distributed
+    from plugins import boost, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
 
     with SignalFlag() as stop:
-        start_distributed(args.seed)
+        import_libraries()
         started = time.perf_counter()
+        start_distributed(args.seed)
         layout = args.layout
         output = Path(args.output_path)
 
@@ -132,9 +133,9 @@ def main() -> None:
             checkpoints.save(boosted, meta)
 
         # ---- train
-        order = itertools.chain.from_iterable(
-            schedule.batches(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, args.num_epoch)
-        )
+        # a list: drawn from later, when first_step has changed
+        starts = [(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, args.num_epoch)]
+        order = itertools.chain.from_iterable(itertools.starmap(schedule.batches, starts))
         training_set = data.Batches(images.train, resize, augment, args.skip_bad_images)
         batches = iter(data.make_loader(training_set, order, workers))
         say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")

@@ -1,0 +1,253 @@
+"""Measure training speed and memory of a plugin on synthetic images. `bash run_benchmark.sh` launches it.
+
+One JSON row per case (one batch size) is appended to --results as soon as the case ends; report.py makes tables
+and charts of them. A case that runs out of memory ends this program with status `OUT_OF_MEMORY` after its row is
+written; started again, it goes on with the next case in a fresh process.
+"""
+
+import gc
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+import console
+
+console.silence_libraries()  # before anything imports colossalai or transformers
+
+from args import command_line, parse_benchmark  # noqa: E402
+from console import rank, say  # noqa: E402
+
+OUT_OF_MEMORY = 75  # exit status: a case did not fit; started again, the rest may
+NOTHING_TO_DO = 76  # exit status of --check: every case is measured, or impossible here
+SAME_CASE = (  # settings that make two rows measurements of the same thing
+    "model_name_or_path", "image_size", "num_labels", "plugin", "precision", "optimizer", "batch_size", "world", "tp_size",
+    "pp_size", "num_microbatches", "zero_stage", "placement_policy", "offload_optim_frac", "offload_param_frac",
+    "grad_checkpoint", "compile", "cuda_graphs", "max_norm", "gradient_accumulation_steps", "mem_cap", "hardware",
+)  # fmt: skip
+
+# Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32 without TF32).
+PEAK_TFLOPS = {
+    "H200": (989, 67), "H100 PCIe": (756, 51), "H100": (989, 67), "A100": (312, 19.5), "A10G": (70, 35), "A10": (125, 31.2),
+    "L40S": (362, 91.6), "L4": (121, 30.3), "T4": (65, 8.1), "V100": (125, 15.7), "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
+}  # fmt: skip
+
+
+def training_flops(image_size: int, patch: int, hidden: int, layers: int, mlp: int, labels: int) -> float:
+    """Floating-point operations to train a ViT on one image: forward, and twice that backward.
+
+    Counts the matrix products (2 per multiply-add), not recomputation: gradient checkpointing does not make a
+    model bigger, so it lowers the model FLOPs utilisation (Chowdhery et al., 2022, appendix B).
+    """
+    patches = (image_size // patch) ** 2
+    tokens = patches + 1
+    embed = 2 * patches * (3 * patch * patch) * hidden
+    attention = 2 * tokens * hidden * (4 * hidden) + 2 * (2 * tokens * tokens * hidden)
+    layer = attention + 2 * tokens * hidden * (2 * mlp)
+    return 3.0 * (embed + layers * layer + 2 * hidden * labels)
+
+
+def throughput(dp: int, batch_size: int, accumulation: int, step_seconds: float) -> float:
+    """Images per second of the whole run: each of the dp groups takes its own images, tp and pp share them."""
+    return dp * batch_size * accumulation / step_seconds
+
+
+def peak_tflops(precision: str) -> tuple[float, str]:
+    """(peak of one device, where the number comes from)."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        for known, (half, single) in PEAK_TFLOPS.items():
+            if known in name:
+                return (single if precision == "fp32" else half), f"data sheet of {known}"
+    return measured_tflops(precision), "measured matrix product"
+
+
+def measured_tflops(precision: str) -> float:
+    """TFLOP/s of a large matrix product on this device, on random data."""
+    import torch
+
+    from plugins import device
+
+    on_gpu = torch.cuda.is_available()
+    n = 8192 if on_gpu else 1024
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision] if on_gpu else torch.float32
+    a, b = torch.randn(2, n, n, device=device(), dtype=dtype)
+    for _ in range(2):
+        a @ b
+    seconds = min(timed(lambda: a @ b) for _ in range(5))
+    return 2 * n**3 / seconds / 1e12
+
+
+def timed(work) -> float:
+    """Seconds of ``work``, by device events on a GPU, else by the clock."""
+    import torch
+
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def measure(case, layout) -> dict:
+    """Build, warm up and time one case. -> the measured part of its row. Collective."""
+    import torch
+
+    import plugins
+    from engine import Engine, Normalize
+    from model import load_model
+
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    torch.manual_seed(case.seed)
+    name = case.model_name_or_path.split("/")[-1].removesuffix("-in21k")
+    loaded = load_model(name, [str(i) for i in range(case.num_labels)], layout.tp, case.image_size)
+    size = loaded.model.config.image_size
+    config = loaded.model.config
+    boosted = plugins.boost(loaded.model, case, layout)
+    del loaded
+    engine = Engine(boosted, case.num_labels, Normalize((0.5,) * 3, (0.5,) * 3))
+
+    # the images are on the device before the clock starts
+    micro_steps = 1 if layout.pp > 1 else case.gradient_accumulation_steps
+    count = case.batch_size * case.gradient_accumulation_steps // micro_steps
+    generator = torch.Generator().manual_seed(case.seed + layout.dp_rank)
+    batch = {
+        "pixel_values": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator).to(plugins.device()),
+        "labels": torch.randint(0, case.num_labels, (count,), generator=generator).to(plugins.device()),
+    }
+    images = case.batch_size * case.gradient_accumulation_steps * layout.dp
+
+    def step() -> torch.Tensor:
+        return engine.train_step([batch] * micro_steps, images, case.learning_rate)
+
+    engine.model.train()
+    losses = [step()]
+    for _ in range(case.warmup_steps - 1):
+        step()
+    windows = []
+    for _ in range(case.windows):
+
+        def window():
+            for _ in range(case.window_steps):
+                losses[1:] = [step()]
+
+        windows.append(timed(window) / case.window_steps)
+    # the slowest process decides when a step is over
+    windows = plugins.all_max(torch.tensor(windows, dtype=torch.float64, device=plugins.device())).tolist()
+    first, last = plugins.all_sum(torch.stack(losses)).tolist()
+    median = statistics.median(windows)
+    peak, source = peak_tflops(case.precision)
+    flops = training_flops(
+        size, config.patch_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size, case.num_labels
+    )
+    speed = throughput(layout.dp, case.batch_size, case.gradient_accumulation_steps, median)
+    row = {
+        "step_ms": 1e3 * median, "step_ms_min": 1e3 * min(windows), "step_ms_max": 1e3 * max(windows),
+        "steps_per_second": 1 / median, "images_per_second": speed, "images_per_second_per_device": speed / layout.world,
+        "model_tflops_per_device": flops * speed / layout.world / 1e12,
+        "mfu": flops * speed / layout.world / 1e12 / peak, "peak_tflops": peak, "peak_source": source,
+        "first_loss": first, "last_loss": last, "peak_memory_gib": plugins.peak_memory(),
+    }  # fmt: skip
+    if torch.cuda.is_available():
+        reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
+        row["peak_reserved_gib"] = plugins.all_max(reserved).item()
+        row["allocated_before_gib"] = before / 2**30  # what earlier cases of this process left behind
+    return row
+
+
+def main() -> None:
+    args = parse_benchmark()
+    import torch
+
+    import report
+
+    results = Path(args.results)
+    hardware = report.environment()["hardware"]
+    common = {"kind": "case", **report.environment(), "command": command_line()}
+
+    def settings(case) -> dict:
+        case.world = case.layout.world
+        case.hardware = hardware
+        return {name: getattr(case, name) for name in SAME_CASE} | {"preset": case.preset, "dp": case.layout.dp}
+
+    known = report.read_rows(results) if results.exists() and not args.remeasure else []
+    finished = {_key(row) for row in known if row["status"] != "failed"}
+    todo = [case for case in args.cases if _key(settings(case)) not in finished]
+    impossible = [case for case in todo if case.batch_size in args.impossible]
+    todo = [case for case in todo if case.batch_size not in args.impossible]
+
+    def record(case, **outcome) -> None:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        with open(results, "a") as file:  # one write of one line: whole, or not there
+            file.write(json.dumps(common | settings(case) | outcome) + "\n")
+
+    if args.check:  # one process, before the launch
+        for case in impossible:
+            record(case, status="impossible", reason=args.impossible[case.batch_size])
+            say(f"{_title(case)}: impossible here: {args.impossible[case.batch_size]}")
+        if before := len(args.cases) - len(todo) - len(impossible):
+            say(f"{before} of {len(args.cases)} cases were measured before")
+        raise SystemExit(0 if todo else NOTHING_TO_DO)
+
+    import plugins
+
+    plugins.import_libraries()
+    plugins.start_distributed(args.seed)
+    if args.mem_cap and torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory / 2**30
+        torch.cuda.set_per_process_memory_fraction(min(1.0, args.mem_cap / total))
+    failed = False
+    for case in todo:
+        started = time.perf_counter()
+        try:
+            row = measure(case, case.layout)
+        except torch.cuda.OutOfMemoryError as error:
+            record(case, status="out of memory", reason=str(error).split(". ")[0])
+            print(f"{_title(case)}: out of memory", flush=True)
+            os._exit(OUT_OF_MEMORY)  # at once: other processes wait in a collective, and this one's memory is in pieces
+        except Exception as error:
+            if case.layout.world > 1:
+                if rank() == 0:
+                    record(case, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
+                raise
+            record(case, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
+            say(f"{_title(case)}: FAILED: {type(error).__name__}: {error}")
+            failed = True
+            continue
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        if rank() == 0:
+            record(case, status="ok", reason="", seconds=time.perf_counter() - started, **row)
+        say(
+            f"{_title(case)}: {row['images_per_second']:.1f} images/s, {row['steps_per_second']:.2f} it/s, step {row['step_ms']:.1f} ms "
+            f"({row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}), peak {row['peak_memory_gib']:.2f} GiB, MFU {row['mfu']:.1%}, "
+            f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
+        )
+    plugins.stop_distributed()
+    raise SystemExit(1 if failed else 0)
+
+
+def _key(row: dict) -> str:
+    return json.dumps([row[name] for name in SAME_CASE])
+
+
+def _title(case) -> str:
+    parts = [case.plugin, case.precision, f"batch {case.batch_size}"]
+    parts += [f"tp {case.tp_size}"] * (case.tp_size > 1) + [f"pp {case.pp_size}"] * (case.pp_size > 1)
+    parts += ["compiled"] * case.compile + ["CUDA graphs"] * case.cuda_graphs
+    return " ".join(parts)
+
+
+if __name__ == "__main__":
+    main()
