@@ -1,6 +1,7 @@
 """Save, resume and prune, for every plugin and layout; a kill at any instant leaves the previous checkpoint whole.
 
-A checkpoint is a folder ``step_<n>``, written beside and renamed when complete:
+A checkpoint is a folder ``<number>_epoch_<epochs done>_image_<images of the next>``, written beside and renamed when
+complete. Numbers only rise and nothing is replaced: the highest is the newest, whatever was resumed from where.
 
     meta.json             position, settings and the metrics so far
     state_<shard>.pt      weights, fp32 master weights, optimizer and loss scaler of one shard
@@ -20,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from console import rank
-from plugins import Boosted
+from plugins import Boosted, device
 
 # What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes are not
 # among them: they are worked out again.
@@ -102,7 +103,7 @@ def load_local_state(boosted: Boosted, state: dict) -> None:
     boosted.optimizer.optim.load_state_dict(state["optimizer"])
     if scaler := _scaler(boosted.optimizer):
         for name, value in state["scaler"].items():
-            setattr(scaler, name, value.to(getattr(scaler, name).device) if isinstance(value, torch.Tensor) else value)
+            setattr(scaler, name, value.to(device()) if isinstance(value, torch.Tensor) else value)
 
 
 def _merge_zero_shards(boosted: Boosted, shards: list[dict]) -> dict:
@@ -137,17 +138,20 @@ class Checkpoints:
     def __init__(self, root: Path, keep: int):
         self.root, self.keep = root, keep
 
-    def path(self, step: int) -> Path:
-        return self.root / f"step_{step:08d}"
+    def all(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(p for p in self.root.glob("*_epoch_*") if p.name[0].isdigit() and (p / "meta.json").exists())
 
-    def steps(self) -> list[int]:
-        """Steps of the complete checkpoints, oldest first."""
-        return sorted(int(p.name.split("_")[1]) for p in self.root.glob("step_*") if (p / "meta.json").exists())
+    def end_of(self, epoch: int) -> Path | None:
+        """The newest checkpoint that was made when ``epoch`` epochs were done."""
+        return next((p for p in reversed(self.all()) if p.name.endswith(f"_epoch_{epoch}_image_0")), None)
 
     def save(self, boosted: Boosted, meta: dict) -> None:
-        """Write the checkpoint of ``meta["step"]``. Collective. ``meta["best_step"]`` is kept when others are pruned."""
-        final = self.path(meta["step"])
-        partial = final.with_name(f".{final.name}.partial")
+        """Write a checkpoint of the position ``meta["epoch"]``, ``meta["progress"]["images"]``. Collective.
+
+        The one at the end of ``meta["best_epoch"]`` is kept when others are pruned.
+        """
+        partial = self.root / ".partial"
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -161,17 +165,24 @@ class Checkpoints:
         dist.barrier()
         if rank() == 0:
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-            if final.exists():  # the same step, saved before: replace it
-                remove(final)
-            os.replace(partial, final)
-            self.prune({meta["step"], meta.get("best_step")})
+            number = 1 + max((int(p.name.split("_")[0]) for p in self.all()), default=0)
+            os.replace(partial, self.root / f"{number:05d}_epoch_{meta['epoch']}_image_{meta['progress']['images']}")
+            self.prune(meta["best_epoch"])
         dist.barrier()
 
-    def prune(self, needed: set) -> None:
-        """Remove all but the newest ``keep`` (at least one) and those needed. Rank 0 only."""
-        steps = self.steps()
-        for step in set(steps) - set(steps[-max(1, self.keep) :]) - needed:
-            remove(self.path(step))
+    def prune(self, best_epoch: int | None) -> None:
+        """Remove all but the newest ``keep`` (at least one) and the best epoch's. Rank 0 only."""
+        needed = {*self.all()[-max(1, self.keep) :], self.end_of(best_epoch)}
+        for path in set(self.all()) - needed:
+            remove(path)
+
+    def adopt(self, path: Path) -> None:
+        """Copy a checkpoint of another run's folder. Collective."""
+        if rank() == 0:
+            shutil.rmtree(self.root / ".partial", ignore_errors=True)
+            shutil.copytree(path, self.root / ".partial")
+            os.replace(self.root / ".partial", self.root / path.name)
+        dist.barrier()
 
     def find(self, resume: str) -> Path | None:
         """The checkpoint that ``--resume`` names; None for `auto` where there is none."""
@@ -179,13 +190,11 @@ class Checkpoints:
             path = Path(resume)
             if (path / "checkpoints").is_dir():  # a run's output folder
                 path = path / "checkpoints"
-            newest = Checkpoints(path, 1).steps()
-            path = Checkpoints(path, 1).path(newest[-1]) if newest else path
+            path = next(reversed(Checkpoints(path, 1).all()), path)
             if not (path / "meta.json").exists():
-                raise CheckpointError(f"--resume {resume}: holds no complete checkpoint (a step_* folder with meta.json)")
+                raise CheckpointError(f"--resume {resume}: holds no complete checkpoint (a folder with meta.json)")
             return path
-        steps = self.steps()
-        return self.path(steps[-1]) if steps else None
+        return next(reversed(self.all()), None)
 
 
 def _write(state: dict, path: Path) -> None:

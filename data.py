@@ -169,7 +169,7 @@ def locate(name: str) -> str:
             return "imagefolder"
         raise DataError(
             f"--dataset {name}: the folder holds no data set. Expected {name}/train/<class>/*.jpg (and validation/, "
-            "test/), or {name}/<class>/*.jpg, or parquet or arrow files, or a saved `datasets` directory"
+            f"test/), or {name}/<class>/*.jpg, or parquet or arrow files, or a saved `datasets` directory"
         )
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"--dataset {name}: no such folder or file (a hub name has the form owner/name)")
@@ -431,19 +431,28 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
     with ThreadPoolExecutor(threads) as pool:
         sample = list(pool.map(decode_one, range(0, len(split), max(1, len(split) // 32))))
         sizes = [item.nbytes for item in sample if not isinstance(item, str)]
-        if sizes and np.mean(sizes) * len(split) > budget:
+        kept = not sizes or np.mean(sizes) * len(split) <= budget
+        if not kept and not skip_bad:
             return split, []
-        results = list(pool.map(decode_one, range(len(split))))
+
+        def decode_or_check(i: int):
+            # beyond the budget, images are read once to find the bad ones: every count and batch is exact from the start
+            result = decode_one(i)
+            return result if kept or isinstance(result, str) else None
+
+        results = list(pool.map(decode_or_check, range(len(split))))
     bad = [i for i, item in enumerate(results) if isinstance(item, str)]
     if not bad:
-        return replace(split, **{slot: results}), []
+        return replace(split, **{slot: results}) if kept else split, []
     named = "; ".join(results[i] for i in bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
     if not skip_bad:
         raise DataError(f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or use --skip_bad_images")
     if len(bad) == len(split):
         raise DataError(f"no readable image in {split.name}: {named}")
     good = np.setdiff1d(np.arange(len(split)), bad)
-    split = replace(split.take(good), **{slot: [results[i] for i in good]})
+    split = split.take(good)
+    if kept:
+        split = replace(split, **{slot: [results[i] for i in good]})
     return split, [f"{split.name}: {len(bad)} unreadable image(s) skipped: {named}"]
 
 

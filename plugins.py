@@ -15,7 +15,7 @@ from torch import nn
 
 from console import silence_colossalai_logger
 from layout import Layout
-from speedups import remove_waits
+from speedups import rebuild_buckets_early, remove_waits
 
 
 def import_libraries() -> None:
@@ -208,9 +208,10 @@ def build_plugin(args, layout: Layout):
                 offload_optim_frac=args.offload_optim_frac,
                 offload_param_frac=args.offload_param_frac,
                 enable_gradient_accumulation=accumulating,
-                # models under this size (in 2**20 parameters) are kept whole on each process, and such chunks add
-                # up wrongly when gradients accumulate (`chunk/manager.py`, rearrange_accumulated_grad_chunk)
-                min_chunk_size_m=0 if accumulating else 32,
+                # Models under this size (in 2**20 parameters) are kept whole on each process, and such chunks add
+                # up wrongly when gradients accumulate (`chunk/manager.py`, rearrange_accumulated_grad_chunk).
+                # Otherwise large chunks are fewer messages between GPUs, small ones less memory while one is offloaded.
+                min_chunk_size_m=0 if accumulating else 8 if args.offload_optim_frac else 32,
                 search_range_m=2,  # the default of 32 searches for seconds and saves under 1 % of memory
                 enable_async_reduce=on_gpu,
                 pin_memory=on_gpu,
@@ -269,16 +270,19 @@ def boost(model: nn.Module, args, layout: Layout) -> Boosted:
         # layer by layer: they are alike, so the first one's kernels serve them all
         for layer in model.vit.encoder.layer:
             layer.compile(dynamic=False)
+    adamw = build_optimizer(model, args)
     if args.plugin == "none":
         booster, model = PlainBooster(), PlainModel(model, args.precision, parallel=layout.world > 1)
-        optimizer = PlainOptimizer(build_optimizer(model, args), fp16=args.precision == "fp16")
+        optimizer = PlainOptimizer(adamw, fp16=args.precision == "fp16")
     else:
         plugin, mixed_precision = build_plugin(args, layout)
-        optimizer = build_optimizer(model, args)
         booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
-        model, optimizer, *_ = booster.boost(model, optimizer)
+        model, optimizer, *_ = booster.boost(model, adamw)
         remove_waits(optimizer, clips=args.max_norm > 0)
     ddp = args.plugin in DDP
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            rebuild_buckets_early(module, adamw)
     return Boosted(
         booster=booster,
         model=model,

@@ -1,14 +1,16 @@
-"""Waits that Colossal-AI's optimizers put between CPU and GPU, taken out without changing a result.
+"""Time and memory that the libraries spend for nothing, saved without changing a result.
 
-Each reads something from the device for every parameter in every step (about 150 waits for ViT-B), and the GPU
-idles meanwhile. To see whether one can go: delete it and compare `bash run_benchmark.sh` rows.
+To see whether one can go: delete it and compare the rows of `bash run_benchmark.sh`.
 """
 
 import torch
 
 
 def remove_waits(optimizer, clips: bool) -> None:
-    """Patch this optimizer (what Booster returned); others are left as they are.
+    """Take out waits of the CPU for the GPU. Patches this optimizer (what Booster returned); others are left as they are.
+
+    Each wait reads something from the device for every parameter in every step (about 150 times for ViT-B), and the
+    GPU idles meanwhile.
 
     Args:
         clips: whether gradients are clipped; the gradient norm is only needed then.
@@ -43,3 +45,29 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
     unscaled = torch.ones(1, device=tensors[0].device)
     torch._amp_foreach_non_finite_check_and_unscale_(tensors, found, unscaled)
     return not found.item()
+
+
+def rebuild_buckets_early(ddp: torch.nn.parallel.DistributedDataParallel, optimizer: torch.optim.Optimizer) -> None:
+    """Let DDP order its gradient buckets anew before the optimizer's first step, not after it.
+
+    DDP does so once, after it saw a backward pass, and holds two sets of buckets meanwhile. Before the optimizer
+    has its states there is room for that; in the second forward pass it sets the peak of the whole run.
+    """
+
+    if ddp.process_group.size() == 1:
+        # alone, there is nothing to reduce; and NCCL's records of its work would keep the old buckets alive
+        ddp.register_comm_hook(None, _keep)
+
+    def once(*_):
+        ddp.reducer._rebuild_buckets()
+        handle.remove()
+
+    handle = optimizer.register_step_pre_hook(once)
+
+
+def _keep(state, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """DDP communication hook of a process without others: its gradients are the sum already."""
+    gradients = bucket.buffer()
+    future = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else [])
+    future.set_result(gradients)
+    return future

@@ -5,6 +5,7 @@ train, evaluate and save; at the end the best epoch is tested and exported.
 """
 
 import itertools
+import os
 import sys
 import time
 from pathlib import Path
@@ -97,7 +98,7 @@ def main() -> None:
         # ---- output folder, or the run to go on with
         checkpoints = ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints)
         rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": ckpt.settings_of(args)}]
-        progress, first_epoch, first_step, best_step = EpochProgress(), 0, 0, None
+        progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
             found = checkpoints.find(args.resume) if args.resume else None
             if found:
@@ -105,7 +106,12 @@ def main() -> None:
                 ckpt.check_settings(found, meta, args)
                 ckpt.load(found, boosted, meta)
                 rows += meta["rows"]
-                best_step = meta["best_step"]
+                best_epoch = meta["best_epoch"]
+                if best_epoch and checkpoints.end_of(best_epoch) is None:  # it lies in the folder resumed from
+                    best_path = ckpt.Checkpoints(found.parent, 1).end_of(best_epoch)
+                    if best_path is None:
+                        raise ckpt.CheckpointError(f"--resume {found}: the checkpoint of its best epoch, {best_epoch}, is not beside it")
+                    checkpoints.adopt(best_path)
                 progress = EpochProgress(**meta["progress"])
                 first_epoch = meta["epoch"]
                 # the position is kept in images, so that another number of processes finds its place
@@ -127,7 +133,7 @@ def main() -> None:
 
         def save(step: int, epoch: int) -> None:
             meta = dict(
-                step=step, epoch=epoch, progress=vars(progress), rows=rows[1:], best_step=best_step,
+                step=step, epoch=epoch, progress=vars(progress), rows=rows[1:], best_epoch=best and best["epoch"],
                 processes=layout.world, settings=ckpt.settings_of(args),
             )  # fmt: skip
             checkpoints.save(boosted, meta)
@@ -168,7 +174,7 @@ def main() -> None:
                 if row["best"]:
                     if best is not None:
                         best["best"] = False
-                    best, best_step = row, done + schedule.steps
+                    best = row
                 progress, first_step = EpochProgress(), 0
                 save(done + schedule.steps, epoch + 1)
                 if rank() == 0:
@@ -179,19 +185,22 @@ def main() -> None:
                     f"  (train loss {row['train_loss']:.4f}, {row['steps_per_second']:.2f} it/s, {row['images_per_second']:.0f} images/s, "
                     f"{row['seconds']:.1f} s, peak memory {row['peak_memory_gib']:.2f} GiB)")  # fmt: skip
         except Stopped as stopped:
-            step = epoch * schedule.steps + progress.steps
+            step = epoch * schedule.steps - (-progress.images // schedule.per_step)
             save(step, epoch)
             say(f"stopped by signal {stopped.signum} after step {step}; checkpoint saved: continue with --resume auto")
             stop_distributed()
             sys.exit(128 + stopped.signum)
         except NonFiniteLoss as error:
-            kept = f" The last checkpoint in {checkpoints.root} is from before." if checkpoints.steps() else ""
+            kept = f" The last checkpoint in {checkpoints.root} is from before." if checkpoints.all() else ""
             stop_distributed()
             fail(f"{error}.{kept}", code=1)
+        except data.DataError as error:  # in the middle of an epoch, on one process: torchrun ends the others
+            print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
+            os._exit(1)
 
         # ---- the best epoch: test it once, export it
-        if best_step != args.num_epoch * schedule.steps:
-            path = checkpoints.path(best_step)
+        if best["epoch"] != args.num_epoch:
+            path = checkpoints.end_of(best["epoch"])
             ckpt.load(path, boosted, ckpt.read_meta(path))
         if images.test is not None:
             result = evaluate(images.test)

@@ -1,0 +1,562 @@
+"""A ViT in 2D, 2.5D and 3D tensor parallelism, out of the layers of `colossalai.legacy` (not its engine or trainer).
+
+    start("2d", size=4)                        # every process; world = data parallel x size
+    model = build(config, state_dict)          # this process's slices of a HuggingFace state dict
+    logits = model(pixel_values).logits        # of the whole batch, on every process of the group
+    (F.cross_entropy(logits, labels, reduction="sum") * scale).backward()
+    sync_gradients(model)                      # once a step, after the last micro-step
+    norm = clip_(model, 1.0)
+    optimizer.step()
+    state_dict = gather(model)                 # the whole model again, on rank 0
+
+Matrices and activations are cut over a mesh of processes with q on a side (2.5D: d layers of such meshes). With B
+images a data-parallel group, hidden size h and s tokens, each process holds
+
+    2d     q x q        activations (B/q,    s, h/q)   matrices 1/q^2   SUMMA, Xu et al., 2021, arXiv:2104.05343
+    2.5d   d x q x q    activations (B/(dq), s, h/q)   matrices 1/q^2   Wang et al., 2021, arXiv:2105.14500
+    3d     q x q x q    activations (B/q^2,  s, h/q)   matrices 1/q^3   Bian et al., 2021, arXiv:2105.14450
+
+No activation is held twice, so each process draws its own dropout. Some small parameters are held by several
+processes: `sync_gradients` keeps such copies equal, and `grad_norm` counts them once. The classifier is cut along
+the hidden size alone, so any number of classes fits without padding.
+"""
+
+import functools
+import inspect
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------------- the mesh
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How the library cuts parameters in one mode. A letter is a side of the mesh; "cr" cuts by c, then by r.
+
+    ``up`` and ``down`` are the two linear layers of a pair (qkv and projection, fc1 and fc2), (in, out) as the
+    library keeps them: in 3D two sides of the mesh change roles from one to the other.
+    """
+
+    mesh: str  # sides, outermost first
+    up: tuple[str, str]
+    up_bias: str
+    down: tuple[str, str]
+    down_bias: str
+    norm: str  # LayerNorm weight and bias
+    hidden: str  # hidden dimension of the embeddings and the classifier
+    batch: tuple[str, ...]  # process groups that cut the batch, innermost first
+
+
+CUTS = {
+    "2d": Cut("rc", ("r", "c"), "cr", ("r", "c"), "cr", "cr", "cr", ("PARALLEL_2D_COL",)),
+    "2.5d": Cut("drc", ("r", "c"), "c", ("r", "c"), "c", "c", "cr", ("PARALLEL_2P5D_COL", "PARALLEL_2P5D_DEP")),
+    "3d": Cut("kji", ("ki", "j"), "j", ("ji", "k"), "k", "k", "k", ("PARALLEL_3D_INPUT", "PARALLEL_3D_WEIGHT")),
+}
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """``size`` processes as a ``mode`` mesh with ``side`` (q) processes on a side and ``depth`` (2.5D) layers."""
+
+    mode: str
+    size: int
+    depth: int = 1
+
+    @property
+    def side(self) -> int:
+        return round((self.size / self.depth) ** (1 / 3 if self.mode == "3d" else 1 / 2))
+
+    @property
+    def batch_parts(self) -> int:
+        """Number of parts in which the images of a data-parallel group are cut."""
+        return self.side * (self.side if self.mode == "3d" else self.depth)
+
+    def problems(self) -> list[str]:
+        sizes = f"{self.mode} tensor parallelism of size {self.size}"
+        if self.mode not in CUTS:
+            return [f"tensor parallel mode {self.mode!r} is none of {', '.join(CUTS)}"]
+        if self.mode != "2.5d" and self.depth != 1:
+            return [f"{sizes}: depth {self.depth} is for 2.5d alone: leave it out"]
+        fits = self.size > 0 and self.depth > 0 and self.side > 1  # the library's SUMMA fails on a side of 1
+        if self.mode == "2d" and not (fits and self.size == self.side**2):
+            return [f"{sizes}: the size must be a square: 4, 9 or 16"]
+        if self.mode == "2.5d" and not (fits and self.size == self.depth * self.side**2):
+            return [f"{sizes} and depth {self.depth}: the size must be depth x a square: depth x 4, depth x 9"]
+        if self.mode == "3d" and not (fits and self.size == self.side**3):
+            return [f"{sizes}: the size must be a cube: 8, 27 or 64"]
+        return []
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where the process of this rank within its tensor-parallel group stands, by side."""
+        found = {}
+        for side in reversed(CUTS[self.mode].mesh):
+            rank, found[side] = divmod(rank, self.depth if side == "d" else self.side)
+        return found
+
+    def piece(self, whole: torch.Tensor, cut: tuple[str, ...], rank: int) -> torch.Tensor:
+        """View of the part of ``whole`` that the process of this rank holds."""
+        at = self.coordinates(rank)
+        for dim, sides in enumerate(cut):
+            index = 0
+            for side in sides:
+                index = index * self.side + at[side]
+            whole = whole.chunk(self.side ** len(sides), dim)[index]
+        return whole
+
+
+def problems(mode: str, size: int, depth: int, config, batch: int | None = None) -> list[str]:
+    """What does not fit, each with its mend; empty when all fits. Needs no process group.
+
+    Args:
+        mode: "2d", "2.5d" or "3d".
+        size: processes of a tensor-parallel group. depth: of them, layers in 2.5D; 1 otherwise.
+        config: HuggingFace ViTConfig. The number of classes is free.
+        batch: images of a data-parallel group in a micro-step; None: not checked.
+    """
+    mesh = Mesh(mode, size, depth)
+    if found := mesh.problems():
+        return found
+    q = mesh.side
+    needs = {
+        "hidden size": (config.hidden_size, q * q),
+        "MLP size": (config.intermediate_size, q if mode == "2.5d" else q * q),
+        "number of heads": (config.num_attention_heads, q),
+        "batch of a data-parallel group": (batch or 0, mesh.batch_parts),
+    }
+    found = [
+        f"{mode} tensor parallelism of size {size}: the {what} {value} is no multiple of {multiple}: "
+        f"take {_neighbours(value, multiple)}"
+        for what, (value, multiple) in needs.items()
+        if value % multiple
+    ]
+    if config.hidden_act != "gelu" or not config.qkv_bias:
+        found.append(f"{mode} tensor parallelism: only ViTs with hidden_act='gelu' and qkv_bias=True are built")
+    return found
+
+
+def _neighbours(value: int, multiple: int) -> str:
+    below = value // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+# ---------------------------------------------------------------------------------------------- the library, mended
+
+
+@functools.cache
+def _mend() -> None:
+    """Import `colossalai.legacy` and mend what stops its layers on CPU, in bf16, or on today's torch. Once a process.
+
+    To see whether a mend is still needed: delete it and run ``pytest tests/test_tensor_parallel.py``.
+    Two more of the library's faults are avoided, not mended: `ParallelContext.init_global_dist` puts IPv6 brackets
+    around any host (`start` registers the process group that exists), and its Engine clips to zero (not used).
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # some 60 on torch.cuda.amp.custom_fwd
+        from colossalai.legacy.context.random.seed_manager import SeedManager
+        from colossalai.legacy.nn.layer.base_layer import ParallelLayer
+        from colossalai.legacy.nn.layer.parallel_2d import _operation as operation_2d
+        from colossalai.legacy.nn.layer.parallel_2p5d import _operation as operation_2p5d
+        from colossalai.legacy.nn.layer.parallel_3d import _operation as operation_3d
+        from colossalai.legacy.nn.layer.parallel_3d import _utils as utils_3d
+
+    # context/random/seed_manager.py, set_mode: switches torch.cuda's random state, which no CPU has. No activation is
+    # held twice here, so one random state per process is enough. Can go when it asks get_accelerator() instead.
+    SeedManager.set_mode = lambda self, mode: None
+
+    # nn/layer/base_layer.py: state_dict() gathers, with errors (LayerNorm3D transposes a vector). False is the
+    # library's own switch (use_local_state_dict) for the slices themselves; `gather` does the gathering here.
+    ParallelLayer.global_state_dict = False
+
+    # nn/layer/parallel_3d/_utils.py, _async_grad_hook: Classifier3D's weight gets no gradient where j != k, and torch
+    # hands None to the hook. Can go when the hook tests for it.
+    library_hook = utils_3d._async_grad_hook
+    utils_3d._async_grad_hook = lambda grad, param_id: None if grad is None else library_hook(grad, param_id)
+
+    # nn/layer/parallel_*/_operation.py: torch.cuda.amp's custom_fwd(cast_inputs=torch.float16) makes fp16 of
+    # autocast's bf16, and does nothing on a CPU. Can go when the decorators name no type.
+    for module in (operation_2d, operation_2p5d, operation_3d):
+        for function in vars(module).values():
+            if inspect.isclass(function) and issubclass(function, torch.autograd.Function):
+                _follow_autocast(function)
+
+
+def _device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _follow_autocast(function: type[torch.autograd.Function]) -> None:
+    """Replace the decorators of an autograd function: inputs are cast to autocast's type, whatever it is."""
+    forward, backward = inspect.unwrap(function.forward), inspect.unwrap(function.backward)
+    exact = any(word in function.__name__ for word in ("Gather", "Norm", "norm", "Reduce"))  # keep the input's type
+
+    @functools.wraps(forward)
+    def cast_forward(ctx, *args):
+        kind = _device_type()
+        if torch.is_autocast_enabled(kind) and not exact:
+            dtype = torch.get_autocast_dtype(kind)
+            args = [a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
+        with torch.autocast(kind, enabled=False):
+            return forward(ctx, *args)
+
+    @functools.wraps(backward)
+    def plain_backward(ctx, *grads):
+        with torch.autocast(_device_type(), enabled=False):
+            return backward(ctx, *grads)
+
+    function.forward, function.backward = staticmethod(cast_forward), staticmethod(plain_backward)
+
+
+# ---------------------------------------------------------------------------------------------- process groups
+
+_mesh: Mesh | None = None  # that of this process, after `start`
+
+
+def _group(name: str):
+    """Process group of the library by its name, such as TENSOR, DATA or PARALLEL_2D_COL."""
+    from colossalai.legacy.context import ParallelMode
+    from colossalai.legacy.core import global_context
+
+    return global_context.get_group(ParallelMode[name])
+
+
+def start(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
+    """Lay this launch out as data parallel x ``mode`` mesh, data parallel outermost. Collective.
+
+    Joins the process group of the launch when that has not been done. Random states differ from process to process
+    afterwards (for dropout): ``seed`` + rank. Once a process: the library keeps its groups for good.
+
+    Raises:
+        ValueError: size and depth do not fit the mode, or size does not divide the number of processes.
+        RuntimeError: called before with other sizes.
+    """
+    global _mesh
+    mesh = Mesh(mode, size, depth)
+    if found := mesh.problems():
+        raise ValueError("; ".join(found))
+    if not dist.is_initialized():
+        import plugins
+
+        plugins.start_distributed(seed)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if world % size:
+        raise ValueError(f"tensor parallel size {size} does not divide the {world} process(es)")
+    if _mesh not in (None, mesh):
+        raise RuntimeError(f"this process is part of {_mesh} already")
+    _mend()
+    torch.manual_seed(seed + rank)
+    if _mesh == mesh:
+        return
+    from colossalai.legacy.context import ParallelMode
+    from colossalai.legacy.core import global_context as gpc
+
+    ranks = list(range(world))
+    cpu_group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(ranks, backend="gloo")
+    gpc._register_dist(rank, world, dist.group.WORLD, cpu_group, ranks, ParallelMode.GLOBAL)
+    gpc.add_global_rank(ParallelMode.GLOBAL, rank)
+    tensor = {"mode": mode, "size": size, **({"depth": depth} if mode == "2.5d" else {})}
+    gpc.load_config({"parallel": {"pipeline": 1, "tensor": tensor}})
+    gpc.init_parallel_groups()
+    _mesh = mesh
+
+
+# ---------------------------------------------------------------------------------------------- the model
+
+
+class _GatherBatch(torch.autograd.Function):
+    """(B / parts, classes) to (B, classes) on every process.
+
+    Each process goes on to compute the same loss, so its own rows of the gradient are the whole gradient: nothing
+    is summed on the way back.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, names):
+        ctx.groups = [_group(name) for name in names]
+        for group in ctx.groups:
+            pieces = [torch.empty_like(rows) for _ in range(group.size())]
+            dist.all_gather(pieces, rows.contiguous(), group=group)
+            rows = torch.cat(pieces)
+        return rows
+
+    @staticmethod
+    def backward(ctx, grad):
+        for group in reversed(ctx.groups):
+            grad = grad.chunk(group.size())[group.rank()]
+        return grad.contiguous(), None
+
+
+class _Block(nn.Module):
+    """Pre-LayerNorm transformer block; each process has heads / q whole heads."""
+
+    def __init__(self, config, linear, norm, heads: int):
+        super().__init__()
+        width, eps = config.hidden_size, config.layer_norm_eps
+        self.heads = heads
+        self.dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
+        # in this order: Linear3D takes turns in the two roles as they are made
+        self.layernorm_before = norm(width, eps=eps)
+        self.qkv = linear(width, 3 * width)  # one product instead of three, and one round of messages
+        self.projection = linear(width, width)
+        self.layernorm_after = norm(width, eps=eps)
+        self.fc1 = linear(width, config.intermediate_size)
+        self.fc2 = linear(config.intermediate_size, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        qkv = self.qkv(_in_fp32(self.layernorm_before, x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (images, heads, tokens, head size)
+        p = self.attention_dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
+        x = x + F.dropout(self.projection(attended), self.dropout, self.training)
+        mlp = self.fc2(F.gelu(self.fc1(_in_fp32(self.layernorm_after, x))))
+        return x + F.dropout(mlp, self.dropout, self.training)
+
+
+def _in_fp32(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """LayerNorm in fp32 under autocast too: the library takes the variance as E[x^2] - E[x]^2."""
+    with torch.autocast(x.device.type, enabled=False):
+        return norm(x.float())
+
+
+class TensorParallelViT(nn.Module):
+    """HuggingFace's ViTForImageClassification, of which this process holds its slices. Made by `build`.
+
+    ``state_dict()`` and ``load_state_dict()`` are of the slices: equal across data parallelism, different across the
+    mesh, and enough to resume exactly.
+    """
+
+    def __init__(self, config, mesh: Mesh):
+        super().__init__()
+        self.config, self.mesh = config, mesh
+        self.dropout = config.hidden_dropout_prob
+        patch_embedding, linear, norm, classifier = _layers(mesh.mode)
+        self.embeddings = patch_embedding(config.image_size, config.patch_size, config.num_channels, config.hidden_size)
+        heads = config.num_attention_heads // mesh.side
+        self.blocks = nn.ModuleList(_Block(config, linear, norm, heads) for _ in range(config.num_hidden_layers))
+        self.layernorm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.classifier = classifier(config.hidden_size, config.num_labels)
+
+    def forward(self, pixel_values: torch.Tensor):
+        """Images of this data-parallel group, all of them on each of its processes, to ``.logits`` of them all.
+
+        Args:
+            pixel_values: (B, channels, H, W), the same on every process of the tensor-parallel group.
+
+        Returns:
+            ImageClassifierOutput with ``logits`` (B, classes), the same on every process of the group.
+
+        Raises:
+            ValueError: B is no multiple of the parts in which the mode cuts a batch.
+        """
+        from transformers.modeling_outputs import ImageClassifierOutput
+
+        if len(pixel_values) % self.mesh.batch_parts:
+            raise ValueError(f"{len(pixel_values)} images cannot be cut in {self.mesh.batch_parts} for {self.mesh}")
+        if self.mesh.depth > 1:  # the library's 2.5D leaves the depth alone; it cuts the rest by itself
+            depth = _group("PARALLEL_2P5D_DEP")
+            pixel_values = pixel_values.chunk(depth.size())[depth.rank()]
+        x = F.dropout(self.embeddings(pixel_values), self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x)
+        logits = self.classifier(_in_fp32(self.layernorm, x[:, 0]))  # the cls token
+        return ImageClassifierOutput(logits=_GatherBatch.apply(logits, CUTS[self.mesh.mode].batch))
+
+
+def _layers(mode: str) -> tuple[type[nn.Module], ...]:
+    """The library's patch embedding, linear layer, LayerNorm and classifier of a mode."""
+    from colossalai.legacy.nn.layer import parallel_2d, parallel_2p5d, parallel_3d
+
+    module = {"2d": parallel_2d, "2.5d": parallel_2p5d, "3d": parallel_3d}[mode]
+    suffix = mode.upper().replace(".", "p")
+    return tuple(getattr(module, name + suffix) for name in ("PatchEmbedding", "Linear", "LayerNorm", "Classifier"))
+
+
+# ---------------------------------------------------------------------------------------------- slices and the whole
+
+
+def _cut(mode: str, name: str) -> tuple[str, ...]:
+    """By which sides of the mesh each dimension of a parameter is cut ("": whole)."""
+    cut, (*_, layer, kind) = CUTS[mode], name.split(".")
+    if layer in ("qkv", "fc1"):
+        return cut.up if kind == "weight" else (cut.up_bias,)
+    if layer in ("projection", "fc2"):
+        return cut.down if kind == "weight" else (cut.down_bias,)
+    if layer.startswith("layernorm"):
+        return (cut.norm,)
+    if layer == "classifier":
+        return ("", cut.hidden) if kind == "weight" else ("",)
+    return {"weight": (cut.hidden, "", "", ""), "bias": (cut.hidden,)}.get(kind, ("", "", cut.hidden))
+
+
+def huggingface_names(name: str) -> tuple[str, ...]:
+    """A parameter's name here to its HuggingFace name: one, or three for the fused qkv."""
+    parts = name.split(".")
+    if parts[0] == "embeddings":
+        there = {"cls_token": "cls_token", "pos_embed": "position_embeddings"}
+        return ("vit.embeddings." + there.get(parts[1], f"patch_embeddings.projection.{parts[1]}"),)
+    if parts[0] == "blocks":
+        _, i, layer, kind = parts
+        there = {
+            "qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+            "projection": ("attention.output.dense",),
+            "fc1": ("intermediate.dense",),
+            "fc2": ("output.dense",),
+        }
+        return tuple(f"vit.encoder.layer.{i}.{module}.{kind}" for module in there.get(layer, (layer,)))
+    return (name if parts[0] == "classifier" else f"vit.{name}",)
+
+
+def _is_linear(name: str) -> bool:
+    return name.startswith("blocks.") and name.endswith(".weight") and "layernorm" not in name
+
+
+def _to_library(name: str, tensors: list[torch.Tensor], q: int) -> torch.Tensor:
+    """HuggingFace's tensors of one parameter as the library keeps it: linear weights (in, out), qkv fused.
+
+    Fused by heads: q parts, each of them the same heads' query, key and value, so that one cut serves all three.
+    """
+    if len(tensors) == 3:
+        whole = torch.stack([t.unflatten(0, (q, -1)) for t in tensors], dim=1).flatten(0, 2)
+    else:
+        whole = tensors[0]
+    return whole.t() if _is_linear(name) else whole
+
+
+def _to_huggingface(name: str, whole: torch.Tensor, q: int) -> list[torch.Tensor]:
+    """Inverse of `_to_library`."""
+    whole = whole.t() if _is_linear(name) else whole
+    if ".qkv." in name:
+        return [t.flatten(0, 1) for t in whole.unflatten(0, (q, 3, -1)).unbind(1)]
+    return [whole]
+
+
+@torch.no_grad()
+def build(config, state_dict: dict[str, torch.Tensor]) -> TensorParallelViT:
+    """This process's slices of a serial model, on its device. Collective, after `start`.
+
+    Args:
+        config: HuggingFace ViTConfig; its dropout probabilities count, ``num_labels`` is that of ``state_dict``.
+        state_dict: of ViTForImageClassification, fp32, whole. Rank 0's values are taken everywhere.
+
+    Raises:
+        ValueError: a size does not fit the mode (`problems`), or names or shapes are not those of ``config``.
+        RuntimeError: `start` has not been called.
+    """
+    if _mesh is None:
+        raise RuntimeError("call tensor_parallel.start before build")
+    if found := problems(_mesh.mode, _mesh.size, _mesh.depth, config):
+        raise ValueError("; ".join(found))
+    model, rank = TensorParallelViT(config, _mesh), _group("TENSOR").rank()
+    expected = {there for name, _ in model.named_parameters() for there in huggingface_names(name)}
+    if different := expected.symmetric_difference(state_dict):
+        raise ValueError(f"the state dict is of another architecture: {', '.join(sorted(different)[:4])} ...")
+    for name, param in model.named_parameters():
+        tensors = [state_dict[there].to(param, copy=True).contiguous() for there in huggingface_names(name)]
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+        piece = _mesh.piece(_to_library(name, tensors, _mesh.side), _cut(_mesh.mode, name), rank)
+        if piece.shape != param.shape:
+            raise ValueError(f"{name}: the state dict's slice is {tuple(piece.shape)}, config's {tuple(param.shape)}")
+        param.copy_(piece)
+    return model
+
+
+@torch.no_grad()
+def gather(model: TensorParallelViT, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor] | None:
+    """Whole tensors by HuggingFace's names, on the CPU of rank 0; None elsewhere. Collective.
+
+    Args:
+        values: local tensors by this model's parameter names (gradients, averages); default: the parameters.
+    """
+    mesh, group, whole_model = model.mesh, _group("TENSOR"), {}
+    first = dist.get_rank() == 0
+    for name, value in (values or dict(model.named_parameters())).items():
+        cut = _cut(mesh.mode, name)
+        pieces = [torch.empty_like(value) for _ in range(mesh.size)]
+        dist.all_gather(pieces, value.detach().contiguous(), group=group)
+        if not first:
+            continue
+        whole = torch.empty([n * mesh.side ** len(sides) for n, sides in zip(value.shape, cut)], dtype=value.dtype)
+        for rank, piece in enumerate(pieces):
+            mesh.piece(whole, cut, rank).copy_(piece)
+        tensors = [t.contiguous() for t in _to_huggingface(name, whole, mesh.side)]
+        whole_model.update(zip(huggingface_names(name), tensors))
+    return whole_model if first else None
+
+
+# ---------------------------------------------------------------------------------------------- gradients
+
+
+def _sum_over(mode: str, name: str) -> str | None:
+    """Process group over which a gradient is still to be summed after the library's backward pass."""
+    if mode == "2.5d":
+        # row 0 has the whole gradient of biases and LayerNorms, the other rows zero; and each layer of the depth
+        # has that of its own images, which the library never adds up
+        return "PARALLEL_2P5D_XZ" if _cut(mode, name) == ("c",) else "PARALLEL_2P5D_DEP"
+    if mode == "3d" and name == "classifier.weight":
+        return "PARALLEL_3D_INPUT"  # one process has it, the others nothing
+    return None
+
+
+@torch.no_grad()
+def sync_gradients(model: TensorParallelViT) -> None:
+    """Complete the gradients: each becomes the slice of the serial one, averaged over data parallelism. Collective.
+
+    Once a step, after the last backward pass (sums must not be summed again); before it, gradients are partial.
+    """
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    for param in params.values():
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    buckets = {}
+    for name, param in params.items():
+        buckets.setdefault(_sum_over(model.mesh.mode, name), []).append(param.grad)
+    for group_name, grads in buckets.items():
+        if group_name:
+            _all_reduce(grads, _group(group_name))
+    _all_reduce([param.grad for param in params.values()], _group("DATA"), mean=True)
+
+
+def _all_reduce(grads: list[torch.Tensor], group, mean: bool = False) -> None:
+    """Sum, in place, in one message."""
+    if group.size() == 1:
+        return
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat, group=group)
+    if mean:
+        flat /= group.size()
+    for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads])):
+        grad.copy_(piece.view_as(grad))
+
+
+@torch.no_grad()
+def grad_norm(model: TensorParallelViT) -> torch.Tensor:
+    """2-norm of the whole model's gradient, each parameter counted once; a scalar, the same on every process.
+
+    After `sync_gradients`. Infinite or NaN on all processes when it is on one, so that they can skip a step together.
+    """
+    at, mode = model.mesh.coordinates(_group("TENSOR").rank()), model.mesh.mode
+    counted = []
+    for name, param in model.named_parameters():
+        cut = "".join(_cut(mode, name))
+        if param.grad is not None and all(at[side] == 0 for side in at if side not in cut):  # the first of its copies
+            counted.append(param.grad)
+    square = torch.zeros((), device=next(model.parameters()).device)
+    if counted:  # in 2.5D only the first layer of the depth counts
+        square += torch.stack(torch._foreach_norm(counted)).square().sum()
+    dist.all_reduce(square, group=_group("TENSOR"))
+    return square.sqrt()
+
+
+@torch.no_grad()
+def clip_(model: TensorParallelViT, max_norm: float) -> torch.Tensor:
+    """Scale the gradients down to ``max_norm``, as torch.nn.utils.clip_grad_norm_ does; returns the norm before."""
+    norm = grad_norm(model)
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_([param.grad for param in model.parameters() if param.grad is not None], factor)
+    return norm

@@ -1,0 +1,105 @@
+"""The environment of all tests, shared inputs, and one launch per process count for everything that needs processes."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+# Before any library reads them: no GPU, no file in the user's caches, one thread (two processes share two cores).
+_caches = tempfile.TemporaryDirectory(prefix="vit-tests-")
+os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HOME=f"{_caches.name}/hf", XDG_CACHE_HOME=f"{_caches.name}/xdg")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
+    os.environ.pop(_name, None)
+
+import console  # noqa: E402
+
+console.silence_libraries()
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from helpers import COUNTS, save_tiny_vit, write_folder  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def torchrun(processes: int, *command, **options) -> subprocess.CompletedProcess:
+    """Run a script on several processes; a free port is chosen by torchrun itself."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.run([*launcher, *map(str, command)], text=True, capture_output=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory) -> Path:
+    """The inputs of all launches, and what they write."""
+    root = tmp_path_factory.mktemp("shared")
+    write_folder(root / "images", COUNTS)
+    save_tiny_vit(root / "model")
+    # a photograph that breaks off, in the training and in the validation part
+    for split in COUNTS:
+        whole = write_folder(root / "damaged", {split: COUNTS[split]}) / split / "red" / "002.png"
+        if split != "test":
+            whole.write_bytes(whole.read_bytes()[:200])
+    return root
+
+
+@pytest.fixture(scope="session")
+def image_folder(shared) -> Path:
+    return shared / "images"
+
+
+@pytest.fixture(scope="session")
+def model_folder(shared) -> Path:
+    return shared / "model"
+
+
+class Results:
+    """What the cases of one launch returned; a case that failed fails the test that asks for it."""
+
+    def __init__(self, processes: int, folder: Path):
+        self.found, self.failed = {}, {}
+        path = folder / f"results_{processes}.jsonl"
+        while True:
+            run = torchrun(processes, ROOT / "tests" / "parallel_cases.py", folder)
+            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+            self.found = {line["case"]: line["result"] for line in lines if "result" in line}
+            failed = {line["case"]: run.stderr[-4000:] for line in lines if line["case"] not in self.found}
+            failed |= {line["case"]: line["error"] for line in lines if "error" in line}
+            # an error ends a launch, since the other processes would wait for the lost one; go on after that case
+            new = failed.keys() - self.failed.keys()
+            self.failed = failed
+            if run.returncode == 0:
+                return
+            assert new, f"the launch with {processes} processes failed outside its cases:\n{run.stderr[-6000:]}"
+
+    def __getitem__(self, case: str):
+        if case in self.failed:
+            pytest.fail(f"case {case}:\n{self.failed[case]}", pytrace=False)
+        return self.found[case]
+
+
+@pytest.fixture(scope="session")
+def one(shared) -> Results:
+    return Results(1, shared)
+
+
+@pytest.fixture(scope="session")
+def two(shared, one) -> Results:
+    return Results(2, shared)  # after `one`: resumes what it saved
+
+
+@pytest.fixture(scope="session")
+def four(shared, two) -> Results:
+    return Results(4, shared)
+
+
+@pytest.fixture
+def launched(request):
+    """processes -> the results of that launch."""
+    return lambda processes: request.getfixturevalue({1: "one", 2: "two", 4: "four"}[processes])

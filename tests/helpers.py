@@ -1,0 +1,80 @@
+"""Tiny images and a tiny ViT, for the tests and for the processes that they launch."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+CLASSES = ("blue", "green", "red")
+COUNTS = {"train": 22, "validation": 13, "test": 7}  # odd: no batch size and no process count divides them
+
+
+def write_image(path: Path, label: int, seed: int) -> None:
+    """A noisy picture of one colour, easy to learn; every one of another, odd size."""
+    rng = np.random.default_rng([label, seed])
+    height, width = rng.integers(17, 30, 2)
+    pixels = rng.integers(0, 120, (height, width, 3))
+    pixels[..., 2 - label] += 80
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+def write_folder(root: Path, counts: dict[str, int], classes=CLASSES) -> Path:
+    """``root/<split>/<class>/<n>.png``, classes in turn."""
+    for split, count in counts.items():
+        for i in range(count):
+            label = i % len(classes)
+            write_image(root / split / classes[label] / f"{i:03d}.png", label, len(split) * 1000 + i)
+    return root
+
+
+def tiny_vit(labels: int = 3, **overrides):
+    """4 layers of 4 heads, 16 px: enough for tp 4 and pp 4; random weights from torch's current seed."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4)
+    dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return ViTForImageClassification(ViTConfig(**(sizes | dropout | dict(num_labels=labels) | overrides)))
+
+
+def save_tiny_vit(folder: Path, labels: int = 5, size: int = 16, **overrides) -> Path:
+    """A model folder as the hub holds them; by default with other classes than the images."""
+    from transformers import ViTImageProcessor
+
+    torch.manual_seed(3)
+    tiny_vit(labels, image_size=size, **overrides).save_pretrained(folder)
+    ViTImageProcessor(
+        size={"height": size, "width": size}, image_mean=[0.5, 0.4, 0.6], image_std=[0.2, 0.3, 0.25], resample=2
+    ).save_pretrained(folder)
+    return folder
+
+
+def settings(*argv):
+    """The settings of vit_train_demo.py as parsed, unchecked."""
+    from args import finetune_parser
+
+    parser = finetune_parser()
+    parsed = parser.parse([str(word) for word in argv])
+    assert not parser.problems
+    return parsed
+
+
+# ---- the training that every plugin repeats: 22 images, 8 a step: two epochs of two whole steps and one of 6
+LEARNING_RATES = [4e-4, 8e-4, 2e-3, 1.6e-3, 1e-3, 3e-4]  # per step, to see that each is used
+WEIGHT_DECAY = 0.5
+MAX_NORM = 2.4  # between the gradient norms of this training: some steps are clipped, some are not
+
+
+def in_memory_images(count: int, seed: int = 1):
+    """Noise of 16 px with random labels of 3 classes."""
+    from data import Split
+
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8).numpy()
+    labels = torch.randint(0, 3, (count,), generator=generator).numpy()
+    return Split("train", None, labels, resized=list(pixels))

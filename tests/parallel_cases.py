@@ -1,0 +1,386 @@
+"""Everything that needs a process group, in one launch per process count: the imports cost more than a case.
+
+    torchrun --nproc_per_node N parallel_cases.py FOLDER
+
+FOLDER holds the inputs (conftest.py, `shared`). Rank 0 appends to FOLDER/results_N.jsonl a line when a case starts
+and its result when it ends. Cases that have a line already are not run again.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from argparse import Namespace
+from pathlib import Path
+
+import helpers
+import torch
+import torch.distributed as dist
+from helpers import LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images
+
+import checkpoint as ckpt
+import data
+import engine
+import plugins
+import vit_train_demo
+from layout import Layout
+
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+FOLDER = Path(sys.argv[1])
+
+EPOCHS, GLOBAL_BATCH = 2, 8  # of the training described in helpers.py
+BASE = dict(
+    plugin="torch_ddp", precision="fp32", zero_stage=0, max_norm=0.0, offload_optim_frac=0.0, offload_param_frac=0.0,
+    placement_policy="static", gradient_accumulation_steps=1, num_microbatches=1, grad_checkpoint=False, compile=False,
+    weight_decay=WEIGHT_DECAY, learning_rate=1e-3, optimizer="adamw",
+)  # fmt: skip
+
+
+def build(model, tp=1, pp=1, **changes):
+    """-> (Engine, Layout) of a model under a plugin"""
+    layout = Layout(WORLD, tp, pp, RANK)
+    args = Namespace(**(BASE | changes))
+    boosted = plugins.boost(model, args, layout)
+    return engine.Engine(boosted, 3, engine.Normalize((0.5,) * 3, (0.5,) * 3)), layout
+
+
+def initial_model(tp: int = 1):
+    import model as vit
+
+    torch.manual_seed(0)
+    model = helpers.tiny_vit(3)
+    vit.pad_labels(model, tp)
+    return model
+
+
+def meta_of(step: int, epoch: int) -> dict:
+    return dict(step=step, epoch=epoch, progress={"images": 0}, best_epoch=None, processes=WORLD)
+
+
+def train(tp=1, pp=1, k=1, save=None, load=None, **changes) -> dict:
+    """Losses of every step and of an evaluation after each epoch.
+
+    save, load: a folder of checkpoints, written to or read after the first epoch.
+    """
+    trainer, layout = build(initial_model(tp), tp, pp, gradient_accumulation_steps=k, **changes)
+    schedule = data.Schedule(22, GLOBAL_BATCH // layout.dp // k, k, layout, seed=5)
+    batches = data.Batches(in_memory_images(22), data.Resize(16), None, skip_bad=False)
+    held_out = data.Batches(in_memory_images(13, seed=2), data.Resize(16), None, skip_bad=False)
+    losses, evaluations = [], []
+    for epoch in range(EPOCHS):
+        if load and epoch == 0:
+            path = checkpoint_of(load, schedule.steps)
+            ckpt.load(path, trainer.boosted, ckpt.read_meta(path))
+            continue
+        trainer.model.train()
+        order = schedule.batches(epoch)
+        for images in schedule.images_per_step:
+            step = [batches.__getitems__(next(order)) for _ in range(schedule.batches_per_step)]
+            lr = LEARNING_RATES[epoch * schedule.steps + len(losses) % schedule.steps]
+            share = trainer.train_step(step, images, lr)
+            losses.append(plugins.all_sum(share.double()).item())
+        evaluation = data.evaluation_order(13, schedule.rows, layout)
+        evaluations.append(trainer.evaluate(map(held_out.__getitems__, evaluation), 13))
+        if save and epoch == 0:
+            ckpt.Checkpoints(save, 1).save(trainer.boosted, meta_of(schedule.steps, epoch=1))
+    return {"losses": losses, "evaluations": evaluations}
+
+
+def evaluate(tp=1, pp=1, **changes) -> dict:
+    """The validation folder, read as a run does, by a model whose true logits are all far below the padding's 0."""
+    import model as vit
+
+    args = helpers.settings("--dataset", FOLDER / "images")
+    images = data.load_data(args)
+    loaded = vit.load_model(str(FOLDER / "model"), images.label_names, tp)
+    labels = len(images.label_names)
+    torch.manual_seed(9)
+    with torch.no_grad():
+        loaded.model.classifier.weight[:labels] = torch.randn(labels, 32) * 0.5
+        loaded.model.classifier.bias[:labels] = -100
+    resize = data.Resize(16, int(loaded.processor.resample))
+    images, _ = data.decode(images, resize, None, args, WORLD)
+    trainer, layout = build(loaded.model, tp, pp, **changes)
+    trainer.normalize = engine.Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
+    batches = data.Batches(images.validation, resize, None, False)
+    order = data.evaluation_order(len(images.validation), 4, layout)
+    result = trainer.evaluate(map(batches.__getitems__, order), len(images.validation))
+    try:
+        trainer.evaluate(map(batches.__getitems__, order), len(images.validation) + 1)
+    except RuntimeError as error:
+        result["wrong_count"] = str(error)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def entry(output: str, *argv, dataset="images") -> dict:
+    """vit_train_demo.py's main in these processes, as if started anew; the process group lives on."""
+    words = ["--model_name_or_path", FOLDER / "model", "--dataset", FOLDER / dataset, "--output_path", FOLDER / output]
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    torch.manual_seed(int(time.time()))  # nothing may depend on the state before the run
+    sys.argv = ["vit_train_demo.py", *map(str, [*words, "--num_workers", 0, *argv])]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            vit_train_demo.main()
+        except SystemExit as end:
+            code = end.code
+    dist.barrier()
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+RUN = ("--batch_size", 4, "--num_epoch", 2, "--learning_rate", 1e-3, "--augment", "--max_norm", 2)
+
+
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """The checkpoint after ``step`` steps; the later one if the epoch's evaluation made two of it."""
+    metas = [(path, json.loads(path.read_text())) for path in folder.glob("*/meta.json")]
+    found = [(meta.get("epoch", 0), path.parent) for path, meta in metas if meta["step"] == step]
+    return max(found)[1]
+
+
+def resume(name: str, step: int, *argv) -> dict:
+    """A run without a stop, and one that starts at its checkpoint of ``step``."""
+    straight = entry(f"{name}_straight", *RUN, "--checkpoint_steps", 2, "--keep_checkpoints", 99, *argv)
+    path = checkpoint_of(FOLDER / f"{name}_straight" / "checkpoints", step)
+    return {"straight": straight, "resumed": entry(f"{name}_resumed", *RUN, "--resume", path, *argv)}
+
+
+def terminated(name: str, at: int = 5, *flags) -> dict:
+    """SIGTERM reaches one process in its step ``at``; --resume auto goes on."""
+    run = (*RUN, *flags)
+    straight = entry(f"{name}_straight", *run)
+    whole, steps = engine.Engine.train_step, []
+
+    def train_step(self, *args):
+        steps.append(0)
+        if len(steps) == at and RANK == WORLD - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, *args)
+
+    engine.Engine.train_step = train_step
+    try:
+        stopped = entry(name, *run)
+    finally:
+        engine.Engine.train_step = whole
+    files = sorted(p.name for p in (FOLDER / name).iterdir()) if (FOLDER / name).exists() else []
+    return {"straight": straight, "stopped": stopped, "files": files, "resumed": entry(name, *run, "--resume", "auto")}
+
+
+def failing_write() -> dict:
+    """The disk fills up during the second save: an error, and the first checkpoint is whole."""
+    trainer, _ = build(initial_model())
+    folder = ckpt.Checkpoints(FOLDER / "failing_write", 1)
+    folder.save(trainer.boosted, meta_of(1, epoch=1))
+    whole = torch.save
+
+    def full_disk(state, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    torch.save = full_disk
+    try:
+        folder.save(trainer.boosted, meta_of(2, epoch=2))
+        error = None
+    except OSError as caught:
+        error = str(caught)
+    finally:
+        torch.save = whole
+    found = ckpt.read_meta(folder.find("auto"))["step"]
+    folder.save(trainer.boosted, meta_of(2, epoch=2))
+    left = sorted(path.name for path in folder.root.iterdir())
+    return {"error": error, "found": found, "found_after": ckpt.read_meta(folder.find("auto"))["step"], "left": left}
+
+
+# ---------------------------------------------------------------------------------------------- the list
+
+
+def zero(stage=1, **changes):
+    return dict(plugin="low_level_zero", zero_stage=stage, **changes)
+
+
+def hybrid(tp=1, pp=1, microbatches=None, **changes):
+    return dict(plugin="hybrid_parallel", tp=tp, pp=pp, num_microbatches=microbatches or max(1, pp), **changes)
+
+
+def gemini(precision="bf16", **changes):
+    return dict(plugin="gemini", precision=precision, **changes)
+
+
+# name -> settings, on one process and on two
+EVERYWHERE = {
+    "ddp": dict(),
+    "zero1": zero(1),
+    "zero2": zero(2),
+    "ddp bf16": dict(precision="bf16"),
+    "ddp fp16": dict(plugin="torch_ddp_fp16", precision="fp16"),
+    "zero1 bf16": zero(1, precision="bf16"),
+    "zero1 fp16": zero(1, precision="fp16"),
+    "zero2 bf16": zero(2, precision="bf16"),
+    "gemini bf16": gemini(),
+    "gemini fp16": gemini("fp16"),
+}
+LAYOUTS = {
+    1: {"hybrid": hybrid(), "hybrid fp16": hybrid(precision="fp16")},
+    2: {
+        "tp2": hybrid(tp=2),
+        "pp2": hybrid(pp=2),
+        "pp2 of 4 micro-batches": hybrid(pp=2, microbatches=4),
+        "hybrid dp2": hybrid(),
+        "tp2 bf16": hybrid(tp=2, precision="bf16"),
+        "pp2 fp16": hybrid(pp=2, precision="fp16"),
+        "hybrid zero1 bf16": hybrid(zero_stage=1, precision="bf16"),
+        "hybrid zero2 fp16": hybrid(zero_stage=2, precision="fp16"),
+    },
+    4: {
+        "ddp": dict(),
+        "zero1": zero(1),
+        "gemini bf16": gemini(),
+        "tp4": hybrid(tp=4),
+        "pp4": hybrid(pp=4),
+        "tp2 pp2": hybrid(tp=2, pp=2),
+        "dp2 tp2": hybrid(tp=2),
+        "dp2 pp2": hybrid(pp=2),
+        "dp2 tp2 zero1 bf16": hybrid(tp=2, zero_stage=1, precision="bf16"),
+    },
+}
+
+
+def trainings(processes: int) -> dict[str, dict]:
+    """Name -> arguments of `train`: each plugin and layout plain, clipped, and accumulated over two micro-steps."""
+    plain = (EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4]
+    cases = {f"{name}, clipped": case | dict(max_norm=MAX_NORM) for name, case in plain.items()}
+    cases |= {f"{name}, accumulated": case | dict(k=2, max_norm=MAX_NORM) for name, case in plain.items()}
+    if processes < 4:  # four processes share two cores
+        cases |= {name: case for name, case in plain.items() if not name.endswith("16") or "gemini" in name}
+        for name in ("ddp", "zero1", "gemini bf16", "hybrid", "tp2", "pp2"):
+            if name in plain:
+                cases[f"{name}, recomputed"] = plain[name] | dict(grad_checkpoint=True)
+    return cases
+
+
+EVALUATIONS = {
+    1: {"ddp": dict(), "zero1": zero(), "hybrid": hybrid()},
+    2: {"ddp": dict(), "zero1": zero(), "tp2": hybrid(tp=2), "pp2": hybrid(pp=2)},
+    4: {"ddp": dict(), "tp4": hybrid(tp=4), "pp4": hybrid(pp=4), "tp2 pp2": hybrid(tp=2, pp=2), "dp2 pp2": hybrid(pp=2)},
+}
+# name -> (step of the checkpoint, flags); an epoch has 6 steps of 4 images on one process, 3 of 8 on two
+RESUMES = {
+    1: {
+        "ddp": (6, "--plugin torch_ddp"),
+        "ddp mid-epoch": (2, "--plugin torch_ddp"),
+        "ddp_fp16": (8, "--plugin torch_ddp_fp16"),
+        "gemini": (4, "--plugin gemini"),
+    },
+    2: {
+        "ddp": (2, "--plugin torch_ddp"),
+        "ddp bf16": (3, "--plugin torch_ddp --precision bf16"),
+        "ddp_fp16": (4, "--plugin torch_ddp_fp16"),
+        "zero1": (2, "--plugin low_level_zero --precision fp32"),
+        "zero1 fp16": (4, "--plugin low_level_zero --precision fp16"),
+        "zero2 bf16": (2, "--plugin low_level_zero --precision bf16 --zero_stage 2"),
+        "gemini bf16": (2, "--plugin gemini --precision bf16"),
+        "gemini fp16": (4, "--plugin gemini --precision fp16"),
+        "tp2": (2, "--plugin hybrid_parallel --tp_size 2"),
+        "pp2": (4, "--plugin hybrid_parallel --pp_size 2"),
+        "pp2 bf16": (2, "--plugin hybrid_parallel --pp_size 2 --precision bf16"),
+        "hybrid zero1 fp16": (2, "--plugin hybrid_parallel --precision fp16 --zero_stage 1"),
+    },
+    4: {"tp2 pp2": (2, "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --precision fp16")},
+}
+
+
+def all_cases() -> dict:
+    cases = {f"train {name}": (train, case) for name, case in trainings(WORLD).items()}
+    cases |= {f"evaluate {name}": (evaluate, case) for name, case in EVALUATIONS[WORLD].items()}
+    for name, (step, flags) in RESUMES[WORLD].items():
+        words = (f"{name}_{WORLD}".replace(" ", "_"), step, *flags.split())
+        cases[f"resume {name}"] = (lambda *a: resume(*a), words)
+    # another number of processes: the same global batch, so the same losses
+    for name, case in {"ddp": {}, "zero1": zero(), "zero2 bf16": zero(2, precision="bf16")}.items():
+        cases[f"save {name}"] = (train, case | dict(save=FOLDER / f"{name}_{WORLD}_saved"))
+        if WORLD > 1:
+            cases[f"load {name}"] = (train, case | dict(load=FOLDER / f"{name}_{WORLD // 2}_saved"))
+    one_epoch = ("--num_epoch", 1, "--batch_size", 4)
+    if WORLD == 1:
+        published = ("--plugin", "gemini", "--tp_size", 2, "--pp_size", 2, *one_epoch)
+        cases["published settings"] = (entry, ("published", *published))
+        cases["no checkpoints kept"] = (entry, ("none_kept", *one_epoch, "--keep_checkpoints", 0, "--tensorboard"))
+        # warm-up to a rate that destroys what the first epochs learned
+        growing = ("--num_epoch", 3, "--batch_size", 4, "--learning_rate", 3, "--warmup_ratio", 1, "--keep_checkpoints", 9)
+        cases["best first"] = (entry, ("best_first", *growing))
+        cases["pruned"] = (entry, ("pruned", *growing[:-1], 1))
+        cases["best first, resumed"] = (
+            lambda: entry("best_first_resumed", *growing, "--resume", checkpoint_of(FOLDER / "best_first" / "checkpoints", 12)),
+            (),
+        )
+        cases["dry run"] = (entry, ("dry", "--dry_run"))
+        cases["evaluation only"] = (entry, ("evaluated", "--eval_only", "--batch_size", 4))
+        cases["damaged, not in memory"] = (
+            lambda: entry("skipped", *one_epoch, "--skip_bad_images", "--data_memory", 1e-9, dataset="damaged"),
+            (),
+        )
+    if WORLD == 2:
+        cases["terminated"] = (terminated, ("terminated",))
+        cases["failing write"] = (failing_write, ())
+        # a step of all images an epoch, and a signal in the first: there is no later step to notice it in
+        cases["terminated in an epoch of one step"] = (terminated, ("one_step", 1, "--batch_size", 16))
+        cases["diverging"] = (entry, ("diverging", *one_epoch, "--plugin", "torch_ddp", "--learning_rate", 1e30))
+        other = ("--resume", FOLDER / "gemini_1_straight")
+        cases["gemini on other processes"] = (entry, ("refused", *RUN, "--plugin", "gemini", *other))
+        other = ("--resume", FOLDER / "ddp_2_straight", "--seed", 1, "--weight_decay", 0.1)
+        cases["other settings"] = (entry, ("refused", *RUN, "--plugin", "torch_ddp", *other))
+        cases["run on other processes"] = (continued, ())
+    return cases
+
+
+def continued() -> dict:
+    """The run "best first", stopped after its first epoch on one process, goes on with two."""
+    if RANK == 0:
+        shutil.copytree(FOLDER / "best_first", FOLDER / "continued")
+        for step in (12, 18):
+            shutil.rmtree(checkpoint_of(FOLDER / "continued" / "checkpoints", step))
+    dist.barrier()
+    flags = ("--num_epoch", 3, "--batch_size", 4, "--learning_rate", 3, "--warmup_ratio", 1, "--keep_checkpoints", 9)
+    result = entry("continued", *flags, "--resume", "auto")
+    result["newest"] = ckpt.read_meta(ckpt.Checkpoints(FOLDER / "continued" / "checkpoints", 9).find("auto"))["epoch"]
+    return result
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    plugins.start_distributed(0)
+    plugins.start_distributed = lambda seed: torch.manual_seed(seed)
+    plugins.stop_distributed = lambda: None
+    path = FOLDER / f"results_{WORLD}.jsonl"
+    done = {json.loads(line)["case"] for line in path.read_text().splitlines()} if path.exists() else set()
+    dist.barrier()  # all have read it
+    for name, (function, arguments) in all_cases().items():
+        if name in done:
+            continue
+        if RANK == 0:
+            with open(path, "a") as file:
+                file.write(json.dumps({"case": name}) + "\n")
+        started = time.perf_counter()
+        try:
+            result = function(**arguments) if isinstance(arguments, dict) else function(*arguments)
+        except BaseException:
+            with open(path, "a") as file:
+                file.write(json.dumps({"case": name, "error": f"process {RANK}: {traceback.format_exc()}"}) + "\n")
+            raise
+        if RANK == 0:
+            with open(path, "a") as file:
+                line = {"case": name, "result": result, "seconds": time.perf_counter() - started}
+                file.write(json.dumps(line) + "\n")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

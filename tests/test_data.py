@@ -1,0 +1,457 @@
+"""Images in: every source and mode, what is wrong with them, and which image is in which batch."""
+
+import io
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from helpers import CLASSES, COUNTS, settings, write_folder, write_image
+from PIL import Image
+
+import data
+from layout import Layout
+
+
+def load(folder, *flags):
+    return data.load_data(settings("--dataset", folder, *flags))
+
+
+def decoded(images, *flags, augment=None, size=16):
+    return data.decode(images, data.Resize(size), augment, settings(*flags), 1)
+
+
+def pixels_of(split, size=16):
+    """What training sees of every image, in order."""
+    return data.Batches(split, data.Resize(size), None, False).__getitems__([(0, i) for i in range(len(split))])
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+def test_imagefolder_with_splits(image_folder):
+    images = load(image_folder)
+    assert {split.name: len(split) for split in images.splits()} == COUNTS
+    assert images.label_names == list(CLASSES) and images.notes == []
+    for split in images.splits():
+        assert [CLASSES[label] for label in split.labels] == [path.split("/")[-2] for path in split.where]
+
+
+@pytest.mark.parametrize("names", [("training", "val", "testing"), ("Train", "dev", "Test")])
+def test_split_folders_go_by_several_names(tmp_path, names):
+    images = load(write_folder(tmp_path, dict(zip(names, (6, 4, 3)))))
+    assert (len(images.train), len(images.validation), len(images.test)) == (6, 4, 3)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["train folder", "class folders alone"])
+def test_train_alone_is_split_with_its_class_proportions(tmp_path, nested):
+    for label, count in enumerate((40, 20, 4)):
+        for i in range(count):
+            write_image(tmp_path / ("train" if nested else "") / CLASSES[label] / f"{i}.png", label, i)
+    images = load(tmp_path, "--validation_fraction", 0.25)
+    assert np.bincount(images.validation.labels).tolist() == [10, 5, 1]
+    assert np.bincount(images.train.labels).tolist() == [30, 15, 3]
+    assert not set(images.train.where) & set(images.validation.where)
+    assert images.validation.name == "validation" and images.test is None
+    assert "16 of 64" in images.notes[0]
+    assert load(tmp_path, "--validation_fraction", 0.25).validation.where == images.validation.where
+    assert load(tmp_path, "--validation_fraction", 0.25, "--seed", 1).validation.where != images.validation.where
+
+
+def test_samples_are_limited_by_seed(image_folder):
+    images = load(image_folder, "--max_train_samples", 10, "--max_eval_samples", 5)
+    assert [len(split) for split in images.splits()] == [10, 5, 5]
+    assert len(set(images.train.where)) == 10
+    assert images.train.where == load(image_folder, "--max_train_samples", 10).train.where
+    assert images.train.where != load(image_folder, "--max_train_samples", 10, "--seed", 1).train.where
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (20, 18, 3), dtype=np.uint8)) for _ in range(12)]
+
+
+IMAGE, CLASS = datasets.Image(), datasets.ClassLabel(names=list(CLASSES))
+
+
+def huggingface_table(pictures, image="image", label="labels", **more):
+    table = {image: [{"bytes": png(p), "path": None} for p in pictures], label: [i % 3 for i in range(len(pictures))]}
+    features = datasets.Features({image: IMAGE, label: CLASS} | {name: datasets.Value("int64") for name in more})
+    return datasets.Dataset.from_dict(table | more, features=features)
+
+
+def assert_pictures(images, pictures, names=CLASSES):
+    """All pictures, each with its own label, over train and validation."""
+    assert images.label_names == list(names)
+    expected = sorted((data.Resize(16)(p).tobytes(), i % 3) for i, p in enumerate(pictures))
+    found = []
+    for split in images.splits():
+        batch = pixels_of(split)
+        found += [(p.numpy().tobytes(), label) for p, label in zip(batch["pixel_values"], batch["labels"].tolist())]
+    assert sorted(found) == expected
+
+
+def test_saved_datasets_directory(tmp_path, pictures):
+    table = huggingface_table(pictures)
+    datasets.DatasetDict(train=table.select(range(8)), validation=table.select(range(8, 12))).save_to_disk(tmp_path / "a")
+    images = load(tmp_path / "a")
+    assert (len(images.train), len(images.validation)) == (8, 4)
+    assert_pictures(images, pictures)
+
+
+def test_parquet_with_the_hubs_features(tmp_path, pictures):
+    table = huggingface_table(pictures)
+    table.select(range(8)).to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    table.select(range(8, 12)).to_parquet(tmp_path / "data" / "validation-00000-of-00001.parquet")
+    images = load(tmp_path)
+    assert (len(images.train), len(images.validation)) == (8, 4)
+    assert_pictures(images, pictures)
+
+
+@pytest.mark.parametrize("labels, names", [((0, 1, 2), ("0", "1", "2")), ((30, 4, 5), ("4", "5", "30")), (("c", "a", "b"), ("a", "b", "c"))])
+def test_parquet_of_plain_structs_and_values(tmp_path, pictures, labels, names):
+    columns = {
+        "picture": [{"bytes": png(p), "path": None} for p in pictures],
+        "kind": [labels[i % 3] for i in range(len(pictures))],
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "all.parquet")
+    images = load(tmp_path / "all.parquet", "--validation_fraction", 0.3)
+    assert images.label_names == list(names)
+    shown = {pixels.numpy().tobytes(): images.label_names[label]
+             for split in images.splits() for pixels, label in zip(*pixels_of(split).values())}  # fmt: skip
+    assert shown == {data.Resize(16)(p).tobytes(): str(labels[i % 3]) for i, p in enumerate(pictures)}
+
+
+def test_columns_are_named_by_flags_where_types_do_not_tell(tmp_path, pictures):
+    table = huggingface_table(pictures, image="front").add_column("back", [{"bytes": png(p), "path": None} for p in pictures[::-1]])
+    table = table.cast_column("back", IMAGE).add_column("coarse", [0] * 12).cast_column("coarse", datasets.ClassLabel(names=["all"]))
+    table.save_to_disk(tmp_path / "two")
+    with pytest.raises(data.DataError, match="2 image columns among .*front.*--image_column"):
+        load(tmp_path / "two")
+    with pytest.raises(data.DataError, match="2 label columns among .*coarse.*--label_column"):
+        load(tmp_path / "two", "--image_column", "front")
+    assert_pictures(load(tmp_path / "two", "--image_column", "front", "--label_column", "labels"), pictures)
+    assert load(tmp_path / "two", "--image_column", "back", "--label_column", "coarse").label_names == ["all"]
+    with pytest.raises(data.DataError, match="no column 'side'; it has: front, labels"):
+        load(tmp_path / "two", "--image_column", "side", "--label_column", "labels")
+
+
+def test_hidden_test_labels_are_said_and_not_used(tmp_path, pictures):
+    table = huggingface_table(pictures)
+    hidden = table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4).cast(table.features)
+    datasets.DatasetDict(train=table, validation=table, test=hidden).save_to_disk(tmp_path / "a")
+    images = load(tmp_path / "a")
+    assert images.test is None and images.notes == ["split 'test' is not used: its labels are hidden"]
+
+
+# ---------------------------------------------------------------------------------------------- modes
+
+
+def filled(mode, *colour, size=(6, 4)):
+    return Image.new(mode, size, colour[0] if len(colour) == 1 else colour)
+
+
+def palette():
+    image = Image.new("P", (6, 4), 1)
+    image.putpalette([255, 255, 255, 200, 30, 90])
+    return image
+
+
+def see_through_palette():
+    image = palette()
+    image.info["transparency"] = 1
+    return image
+
+
+MODES = {
+    "L": (filled("L", 77), (77, 77, 77)),
+    "1": (filled("1", 1), (255, 255, 255)),
+    "RGB": (filled("RGB", 1, 2, 3), (1, 2, 3)),
+    "P": (palette(), (200, 30, 90)),
+    "P with a transparent colour": (see_through_palette(), (255, 255, 255)),
+    "RGBA opaque": (filled("RGBA", 10, 20, 30, 255), (10, 20, 30)),
+    "RGBA half": (filled("RGBA", 0, 100, 200, 128), (127, 177, 227)),  # over white
+    "RGBA clear": (filled("RGBA", 0, 0, 0, 0), (255, 255, 255)),
+    "LA": (filled("LA", 0, 128), (127, 127, 127)),
+    "CMYK": (filled("CMYK", 255, 0, 0, 0), (0, 255, 255)),
+    "I;16": (Image.fromarray(np.full((4, 6), 200 * 257, np.uint16)), (200, 200, 200)),
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    image, colour = MODES[mode]
+    path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
+    image.save(path)
+    for source in (path, path.read_bytes(), image):
+        rgb = data.open_image(source)
+        assert rgb.mode == "RGB" and rgb.size == (6, 4)
+        assert np.abs(np.asarray(rgb).astype(int) - colour).max() <= 1
+
+
+def test_exif_orientation_is_followed(tmp_path):
+    upright = np.zeros((4, 6, 3), np.uint8)
+    upright[0, 0] = 255  # top left
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the image must be turned 90 degrees clockwise
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "turned.png", exif=exif)
+    assert Image.open(tmp_path / "turned.png").size == (4, 6)
+    assert (np.asarray(data.open_image(tmp_path / "turned.png")) == upright).all()
+
+
+def test_resize_equals_the_image_processor(image_folder):
+    from transformers import ViTImageProcessor
+
+    path = next((image_folder / "train" / "red").iterdir())
+    for resample in (0, 2, 3):
+        processor = ViTImageProcessor(size={"height": 16, "width": 16}, resample=resample, do_rescale=False, do_normalize=False)
+        expected = processor(Image.open(path), return_tensors="np")["pixel_values"][0]
+        assert (data.Resize(16, resample)(data.open_image(path)) == expected).all()
+
+
+# ---------------------------------------------------------------------------------------------- what is wrong
+
+
+def test_unreadable_images_are_named_and_counted(tmp_path):
+    images = load(write_folder(tmp_path, {"train": 12, "validation": 4}))
+    bad = [tmp_path / "train" / "red" / "002.png", tmp_path / "train" / "blue" / "003.png"]
+    bad[0].write_bytes(bad[0].read_bytes()[:150])
+    bad[1].write_text("not an image")
+    with pytest.raises(data.DataError) as error:
+        decoded(images)
+    assert "2 unreadable image(s) in train" in str(error.value) and "--skip_bad_images" in str(error.value)
+    assert all(str(path) in str(error.value) for path in bad)
+    kept, _ = decoded(images, "--skip_bad_images")
+    assert len(kept.train) == 10 and not {str(path) for path in bad} & set(kept.train.where)
+    assert "2 unreadable image(s) skipped" in kept.notes[0] and all(str(path) in kept.notes[0] for path in bad)
+    # the others keep their own labels and pixels
+    batch = pixels_of(kept.train)
+    for path, pixels, label in zip(kept.train.where, batch["pixel_values"], batch["labels"]):
+        assert (pixels.numpy() == data.Resize(16)(data.open_image(path))).all() and CLASSES[label] in path
+
+
+def test_a_split_without_a_readable_image_is_an_error_even_when_skipping(tmp_path):
+    images = load(write_folder(tmp_path, {"train": 6, "validation": 3}))
+    for path in (tmp_path / "validation").rglob("*.png"):
+        path.write_text("broken")
+    with pytest.raises(data.DataError, match="no readable image in validation"):
+        decoded(images, "--skip_bad_images")
+
+
+def test_unreadable_image_found_by_a_worker_is_named(tmp_path):
+    split = load(write_folder(tmp_path, {"train": 6, "validation": 3})).train
+    (tmp_path / "train" / "red" / "002.png").write_text("broken")
+    with pytest.raises(data.DataError, match="train/red/002.png"):
+        pixels_of(split)
+    skipped = data.Batches(split, data.Resize(16), None, True).__getitems__([(0, i) for i in range(6)])
+    assert skipped["labels"].tolist().count(data.IGNORE) == 1
+
+
+def test_run_with_unreadable_images_that_are_not_kept_in_memory(one, shared):
+    result = one["damaged, not in memory"]
+    assert result["code"] == 0, result["err"]
+    for name in ("train/red/002.png", "validation/red/002.png"):
+        assert name in result["out"] + result["err"]
+    assert "(7 images)" in result["out"]
+
+
+def test_class_missing_in_validation_is_said(tmp_path):
+    write_folder(tmp_path, {"train": 9, "test": 3})
+    write_folder(tmp_path, {"validation": 4}, CLASSES[:2])
+    images = load(tmp_path)
+    assert images.notes == ["the validation split has no images of class red"]
+    assert images.label_names == list(CLASSES)
+
+
+def test_class_unknown_to_training_is_refused(tmp_path):
+    write_folder(tmp_path, {"train": 9, "validation": 3})
+    write_image(tmp_path / "validation" / "violet" / "0.png", 0, 0)
+    with pytest.raises(data.DataError, match="class violet is in validation/ but not in train/"):
+        load(tmp_path)
+
+
+def test_empty_class_is_refused(tmp_path):
+    write_folder(tmp_path, {"train": 9, "validation": 3})
+    (tmp_path / "train" / "white").mkdir()
+    with pytest.raises(data.DataError, match="no training images of class white"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda root: root.joinpath("train").mkdir(), "holds no class folders"),
+        (lambda root: root.joinpath("train", "a").mkdir(parents=True), "no images under"),
+        (lambda root: write_folder(root, {"test": 3}), "has no train folder; it has: test"),
+        (lambda root: None, "the folder holds no data set. Expected"),
+    ],
+    ids=["no classes", "no images", "test alone", "empty folder"],
+)
+def test_folder_without_a_data_set_is_refused(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(data.DataError, match=message) as error:
+        load(tmp_path)
+    assert "{name}" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c"])
+def test_path_that_does_not_exist_is_refused(name):
+    with pytest.raises(data.DataError, match="no such folder or file"):
+        data.locate(name)
+
+
+def test_names_are_told_apart(tmp_path, image_folder):
+    assert data.locate("AI-Lab-Makerere/beans") == "hub" and data.locate("drawn") == "drawn"
+    assert data.locate(str(image_folder)) == "imagefolder"
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def test_images_beyond_the_memory_budget_are_decoded_later_with_the_same_pixels(image_folder):
+    images = load(image_folder)
+    kept, kept_bytes = decoded(images)
+    left, left_bytes = decoded(images, "--data_memory", 1e-9)
+    assert kept_bytes == sum(COUNTS.values()) * 3 * 16 * 16 and left_bytes == 0
+    assert left.train.resized is None and kept.train.resized[0].dtype == np.uint8
+    expected = pixels_of(kept.train)
+    for workers in (0, 2):
+        order = [[(0, i) for i in range(11)], [(0, i) for i in range(11, 22)]]
+        batches = list(data.make_loader(data.Batches(left.train, data.Resize(16), None, False), order, workers))
+        for name in expected:
+            assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
+
+
+def test_splits_that_fit_the_budget_are_kept_and_others_are_not(image_folder):
+    size = 3 * 16 * 16 / 2**30
+    kept, _ = decoded(load(image_folder), "--data_memory", (13 + 7 + 1) * size)
+    assert [split.resized is not None for split in kept.splits()] == [False, True, True]
+
+
+# ---------------------------------------------------------------------------------------------- schedule
+
+
+def schedule(images, batch_size, accumulation=1, world=1, tp=1, pp=1, seed=42):
+    return [data.Schedule(images, batch_size, accumulation, Layout(world, tp, pp, rank), seed) for rank in range(world)]
+
+
+def seen(parts, epoch, first_step=0):
+    """Real images of each step over all data-parallel groups."""
+    steps = {}
+    for part in parts:
+        if part.layout.is_reporter:
+            for i, batch in enumerate(part.batches(epoch, first_step)):
+                images = [image for _, image in batch if image >= 0]
+                steps.setdefault(first_step + i // part.batches_per_step, []).extend(images)
+    return [sorted(steps[step]) for step in sorted(steps)]
+
+
+GROUPINGS = [dict(world=1, batch_size=8), dict(world=2, batch_size=4), dict(world=4, batch_size=2), dict(world=8, batch_size=1),
+             dict(world=4, batch_size=4, tp=2), dict(world=4, batch_size=4, pp=2), dict(world=2, batch_size=2, accumulation=2),
+             dict(world=1, batch_size=2, accumulation=4), dict(world=2, batch_size=4, accumulation=2, pp=2)]  # fmt: skip
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
+def test_each_step_takes_the_same_images_however_processes_share_them(grouping):
+    parts = schedule(22, **grouping)
+    assert seen(parts, 3) == seen(schedule(22, 8), 3)
+    assert {part.steps for part in parts} == {3} and parts[0].images_per_step == [8, 8, 6]
+    assert {len(batch) for part in parts for batch in part.batches(3)} == {parts[0].rows}  # one size, the last too
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
+def test_every_epoch_takes_every_image_exactly_once(grouping):
+    for images in (22, 24, 1):
+        parts = schedule(images, **grouping)
+        assert sorted(sum(seen(parts, 0), [])) == list(range(images))
+
+
+def test_processes_of_one_tensor_or_pipeline_group_take_the_same_images():
+    a, b, c, d = (list(part.batches(1)) for part in schedule(22, 4, world=4, tp=2))
+    assert a == b and c == d and a != c
+    a, b, c, d = (list(part.batches(1)) for part in schedule(22, 4, world=4, pp=2))
+    assert a == b and c == d and a != c
+
+
+def test_order_follows_epoch_and_seed():
+    epochs = [sum(seen(schedule(22, 1), epoch), []) for epoch in range(3)]
+    assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != list(range(22))
+    assert epochs[0] == sum(seen(schedule(22, 1), 0), [])
+    assert epochs[0] != sum(seen(schedule(22, 1, seed=43), 0), [])
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
+def test_epoch_resumed_in_the_middle_takes_the_rest(grouping):
+    parts = schedule(22, **grouping)
+    for part in parts:
+        assert list(part.batches(2, 1)) == list(part.batches(2))[part.batches_per_step :]
+        assert list(part.batches(2, 3)) == []
+    assert seen(parts, 2, first_step=1) == seen(parts, 2)[1:]
+
+
+@pytest.mark.parametrize("world, tp, pp", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)])
+@pytest.mark.parametrize("images", [1, 13, 16])
+def test_evaluation_takes_every_image_exactly_once(world, tp, pp, images):
+    layouts = [Layout(world, tp, pp, rank) for rank in range(world)]
+    orders = [data.evaluation_order(images, 4, layout) for layout in layouts]
+    assert {len(order) for order in orders} == {len(orders[0])} and {len(b) for o in orders for b in o} == {4}
+    taken = [image for layout, order in zip(layouts, orders) if layout.is_reporter for batch in order for _, image in batch]
+    assert sorted(image for image in taken if image >= 0) == list(range(images))
+
+
+def test_padding_is_marked_in_the_batch(image_folder):
+    kept, _ = decoded(load(image_folder))
+    batch = data.Batches(kept.train, data.Resize(16), None, False).__getitems__([(0, 5), (0, -1)])
+    assert batch["labels"].tolist() == [kept.train.labels[5], data.IGNORE]
+    assert batch["pixel_values"][0].any() and not batch["pixel_values"][1].any()
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+def augmented(split, workers, epoch=0, seed=42, order=None):
+    augment = data.Augment(16, seed)
+    pairs = [(epoch, i) for i in (order or range(len(split)))]
+    loader = data.make_loader(data.Batches(split, data.Resize(16), augment, False), [pairs[i : i + 4] for i in range(0, 22, 4)], workers)
+    return torch.cat([batch["pixel_values"] for batch in loader])
+
+
+def test_augmentation_is_the_same_for_any_worker_count_and_order_and_kept_or_not(image_folder):
+    images = load(image_folder)
+    kept, _ = decoded(images, augment=data.Augment(16, 42))
+    assert kept.train.sources is not None and kept.validation.resized is not None
+    expected = augmented(kept.train, 0)
+    assert torch.equal(augmented(kept.train, 2), expected)
+    assert torch.equal(augmented(images.train, 1), expected)  # decoded by the worker
+    torch.manual_seed(0)  # other random numbers drawn before change nothing
+    assert torch.equal(augmented(kept.train, 0, order=list(range(22))[::-1]).flip(0), expected)
+
+
+def test_augmentation_follows_epoch_seed_and_image(image_folder):
+    kept, _ = decoded(load(image_folder), augment=data.Augment(16, 42))
+    expected = augmented(kept.train, 0)
+    assert not torch.equal(augmented(kept.train, 0, epoch=1), expected)
+    assert not torch.equal(augmented(kept.train, 0, seed=43), expected)
+    same = replace(kept.train, sources=[kept.train.sources[0]] * 22)
+    assert len({pixels.numpy().tobytes() for pixels in augmented(same, 0)}) > 15  # one image, other crops
+
+
+def test_augmentation_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    data.Augment(16, 42)(np.zeros((20, 20, 3), np.uint8), epoch=0, index=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_large_images_are_kept_small_for_later_crops():
+    assert data.Augment(16, 0).keep(Image.new("RGB", (400, 200))).shape == (32, 64, 3)
+    assert data.Augment(16, 0).keep(Image.new("RGB", (40, 20))).shape == (20, 40, 3)

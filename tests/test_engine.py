@@ -1,0 +1,47 @@
+"""The learning rate, the normalisation, and the layout's arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+from engine import Normalize, learning_rate
+from layout import Layout
+
+
+def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
+    rates = [learning_rate(step, total=10, warmup=4, peak=0.8) for step in range(10)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == pytest.approx(0.8) and rates[7] == pytest.approx(0.4)  # the middle of the cosine
+    assert rates[9] == pytest.approx(0.4 * (1 + math.cos(math.pi * 5 / 6)))
+    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] > 0
+
+
+@pytest.mark.parametrize("warmup, expected", [(0, [1.0, 0.5]), (2, [0.5, 1.0]), (1, [1.0, 1.0])])
+def test_learning_rate_at_the_edges(warmup, expected):
+    assert [learning_rate(step, 2, warmup, 1.0) for step in (0, 1)] == pytest.approx(expected)
+
+
+def test_normalize_equals_the_image_processor():
+    import numpy as np
+    from transformers import ViTImageProcessor
+
+    mean, std = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
+    pixels = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    processor = ViTImageProcessor(size={"height": 16, "width": 16}, image_mean=mean, image_std=std)
+    expected = processor(np.asarray(pixels.permute(1, 2, 0)), return_tensors="pt")["pixel_values"]
+    assert torch.allclose(Normalize(tuple(mean), tuple(std))(pixels[None]), expected, atol=1e-6)
+
+
+def test_layout_gives_every_process_its_own_place():
+    places = {(lay.dp_rank, lay.pp_rank, lay.tp_rank) for lay in (Layout(8, 2, 2, rank) for rank in range(8))}
+    assert places == {(d, p, t) for d in range(2) for p in range(2) for t in range(2)}
+    assert sum(Layout(8, 2, 2, rank).is_reporter for rank in range(8)) == Layout(8, 2, 2).dp == 2
+    assert Layout(8, 2, 2, 1).tp_rank == 1  # tensor-parallel processes are neighbours
+
+
+def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
+    result = two["diverging"]
+    assert result["code"] == 1
+    assert "the loss became nan at step 2 (learning rate 2e+30)" in result["err"]
+    assert "--learning_rate" in result["err"]

@@ -1,0 +1,63 @@
+"""The drawn leaves: the same files every time, and not to be told apart by colour or thumbnail."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from leaves import LABELS, draw_leaf, write_leaves
+
+SIZES = {"train": 9, "test": 4}
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def test_the_same_arguments_give_the_same_files(tmp_path):
+    first = contents(write_leaves(tmp_path / "a", SIZES))
+    assert first == contents(write_leaves(tmp_path / "b", SIZES))
+    assert first != contents(write_leaves(tmp_path / "c", SIZES, seed=43))
+    assert sorted(name for name in first if name.startswith("test")) == [
+        "test/angular_leaf_spot/0000.jpg", "test/angular_leaf_spot/0001.jpg", "test/bean_rust/0000.jpg", "test/healthy/0000.jpg",
+    ]  # fmt: skip
+    assert Image.open(tmp_path / "a" / "train" / "healthy" / "0000.jpg").format == "JPEG"
+
+
+def test_written_files_are_reused_and_foreign_folders_left_alone(tmp_path):
+    root = write_leaves(tmp_path / "a", SIZES)
+    times = {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    assert write_leaves(root, SIZES) == root
+    assert times == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+    with pytest.raises(FileExistsError):
+        write_leaves(root, SIZES, seed=1)
+    assert times == {path: path.stat().st_mtime_ns for path in root.rglob("*")}
+
+
+def linear_accuracy(features: np.ndarray, labels: np.ndarray, held_out: int) -> float:
+    """Held-out accuracy of a ridge-regularised logistic regression, trained to convergence."""
+    x = torch.tensor((features - features.mean(0)) / (features.std(0) + 1e-6), dtype=torch.float32)
+    y = torch.from_numpy(labels)
+    linear = torch.nn.Linear(x.shape[1], len(LABELS))
+    torch.nn.init.zeros_(linear.weight)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=150, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(linear(x[held_out:]), y[held_out:]) + 3e-3 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return (linear(x[:held_out]).argmax(-1) == y[:held_out]).float().mean().item()
+
+
+def test_colour_and_thumbnail_do_not_tell_the_classes_apart():
+    labels = np.arange(1500) % len(LABELS)
+    images = [draw_leaf(int(label), np.random.default_rng([7, i]), 64) for i, label in enumerate(labels)]
+    colours = np.array([np.asarray(image).mean((0, 1)) for image in images])
+    thumbnails = np.array([np.asarray(image.resize((8, 8), Image.BOX)).ravel() for image in images])
+    assert linear_accuracy(colours, labels, 500) < 0.7
+    assert linear_accuracy(thumbnails, labels, 500) < 0.7
+    # and the probe itself works: it does find a class that colour does give away
+    assert linear_accuracy(colours + 30 * (labels[:, None] == [0, 1, 2]), labels, 500) > 0.8

@@ -1,0 +1,174 @@
+"""ViTs from presets and folders; position embeddings; padded labels; the exported folder."""
+
+import json
+
+import pytest
+import torch
+from helpers import save_tiny_vit, tiny_vit
+
+import model as vit
+
+LABELS = ["a", "b", "c"]
+
+
+def test_presets_have_the_published_sizes():
+    """Parameters with 1,000 classes, from Dosovitskiy et al. (2021) and Touvron et al. (2021) to the last one."""
+    from transformers import ViTForImageClassification
+
+    expected = {"vit-tiny-patch16-224": 5_717_416, "vit-small-patch16-224": 22_050_664, "vit-base-patch16-224": 86_567_656,
+                "vit-large-patch16-224": 304_326_632, "vit-base-patch16-384": 86_859_496}  # fmt: skip
+    for name, count in expected.items():
+        with torch.device("meta"):
+            model = ViTForImageClassification(vit.PRESETS[name].config(1000))
+        assert sum(p.numel() for p in model.parameters()) == count, name
+    assert {f"vit-{size}-patch16-{pixels}" for size in ("tiny", "small", "base", "large") for pixels in (224, 384)} <= vit.PRESETS.keys()
+
+
+@pytest.mark.parametrize("name", ["vit-demo", "vit-lite-7-4"])
+def test_small_presets_take_their_own_size(name):
+    torch.manual_seed(0)
+    loaded = vit.load_model(name, LABELS)
+    side = loaded.processor.size["height"]
+    assert loaded.model(torch.zeros(2, 3, side, side)).logits.shape == (2, 3)
+    assert loaded.model.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert loaded.notes == [f"{name}: random initial weights"]
+    torch.manual_seed(0)
+    again = vit.load_model(name, LABELS).model.state_dict()
+    assert all(torch.equal(tensor, again[key]) for key, tensor in loaded.model.state_dict().items())
+
+
+def test_preset_is_found_behind_a_hub_name():
+    base = vit.PRESETS["vit-base-patch16-224"]
+    assert vit.known_architecture("google/vit-base-patch16-224-in21k") == base == vit.known_architecture("vit-base-patch16-224")
+    assert vit.known_architecture("google/other") is None
+
+
+# ---------------------------------------------------------------------------------------------- positions
+
+
+def positions(size: int, patch: int = 16):
+    torch.manual_seed(0)
+    model = tiny_vit(image_size=size, patch_size=patch).eval()
+    torch.nn.init.normal_(model.vit.embeddings.position_embeddings)
+    return model
+
+
+def test_positions_are_interpolated_to_a_larger_image_as_transformers_does():
+    model, pixels = positions(224), torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(pixels, interpolate_pos_encoding=True).logits
+        vit.resize_positions(model, 384)
+        assert model.vit.embeddings.position_embeddings.shape == (1, 1 + 24 * 24, 32)
+        assert torch.allclose(model(pixels).logits, expected, atol=1e-5)
+    assert model.config.image_size == 384
+
+
+def test_positions_of_an_equal_size_stay_as_they_are():
+    model = positions(32, patch=4)
+    before = model.vit.embeddings.position_embeddings.clone()
+    vit.resize_positions(model, 32)
+    assert torch.allclose(model.vit.embeddings.position_embeddings, before, atol=1e-6)
+
+
+def test_image_size_off_the_patches_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="--image_size 18 is no multiple of the model's patch size 4"):
+        vit.load_model(str(save_tiny_vit(tmp_path)), LABELS, image_size=18)
+
+
+def test_image_size_changes_model_and_processor_and_is_said(tmp_path):
+    loaded = vit.load_model(str(save_tiny_vit(tmp_path)), LABELS, image_size=24)
+    assert loaded.processor.size == {"height": 24, "width": 24}
+    assert loaded.model(torch.zeros(1, 3, 24, 24)).logits.shape == (1, 3)
+    assert "position embeddings interpolated from 16 to 24 px" in loaded.notes
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+def weights_are(model, saved, but=()):
+    return all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items() if not name.startswith(but))
+
+
+def test_other_class_count_gets_a_fresh_head_and_keeps_the_rest(tmp_path):
+    from transformers import ViTForImageClassification
+
+    saved = ViTForImageClassification.from_pretrained(save_tiny_vit(tmp_path, labels=5)).state_dict()
+    loaded = vit.load_model(str(tmp_path), LABELS)
+    assert loaded.model.classifier.out_features == 3 and weights_are(loaded.model, saved, but=("classifier",))
+    assert len(loaded.notes) == 1 and "fresh classifier for 3 labels" in loaded.notes[0]
+
+
+def test_same_classes_keep_their_head_and_other_names_do_not(tmp_path):
+    save_tiny_vit(tmp_path, labels=3, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)})
+    from transformers import ViTForImageClassification
+
+    saved = ViTForImageClassification.from_pretrained(tmp_path).state_dict()
+    same = vit.load_model(str(tmp_path), LABELS)
+    assert weights_are(same.model, saved) and same.notes == []
+    other = vit.load_model(str(tmp_path), ["x", "y", "z"])
+    assert not torch.equal(other.model.classifier.weight, saved["classifier.weight"])
+    assert "have other names" in other.notes[0] and other.model.config.id2label[0] == "x"
+
+
+def test_checkpoint_without_a_classifier_gets_a_fresh_one(tmp_path):
+    """As google/vit-base-patch16-224-in21k: the encoder and its pooler alone."""
+    from transformers import ViTModel
+
+    save_tiny_vit(tmp_path)
+    encoder = ViTModel(tiny_vit().config)
+    encoder.save_pretrained(tmp_path)
+    loaded = vit.load_model(str(tmp_path), LABELS)
+    assert weights_are(loaded.model.vit, encoder.state_dict())
+    assert "fresh classifier for 3 labels" in loaded.notes[0]
+
+
+def test_other_architecture_is_refused_by_name(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match=f"{tmp_path} is a 'bert' model; this example trains ViTs"):
+        vit.load_model(str(tmp_path), LABELS)
+
+
+def test_weights_of_something_else_are_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"some.weight": torch.zeros(2)}, save_tiny_vit(tmp_path) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks .* weights of a ViT"):
+        vit.load_model(str(tmp_path), LABELS)
+
+
+@pytest.mark.parametrize("tp, rows", [(1, 3), (2, 4), (4, 4), (3, 3)])
+def test_labels_are_padded_to_tp_and_trimmed_on_export(tmp_path, tp, rows):
+    from transformers import ViTForImageClassification
+
+    loaded = vit.load_model(str(save_tiny_vit(tmp_path / "in")), LABELS, tp)
+    state = loaded.model.state_dict()
+    assert state["classifier.weight"].shape == (rows, 32) and not state["classifier.weight"][3:].any()
+    pixels = torch.randn(2, 3, 16, 16)
+    expected = loaded.model.eval()(pixels).logits[:, :3]
+    vit.export({name: tensor.half().float() if tp == 1 else tensor for name, tensor in state.items()}, loaded.model.config,
+               loaded.processor, tmp_path / "out")  # fmt: skip
+    exported = ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
+    assert exported.config.num_labels == 3 and exported.config.id2label == dict(enumerate(LABELS))
+    assert torch.allclose(exported(pixels).logits, expected, atol=2e-3 if tp == 1 else 1e-6)
+
+
+def test_export_writes_fp32_safetensors_and_nothing_else(tmp_path):
+    from safetensors.torch import load_file
+
+    loaded = vit.load_model(str(save_tiny_vit(tmp_path / "in")), LABELS)
+    half = {name: tensor.bfloat16() for name, tensor in loaded.model.state_dict().items()}
+    vit.export(half, loaded.model.config, loaded.processor, tmp_path / "out")
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_biases_norms_and_embeddings_are_not_decayed():
+    from plugins import parameter_groups
+
+    model = tiny_vit()
+    names = {id(param): name for name, param in model.named_parameters()}
+    decayed, rest = parameter_groups(model, 0.3)
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert len(decayed["params"]) + len(rest["params"]) == len(names)
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]} == {"projection", "query", "key", "value", "dense", "classifier"}
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])

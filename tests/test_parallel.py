@@ -1,0 +1,143 @@
+"""Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does (cases: parallel_cases.py)."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from data import Schedule
+from helpers import LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images, tiny_vit
+from layout import Layout
+
+# Largest difference of a loss (values near 1) over six steps, measured: fp32 1e-6, fp16 1.5e-4, bf16 1.2e-3.
+# A wrong learning rate, clip or average moves the losses by 1e-2 or more.
+BOUNDS = {"fp32": 2e-5, "fp16": 5e-4, "bf16": 2.5e-3}
+
+PLAIN = ("ddp", "zero1", "zero2", "ddp bf16", "ddp fp16", "zero1 bf16", "zero1 fp16", "zero2 bf16", "gemini bf16", "gemini fp16")
+NAMES = {
+    1: (*PLAIN, "hybrid", "hybrid fp16"),
+    2: (*PLAIN, "tp2", "pp2", "pp2 of 4 micro-batches", "hybrid dp2", "tp2 bf16", "pp2 fp16", "hybrid zero1 bf16", "hybrid zero2 fp16"),
+    4: ("ddp", "zero1", "gemini bf16", "tp4", "pp4", "tp2 pp2", "dp2 tp2", "dp2 pp2", "dp2 tp2 zero1 bf16"),
+}  # fmt: skip
+EVERY = [(processes, name) for processes, names in NAMES.items() for name in names]
+
+
+@functools.cache
+def plain_training(max_norm: float) -> dict:
+    """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW, clipping."""
+    train, held_out = in_memory_images(22), in_memory_images(13, seed=2)
+
+    def batch(split, chosen):
+        pixels = torch.stack([torch.from_numpy(split.resized[i]) for i in chosen]).float() / 255
+        return (pixels - 0.5) / 0.5, torch.from_numpy(split.labels[chosen])
+
+    torch.manual_seed(0)
+    model = tiny_vit(3)
+    decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "layernorm" not in n]
+    others = [p for p in model.parameters() if all(p is not q for q in decayed)]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups)
+    rates, losses, evaluations, norms = iter(LEARNING_RATES), [], [], []
+    for epoch in range(2):
+        order = [image for step in Schedule(22, 8, 1, Layout(1), 5).batches(epoch) for _, image in step if image >= 0]
+        for start in (0, 8, 16):
+            x, y = batch(train, order[start : start + 8])
+            rate = next(rates)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            loss = F.cross_entropy(model(pixel_values=x).logits, y)
+            optimizer.zero_grad()
+            loss.backward()
+            norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf")).item())
+            optimizer.step()
+            losses.append(loss.item())
+        with torch.no_grad():
+            x, y = batch(held_out, list(range(13)))
+            logits = model(pixel_values=x).logits
+        accuracy = (logits.argmax(-1) == y).float().mean().item()
+        evaluations.append((F.cross_entropy(logits, y).item(), accuracy))
+    return {"losses": losses, "evaluations": evaluations, "norms": norms}
+
+
+def bound(name: str) -> float:
+    return BOUNDS[name.split()[-1]] if name.split()[-1] in BOUNDS else BOUNDS["fp32"]
+
+
+def assert_same(result: dict, expected: dict, tolerance: float) -> None:
+    assert result["losses"] == pytest.approx(expected["losses"], abs=tolerance)
+    for evaluation, (loss, _) in zip(result["evaluations"], expected["evaluations"], strict=True):
+        assert evaluation["average_loss"] == pytest.approx(loss, abs=tolerance)
+        assert evaluation["images"] == 13
+
+
+def test_the_clipping_compared_below_is_active_in_some_steps_only():
+    clipped = [norm > MAX_NORM for norm in plain_training(MAX_NORM)["norms"]]
+    assert any(clipped) and not all(clipped)
+    difference = [abs(a - b) for a, b in zip(plain_training(0)["losses"], plain_training(MAX_NORM)["losses"])]
+    assert max(difference) > 4 * BOUNDS["bf16"]
+
+
+@pytest.mark.parametrize("processes, name", [(n, c) for n, c in EVERY if n < 4 and (c[-2:] != "16" or "gemini" in c)])
+def test_losses_equal_plain_pytorch(launched, processes, name):
+    assert_same(launched(processes)[f"train {name}"], plain_training(0), bound(name))
+
+
+@pytest.mark.parametrize("processes, name", EVERY)
+def test_losses_with_clipping_equal_plain_pytorch(launched, processes, name):
+    assert_same(launched(processes)[f"train {name}, clipped"], plain_training(MAX_NORM), bound(name))
+
+
+@pytest.mark.parametrize("processes, name", EVERY)
+def test_two_micro_steps_of_half_the_batch_equal_one_step(launched, processes, name):
+    assert_same(launched(processes)[f"train {name}, accumulated"], plain_training(MAX_NORM), bound(name))
+
+
+@pytest.mark.parametrize(
+    "processes, name",
+    [(1, "ddp"), (1, "zero1"), (1, "gemini bf16"), (1, "hybrid"), (2, "ddp"), (2, "zero1"), (2, "gemini bf16"), (2, "tp2"), (2, "pp2")],
+)  # fmt: skip
+def test_gradient_checkpointing_changes_nothing(launched, processes, name):
+    plain, recomputed = launched(processes)[f"train {name}"], launched(processes)[f"train {name}, recomputed"]
+    assert recomputed["losses"] == pytest.approx(plain["losses"], abs=1e-6)
+
+
+EVALUATIONS = [
+    (1, "ddp"), (1, "zero1"), (1, "hybrid"), (2, "ddp"), (2, "zero1"), (2, "tp2"), (2, "pp2"),
+    (4, "ddp"), (4, "tp4"), (4, "pp4"), (4, "tp2 pp2"), (4, "dp2 pp2"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def plain_evaluation(shared):
+    """Loss, accuracy and count over the 13 validation files, by transformers alone."""
+    from PIL import Image
+    from transformers import ViTForImageClassification, ViTImageProcessor
+
+    files = sorted((shared / "images" / "validation").glob("*/*.png"))
+    classes = sorted({path.parent.name for path in files})
+    model = ViTForImageClassification.from_pretrained(shared / "model", num_labels=3, ignore_mismatched_sizes=True).eval()
+    torch.manual_seed(9)
+    with torch.no_grad():
+        model.classifier.weight[:] = torch.randn(3, 32) * 0.5
+        model.classifier.bias[:] = -100
+    processor = ViTImageProcessor.from_pretrained(shared / "model")
+    inputs = processor([Image.open(path).convert("RGB") for path in files], return_tensors="pt")
+    labels = torch.tensor([classes.index(path.parent.name) for path in files])
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    return F.cross_entropy(logits, labels).item(), (logits.argmax(-1) == labels).sum().item(), len(files)
+
+
+@pytest.mark.parametrize("processes, name", EVALUATIONS)
+def test_evaluation_equals_transformers_and_never_predicts_padding(launched, plain_evaluation, processes, name):
+    loss, correct, count = plain_evaluation
+    result = launched(processes)[f"evaluate {name}"]
+    assert result["images"] == count == 13
+    # with tp 2 and 4 there is a padding logit of 0 beside true ones near -100: it must not win, nor enter the loss
+    assert result["accuracy"] == correct / count and 0 < correct < count
+    assert result["average_loss"] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize("processes, name", EVALUATIONS)
+def test_evaluation_that_misses_an_image_is_an_error(launched, processes, name):
+    assert launched(processes)[f"evaluate {name}"]["wrong_count"] == "evaluation counted 13 images instead of 14"

@@ -1,0 +1,203 @@
+"""A resumed run is the run that was not stopped; no kill and no full disk costs a checkpoint."""
+
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+RESUMED = [
+    (1, "ddp"), (1, "ddp mid-epoch"), (1, "ddp_fp16"), (1, "gemini"),
+    (2, "ddp"), (2, "ddp bf16"), (2, "ddp_fp16"), (2, "zero1"), (2, "zero1 fp16"), (2, "zero2 bf16"), (2, "gemini bf16"),
+    (2, "gemini fp16"), (2, "tp2"), (2, "pp2"), (2, "pp2 bf16"), (2, "hybrid zero1 fp16"), (4, "tp2 pp2"),
+]  # fmt: skip
+MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
+
+
+def rows(folder, kind="epoch"):
+    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def assert_same_run(straight, resumed, tolerance: float, kinds=("epoch", "test")) -> None:
+    for kind in kinds:
+        assert len(rows(straight, kind)) == len(rows(resumed, kind)) > 0
+        for expected, row in zip(rows(straight, kind), rows(resumed, kind)):
+            for name in set(MEASURED) & expected.keys():
+                assert row[name] == pytest.approx(expected[name], rel=0, abs=tolerance), (kind, row["epoch"], name)
+    expected, weights = load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
+    assert expected.keys() == weights.keys()
+    for name in expected:
+        assert (weights[name] - expected[name]).abs().max() <= tolerance, name
+
+
+@pytest.mark.parametrize("processes, name", RESUMED)
+def test_resumed_run_equals_the_uninterrupted_one(launched, shared, processes, name):
+    result = launched(processes)[f"resume {name}"]
+    assert result["straight"]["code"] == result["resumed"]["code"] == 0, result["resumed"]["err"]
+    assert "  resumed   " in result["resumed"]["out"]
+    folder = f"{name}_{processes}".replace(" ", "_")
+    exact = name in ("ddp", "ddp mid-epoch")  # bit for bit
+    assert_same_run(shared / f"{folder}_straight", shared / f"{folder}_resumed", 0 if exact else 1e-5)
+
+
+def test_the_weights_compared_above_are_trained_ones(two, shared):
+    """Otherwise two runs that did nothing would be equal too."""
+    two["resume ddp"]
+    epochs = rows(shared / "ddp_2_straight")
+    assert epochs[1]["train_loss"] < epochs[0]["train_loss"] - 0.05
+    assert epochs[1]["learning_rate"] != epochs[0]["learning_rate"]
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("name, tolerance", [("ddp", 2e-5), ("zero1", 2e-5), ("zero2 bf16", 2.5e-3)])
+def test_checkpoint_of_half_as_many_processes_goes_on_alike(launched, processes, name, tolerance):
+    """At the same global batch; the optimizer's shards are cut anew."""
+    saved, loaded = launched(processes // 2)[f"save {name}"], launched(processes)[f"load {name}"]
+    assert loaded["losses"] == pytest.approx(saved["losses"][3:], abs=tolerance)
+    assert loaded["evaluations"][0]["average_loss"] == pytest.approx(saved["evaluations"][1]["average_loss"], abs=tolerance)
+
+
+def test_run_goes_on_with_other_processes_and_still_knows_its_best_epoch(one, two, shared):
+    """Step numbers of the old and of the new process count mean different places."""
+    one["best first"]
+    result = two["run on other processes"]
+    assert result["code"] == 0, result["err"]
+    epochs = rows(shared / "continued")
+    assert [row["epoch"] for row in epochs] == [1, 2, 3]
+    assert [row["best"] for row in epochs] == [True, False, False]  # or this test tests nothing
+    assert result["newest"] == 3
+    expected = rows(shared / "best_first", "test")[0]
+    assert rows(shared / "continued", "test")[0]["average_loss"] == pytest.approx(expected["average_loss"], abs=1e-4)
+
+
+def test_best_epoch_from_before_the_resume_is_exported_from_another_folder(one, shared):
+    epochs = rows(shared / "best_first")
+    assert [row["best"] for row in epochs] == [True, False, False]
+    assert one["best first, resumed"]["code"] == 0
+    assert_same_run(shared / "best_first", shared / "best_first_resumed", 0)
+
+
+def test_gemini_refuses_another_number_of_processes(two):
+    result = two["gemini on other processes"]
+    assert result["code"] == 2
+    assert "saved by 1 processes" in result["err"] and "resume with GPUNUM=1" in result["err"]
+
+
+def test_other_settings_are_refused_and_named(two, shared):
+    result = two["other settings"]
+    assert result["code"] == 2
+    assert "weight_decay is 0.1, was 0.05" in result["err"] and "seed is 1, was 42" in result["err"]
+    assert "learning_rate" not in result["err"]
+    assert not (shared / "refused").exists()
+
+
+@pytest.mark.parametrize("case, folder, epochs", [("terminated", "terminated", 1), ("terminated in an epoch of one step", "one_step", 0)])
+def test_sigterm_to_one_process_saves_and_ends_all_and_the_run_goes_on(two, shared, case, folder, epochs):
+    result = two[case]
+    assert result["stopped"]["code"] == 128 + signal.SIGTERM
+    assert "stopped by signal 15" in result["stopped"]["out"]
+    assert result["stopped"]["out"].count("Evaluation result") == epochs
+    assert result["files"] == ["checkpoints", "metrics.jsonl"]
+    assert result["resumed"]["code"] == 0
+    assert_same_run(shared / f"{folder}_straight", shared / folder, 0)
+
+
+def test_full_disk_during_a_save_is_an_error_and_leaves_the_checkpoint_before(two):
+    result = two["failing write"]
+    assert "No space left" in result["error"]
+    assert result["found"] == 1
+    assert result["found_after"] == 2
+    assert len(result["left"]) == 1 and not result["left"][0].startswith(".")  # nothing is left of the half one
+
+
+# ---------------------------------------------------------------------------------------------- kills
+
+
+class Killed:
+    """Kills this process with SIGKILL at its n-th change of a file."""
+
+    def __init__(self, at: int):
+        self.left = at
+
+    def before(self, function):
+        def call(*args, **kwargs):
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.left -= 1
+            return function(*args, **kwargs)
+
+        return call
+
+
+def save_and_die(folder, steps: list[int], at: int) -> None:
+    """In a process of its own: save ``steps`` and be killed at the ``at``-th change of a file."""
+    import shutil
+
+    import checkpoint
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    killed = Killed(at)
+    for owner, names in (
+        (os, ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync", "link", "symlink")),
+        (torch, ("save",)),
+        (checkpoint.Path, ("write_text", "rename", "replace")),
+        (shutil, ("rmtree",)),
+    ):
+        for name in names:
+            setattr(owner, name, killed.before(getattr(owner, name)))
+    for step in steps:
+        checkpoint.local_state = lambda boosted: {"of": step}
+        layout = SimpleNamespace(tp_rank=0, pp_rank=0, dp_rank=0)
+        boosted = SimpleNamespace(plugin="torch_ddp", zero_stage=0, layout=layout)
+        meta = {"step": step, "epoch": step, "progress": {"images": 0}, "best_epoch": None}
+        checkpoint.Checkpoints(folder, 1).save(boosted, meta)
+
+
+@pytest.mark.parametrize("steps", [[2], [1], [1, 2, 2]], ids=["a new step", "the same step again", "several"])
+def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, steps):
+    from checkpoint import Checkpoints, read_meta
+
+    deaths = 0
+    while True:
+        folder = tmp_path / str(deaths)
+        for change, end in (((10**6), os.EX_OK), (deaths, None)):
+            child = os.fork()  # a fresh process would take seconds to import torch
+            if child == 0:
+                code = 1
+                try:
+                    folder.mkdir(exist_ok=True)
+                    save_and_die(folder, [1] if end == os.EX_OK else steps, change)
+                    code = 0
+                finally:
+                    os._exit(code)
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            assert end is None or status == end
+        assert status in (0, -signal.SIGKILL)
+        found = Checkpoints(folder, 1).find("auto")
+        assert found is not None, f"killed at change {deaths}: only {sorted(p.name for p in folder.iterdir())} left"
+        read_meta(found)
+        assert torch.load(found / "state_tp0_pp0_dp0.pt", weights_only=True)["of"] in {1, *steps}
+        if status == 0:
+            break
+        deaths += 1
+    assert deaths > 5  # the kills did strike inside the save
+
+
+def test_incomplete_checkpoints_are_not_found(tmp_path):
+    from checkpoint import CheckpointError, Checkpoints
+
+    for name in (".partial", ".step_00000007.partial", "step_00000003", "00003_epoch_1_image_0"):
+        (tmp_path / name).mkdir()  # without meta.json, which is written last
+    assert Checkpoints(tmp_path, 1).find("auto") is None
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        Checkpoints(tmp_path / "elsewhere", 1).find(str(tmp_path))
+
+
+def test_pruning_keeps_the_newest_and_the_best(one, shared):
+    assert one["pruned"]["code"] == 0
+    assert [row["best"] for row in rows(shared / "pruned")] == [True, False, False]
+    folders = (shared / "pruned" / "checkpoints").iterdir()
+    assert sorted(json.loads((folder / "meta.json").read_text())["epoch"] for folder in folders) == [1, 3]

@@ -1,0 +1,147 @@
+"""vit_train_demo.py as a process: what it prints, the folder that it leaves, and how it ends."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import torchrun
+from helpers import CLASSES, COUNTS, ROOT
+from PIL import Image
+from safetensors.torch import load_file
+
+SCRIPT = ROOT / "vit_train_demo.py"
+FILES = {"README.md", "config.json", "metrics.jsonl", "metrics.png", "model.safetensors", "preprocessor_config.json"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder, model_folder):
+    """A run with 3 labels over 2 tensor-parallel processes, from a model of 5 classes; -> (process, output folder)"""
+    output = tmp_path_factory.mktemp("run") / "output model"
+    flags = ["--plugin", "hybrid_parallel", "--tp_size", 2, "--batch_size", 4, "--num_epoch", 2, "--learning_rate", 2e-3]
+    run = torchrun(2, SCRIPT, "--model_name_or_path", model_folder, "--dataset", image_folder, "--output_path", output, *flags)
+    assert run.returncode == 0, run.stderr
+    return run, output
+
+
+@pytest.fixture(scope="module")
+def rows(finished):
+    return [json.loads(line) for line in (finished[1] / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_output_folder_holds_exactly_these_files(finished):
+    assert {path.name for path in finished[1].iterdir()} == FILES | {"checkpoints"}
+    epochs = [json.loads(path.read_text())["epoch"] for path in (finished[1] / "checkpoints").glob("*/meta.json")]
+    assert 2 in epochs and len(epochs) == len(list((finished[1] / "checkpoints").iterdir())) <= 2  # the newest, and the best
+
+
+def test_no_checkpoint_is_kept_on_demand_and_tensorboard_is_a_flag(one, shared):
+    assert one["no checkpoints kept"]["code"] == 0
+    assert {path.name for path in (shared / "none_kept").iterdir()} == FILES | {"tensorboard"}
+    assert next((shared / "none_kept" / "tensorboard").iterdir()).name.startswith("events.out.tfevents")
+
+
+def test_exported_config_has_the_true_labels_and_no_padding(finished):
+    config = json.loads((finished[1] / "config.json").read_text())
+    assert config["id2label"] == {str(i): name for i, name in enumerate(CLASSES)}
+    assert config["label2id"] == {name: i for i, name in enumerate(CLASSES)}
+    assert config["architectures"] == ["ViTForImageClassification"]
+    assert load_file(finished[1] / "model.safetensors")["classifier.weight"].shape == (3, 32)
+
+
+def test_transformers_alone_opens_the_folder_and_finds_the_measured_accuracy(finished, rows, image_folder, model_folder):
+    from transformers import AutoImageProcessor, pipeline
+
+    processor = AutoImageProcessor.from_pretrained(finished[1], use_fast=False)
+    original = json.loads((model_folder / "preprocessor_config.json").read_text())
+    assert (processor.image_mean, processor.image_std) == (original["image_mean"], original["image_std"])
+    assert processor.size == {"height": 16, "width": 16}
+    classify = pipeline("image-classification", model=str(finished[1]), image_processor=processor, device="cpu")
+    best = next(row for row in rows if row["kind"] == "epoch" and row["best"])
+    test = next(row for row in rows if row["kind"] == "test")
+    for split, measured in (("validation", best), ("test", test)):
+        files = sorted((image_folder / split).glob("*/*.png"))
+        found = [classify(Image.open(path))[0]["label"] == path.parent.name for path in files]
+        assert measured["images"] == len(files) == COUNTS[split]
+        assert sum(found) / len(files) == measured["accuracy"]
+
+
+def test_metrics_tell_every_epoch_the_test_and_the_run(rows):
+    assert [row["kind"] for row in rows] == ["run", "epoch", "epoch", "test", "end"]
+    run, first, second, test, _ = rows
+    assert run["versions"]["colossalai"] and run["hardware"].startswith("CPU") and "tp 2" in run["layout"]
+    assert run["settings"]["plugin"] == "hybrid_parallel" and "--tp_size 2" in run["command"]
+    for row in (first, second):
+        for name in ("train_loss", "average_loss", "learning_rate", "seconds", "steps_per_second", "images_per_second", "peak_memory_gib"):
+            assert row[name] > 0, name
+        assert row["images_per_second"] * row["seconds"] == pytest.approx(22)  # the padding of the last step is not counted
+        assert row["steps_per_second"] * row["seconds"] == pytest.approx(6)
+    assert second["train_loss"] < first["train_loss"]
+    assert test["epoch"] == next(row["epoch"] for row in (first, second) if row["best"])
+
+
+def test_console_shows_the_plan_and_the_published_line_and_nothing_of_the_libraries(finished, rows):
+    out = finished[0].stdout
+    assert "2 processes = dp 1 x tp 2 x pp 1; plugin hybrid_parallel, fp32" in out
+    assert f"train {COUNTS['train']}, validation {COUNTS['validation']}, test {COUNTS['test']} images of 3 classes" in out
+    published = re.findall(r"Evaluation result for epoch (\d): average_loss=(\d+\.\d{4}), accuracy=(\d\.\d{4})\.", out)
+    expected = [(row["epoch"], f"{row['average_loss']:.4f}", f"{row['accuracy']:.4f}") for row in rows if row["kind"] == "epoch"]
+    assert [(int(epoch), loss, accuracy) for epoch, loss, accuracy in published] == expected
+    for chatter in ("apex", "tensornvme", "bitsandbytes", "CUDA", "Warning", "deprecat"):
+        assert chatter not in out + finished[0].stderr
+
+
+def test_model_card_and_chart_hold_the_measured_numbers(finished, rows):
+    card = (finished[1] / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers") and ", ".join(CLASSES) in card
+    for row in rows:
+        if row["kind"] in ("epoch", "test"):
+            assert f"{row['average_loss']:.4f}" in card and f"{row['accuracy']:.4f}" in card
+    with Image.open(finished[1] / "metrics.png") as chart:
+        assert chart.format == "PNG" and min(chart.size) > 300
+
+
+def test_fine_tuning_moved_the_whole_model(finished, model_folder):
+    before, after = load_file(model_folder / "model.safetensors"), load_file(finished[1] / "model.safetensors")
+    unmoved = [name for name in after if not name.startswith("classifier") and torch.equal(before[name], after[name])]
+    assert unmoved == []
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(one, shared):
+    result = one["dry run"]
+    assert result["code"] == 0 and not (shared / "dry").exists()
+    for part in ("layout    1 process", "schedule  3 epochs x 1 steps of 32 images", "22 training images are fewer than a step's 32", "dry run"):
+        assert part in result["out"]
+    assert "Evaluation" not in result["out"]
+
+
+def test_evaluation_alone_writes_nothing(one, shared):
+    result = one["evaluation only"]
+    assert result["code"] == 0 and not (shared / "evaluated").exists()
+    assert re.search(r"validation: average_loss=\d\.\d{4}, accuracy=0\.\d{4} \(13 images\)\ntest: .* \(7 images\)", result["out"])
+
+
+def test_sigterm_of_a_running_process_saves_and_its_run_goes_on(tmp_path, image_folder, model_folder):
+    """The signal of an operator; that all processes agree on one is test_resume.py's."""
+    words = [sys.executable, SCRIPT, "--model_name_or_path", model_folder, "--dataset", image_folder, "--output_path", tmp_path / "out"]
+    words += ["--batch_size", "8", "--max_train_samples", "16", "--max_eval_samples", "3", "--num_epoch", "60"]
+    with subprocess.Popen([str(word) for word in words], text=True, stdout=subprocess.PIPE) as run:
+        lines = []
+        for line in run.stdout:
+            lines.append(line)
+            if line.startswith("Evaluation result for epoch 2:"):
+                run.send_signal(signal.SIGTERM)
+    assert run.returncode == 143, lines
+    assert lines[-1].startswith("stopped by signal 15 after step ")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    stopped = sum(line.startswith("Evaluation result") for line in lines)
+    assert 2 <= stopped < 60
+    again = subprocess.run([*map(str, words), "--resume", "auto"], text=True, capture_output=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("Evaluation result") == 60 - stopped
+    epochs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in epochs if row["kind"] == "epoch"] == list(range(1, 61))
+    assert FILES <= {path.name for path in (tmp_path / "out").iterdir()}
