@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from console import silence_colossalai_logger
+from console import say, silence_colossalai_logger
 from layout import Layout
 from speedups import rebuild_buckets_early, remove_waits
 
@@ -107,7 +107,11 @@ def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
     if args.optimizer == "hybrid_adam":
         from colossalai.nn.optimizer import HybridAdam
 
-        return HybridAdam(groups, lr=lr)
+        try:
+            return HybridAdam(groups, lr=lr)
+        except Exception as error:  # no nvcc, or one that does not match torch: many kinds
+            reason = str(error).strip().splitlines()[0]
+            say(f"  note      HybridAdam's kernels cannot be built here ({reason}): using torch's fused AdamW, the same update")
     if args.plugin == "gemini":
         from colossalai.zero.gemini import gemini_optimizer
 

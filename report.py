@@ -238,16 +238,14 @@ def benchmark_report(folder: Path) -> None:
 
 def _section(cases: list[dict]) -> str:
     """The published form (plugins as columns), then every case with all its numbers."""
-    names = list(dict.fromkeys(case_name(row) for row in cases))
     parts = []
     for batch_size in sorted({row["batch_size"] for row in cases}):
         found = {case_name(row): row for row in cases if row["batch_size"] == batch_size}
 
         def line(label: str, column: str, form: str) -> list:
-            cells = [found[n] if n in found else None for n in names]
-            return [label, *("" if r is None else format(r[column], form) if r["status"] == "ok" else r["status"] for r in cells)]
+            return [label, *(format(row[column], form) if row["status"] == "ok" else row["status"] for row in found.values())]
 
-        header = [f"batch size {batch_size} per group", *names]
+        header = [f"batch size {batch_size} per group", *found]
         body = [line("throughput, images/s", "images_per_second", ".1f"), line("max memory, GiB", "peak_memory_gib", ".2f"), line("it/s", "steps_per_second", ".2f")]
         parts.append(markdown_table(header, body))
     long = []
@@ -266,8 +264,9 @@ def _section(cases: list[dict]) -> str:
     if ok:
         versions = ", ".join(f"{name} {number}" for name, number in ok[-1]["versions"].items())
         dates = sorted({row["date"][:10] for row in ok})
+        peaks = dict.fromkeys(f"{row['peak_tflops']:.3g} TFLOP/s in {'fp32' if row['precision'] == 'fp32' else '16 bit'} ({row['peak_source']})" for row in ok)
         parts.append(
-            f"Median of the timed windows, slowest process; MFU of {ok[-1]['peak_tflops']:.3g} TFLOP/s ({ok[-1]['peak_source']}). "
+            f"Median of the timed windows, slowest process; MFU of {', '.join(peaks)}. "
             f"Measured {' and '.join(dates)}; {versions}.\n\nCommands:\n\n"
             + "\n".join(f"    {command}" for command in dict.fromkeys(row["command"] for row in ok))
             + "\n"
@@ -289,21 +288,22 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
     figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
     for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
         names = list(dict.fromkeys(case_name(row) for row in cases))
+        colours = dict(zip(names, pyplot.get_cmap("tab20").colors if len(names) > 10 else pyplot.get_cmap("tab10").colors))
         batch_sizes = sorted({row["batch_size"] for row in cases})
-        width = 0.85 / len(names)
-        for i, name in enumerate(names):
-            values = {row["batch_size"]: row[column] for row in cases if case_name(row) == name}
-            at = [x + (i - (len(names) - 1) / 2) * width for x, b in enumerate(batch_sizes) if b in values]
-            bars = axis.bar(at, [values[b] for b in batch_sizes if b in values], width, label=name, color=f"C{i}")
-            if len(names) * len(batch_sizes) <= 48:
-                axis.bar_label(bars, fmt="%.3g" if column != "images_per_second" else "%.0f", fontsize=6.5, rotation=90, padding=2)
+        width = 0.85 / max(sum(row["batch_size"] == size for row in cases) for size in batch_sizes)
+        for x, batch_size in enumerate(batch_sizes):
+            group = [row for row in cases if row["batch_size"] == batch_size]
+            for i, row in enumerate(group):
+                bar = axis.bar(x + (i - (len(group) - 1) / 2) * width, row[column], width, color=colours[case_name(row)])
+                axis.bar_label(bar, fmt="%.3g" if column != "images_per_second" else "%.0f", fontsize=6.5, rotation=90, padding=2)
+        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
         axis.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])
         axis.set(xlabel="batch size per data-parallel group", ylabel=label)
         axis.margins(y=0.18)
         axis.set_title(f"{model}{f' at {size} px' if size else ''}, preset {preset}, {hardware}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
-        axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+        axis.legend(handles, names, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
 
 

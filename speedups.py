@@ -4,6 +4,7 @@ To see whether one can go: delete it and compare the rows of `bash run_benchmark
 """
 
 import torch
+from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
 
 
 def remove_waits(optimizer, clips: bool) -> None:
@@ -56,18 +57,10 @@ def rebuild_buckets_early(ddp: torch.nn.parallel.DistributedDataParallel, optimi
 
     if ddp.process_group.size() == 1:
         # alone, there is nothing to reduce; and NCCL's records of its work would keep the old buckets alive
-        ddp.register_comm_hook(None, _keep)
+        ddp.register_comm_hook(None, noop_hook)
 
     def once(*_):
         ddp.reducer._rebuild_buckets()
         handle.remove()
 
     handle = optimizer.register_step_pre_hook(once)
-
-
-def _keep(state, bucket: torch.distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """DDP communication hook of a process without others: its gradients are the sum already."""
-    gradients = bucket.buffer()
-    future = torch.futures.Future(devices=[gradients.device] if gradients.is_cuda else [])
-    future.set_result(gradients)
-    return future
