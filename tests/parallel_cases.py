@@ -36,7 +36,7 @@ FOLDER = Path(sys.argv[1])
 EPOCHS, GLOBAL_BATCH = 2, 8  # of the training described in helpers.py
 BASE = dict(
     plugin="torch_ddp", precision="fp32", zero_stage=0, max_norm=0.0, offload_optim_frac=0.0, offload_param_frac=0.0,
-    placement_policy="static", gradient_accumulation_steps=1, num_microbatches=1, grad_checkpoint=False, compile=False,
+    placement_policy="static", gradient_accumulation_steps=1, num_microbatches=1, grad_checkpoint=False, compile=False, cuda_graphs=False,
     weight_decay=WEIGHT_DECAY, learning_rate=1e-3, optimizer="adamw",
 )  # fmt: skip
 

@@ -118,7 +118,7 @@ def test_more_processes_than_gpus_are_refused(problems, monkeypatch):
 def test_all_problems_are_reported_together(problems):
     line = "--batch_size 0 --plugin hybrid_parallel --tp_size 3 --precision fp64 --dataset ./nowhere --image_size 18 --what"
     found = problems(line, world=4)
-    for part in ("--batch_size 0", "does not divide the 4 process(es)", "attention heads", "--precision fp64", "./nowhere", "18", "--what"):
+    for part in ("--batch_size 0", "does not divide the 4 process(es)", "attention heads", "--precision fp64", "./nowhere", "--image_size 18", "--what"):
         assert sum(part in problem for problem in found) == 1, part
     assert len(found) == 7
 
