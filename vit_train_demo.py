@@ -51,28 +51,14 @@ def main() -> None:
         config = loaded.model.config
 
         # ---- plan
-        schedule = data.Schedule(
-            len(images.train), args.batch_size, args.gradient_accumulation_steps, layout, args.seed
-        )
+        schedule = data.Schedule(len(images.train), args.batch_size, args.gradient_accumulation_steps, layout, args.seed)
         total_steps = schedule.steps * args.num_epoch
         warmup_steps = round(total_steps * args.warmup_ratio)
         peak_lr = args.learning_rate * (layout.dp if args.scale_lr else 1)
         if len(images.train) < schedule.per_step:
             args.notes.append(f"{len(images.train)} training images are fewer than a step's {schedule.per_step}: every step sees all of them")
-        say(f"\n{args.model_name_or_path} on {args.dataset}")
-        say(f"  layout    {layout}; plugin {args.plugin}, {args.precision}, preset {args.preset}"
-            + ", gradient checkpointing" * args.grad_checkpoint
-            + f", {args.offload_optim_frac:.0%} of optimizer states offloaded" * (args.offload_optim_frac > 0)
-            + f", {args.num_microbatches} micro-batches" * (layout.pp > 1))  # fmt: skip
-        say(f"  data      {', '.join(f'{s.name} {len(s)}' for s in images.splits())} images of {len(images.label_names)} classes, {resize.size} px; "
-            + (f"{decoded_bytes / 2**20:.0f} MiB decoded in each process" if decoded_bytes else "decoded as they are used (--data_memory)"))  # fmt: skip
-        say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images "
-            f"(batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x dp {layout.dp})")  # fmt: skip
-        say(f"  learning  rate {peak_lr:.3g}" + f" ({args.learning_rate:.3g} x dp {layout.dp}; --no-scale_lr keeps it)" * (args.scale_lr and layout.dp > 1)
-            + f", warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {args.seed}")  # fmt: skip
-        say(f"  model     {sum(p.numel() for p in loaded.model.parameters()) / 1e6:.1f} M parameters")
-        for note in args.notes:
-            say(f"  note      {note}")
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        print_plan(args, schedule, images, resize.size, decoded_bytes, parameters, peak_lr, warmup_steps)
         if args.dry_run:
             say("dry run: nothing was trained or written")
             return stop_distributed()
@@ -220,6 +206,28 @@ def main() -> None:
                 writer.close()
         say(f"\nbest epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s in all): python vit_predict.py --model {output} IMAGE_OR_FOLDER")
         stop_distributed()
+
+
+def print_plan(args, schedule, images, size: int, decoded: int, parameters: int, peak_lr: float, warmup_steps: int) -> None:
+    """What this run will do, before it does it. ``size`` in pixels, ``decoded`` in bytes."""
+    layout = args.layout
+    memory = [
+        "gradient checkpointing" * args.grad_checkpoint,
+        f"{args.offload_optim_frac:.0%} of optimizer states offloaded" * (args.offload_optim_frac > 0),
+        f"{args.num_microbatches} micro-batches" * (layout.pp > 1),
+    ]
+    counts = ", ".join(f"{split.name} {len(split)}" for split in images.splits())
+    kept = f"{decoded / 2**20:.0f} MiB decoded in each process" if decoded else "decoded as they are used (--data_memory)"
+    scaled = f" ({args.learning_rate:.3g} x dp {layout.dp}; --no-scale_lr keeps it)" if args.scale_lr and layout.dp > 1 else ""
+    say(f"\n{args.model_name_or_path} on {args.dataset}")
+    say(f"  layout    {', '.join(filter(None, [f'{layout}; plugin {args.plugin}', args.precision, f'preset {args.preset}', *memory]))}")
+    say(f"  data      {counts} images of {len(images.label_names)} classes, {size} px; {kept}")
+    say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images")
+    say(f"            = batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x dp {layout.dp}")
+    say(f"  learning  rate {peak_lr:.3g}{scaled}, warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {args.seed}")
+    say(f"  model     {parameters / 1e6:.1f} M parameters")
+    for note in args.notes:
+        say(f"  note      {note}")
 
 
 def _quality(row: dict) -> tuple[float, float]:

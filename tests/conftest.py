@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_gpu.py, which starts processes that may see them
+
 # Before any library reads them: no GPU, no file in the user's caches, one thread (two processes share two cores).
 _caches = tempfile.TemporaryDirectory(prefix="vit-tests-")
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HOME=f"{_caches.name}/hf", XDG_CACHE_HOME=f"{_caches.name}/xdg")

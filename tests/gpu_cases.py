@@ -1,0 +1,96 @@
+"""Cases for test_gpu.py: losses of a few steps under every plugin, eager, compiled and as CUDA graphs.
+
+    torchrun --nproc_per_node N gpu_cases.py RESULTS.json
+"""
+
+import json
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import console
+
+console.silence_libraries()
+
+import torch
+
+import plugins
+from engine import Engine, Normalize
+from layout import Layout
+
+BASE = dict(
+    zero_stage=0, max_norm=0.5, offload_optim_frac=0.0, offload_param_frac=0.0, placement_policy="static",
+    gradient_accumulation_steps=1, num_microbatches=4, grad_checkpoint=False, compile=False, cuda_graphs=False,
+    weight_decay=0.05, learning_rate=1e-3, optimizer="adamw",
+)  # fmt: skip
+STEPS, BATCH, LABELS = 8, 16, 4
+
+
+def cases(world: int) -> dict[str, dict]:
+    """Name -> what differs from `BASE`."""
+    found = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        found[f"none {precision}"] = dict(plugin="none", precision=precision)
+    for plugin, precision in (
+        ("torch_ddp", "fp32"), ("torch_ddp", "bf16"), ("torch_ddp_fp16", "fp16"), ("low_level_zero", "fp32"),
+        ("low_level_zero", "fp16"), ("low_level_zero", "bf16"), ("gemini", "fp16"), ("gemini", "bf16"),
+        ("hybrid_parallel", "fp32"), ("hybrid_parallel", "fp16"), ("hybrid_parallel", "bf16"),
+    ):  # fmt: skip
+        stage = 1 if plugin == "low_level_zero" else 0
+        found[f"{plugin} {precision}"] = dict(plugin=plugin, precision=precision, zero_stage=stage)
+        found[f"{plugin} {precision} checkpointed"] = found[f"{plugin} {precision}"] | dict(grad_checkpoint=True)
+        if plugin == "gemini":
+            found[f"{plugin} {precision} offloaded"] = found[f"{plugin} {precision}"] | dict(offload_optim_frac=1.0)
+        elif precision == "bf16" and torch.cuda.is_available():
+            found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
+            found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | dict(cuda_graphs=True)
+    for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
+        if world == tp * pp:
+            for precision in ("fp32", "bf16"):
+                name = f"hybrid_parallel {precision} tp {tp} pp {pp}"
+                found[name] = dict(plugin="hybrid_parallel", precision=precision, tp=tp, pp=pp)
+    return found
+
+
+def run(tp: int = 1, pp: int = 1, **changes) -> list[float]:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8,
+        num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    layout = Layout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
+    engine = Engine(plugins.boost(ViTForImageClassification(config), Namespace(**BASE | changes), layout), 3, Normalize((0.5,) * 3, (0.5,) * 3))
+    engine.model.train()
+    generator = torch.Generator().manual_seed(1)
+    pixels = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    labels = torch.randint(0, 3, (BATCH,), generator=generator)
+    mine = slice(layout.dp_rank * BATCH // layout.dp, (layout.dp_rank + 1) * BATCH // layout.dp)
+    batch = {"pixel_values": pixels[mine], "labels": labels[mine]}
+    losses = [plugins.all_sum(engine.train_step([batch], BATCH, 1e-3)).item() for _ in range(STEPS)]
+    evaluated = engine.evaluate([batch], BATCH)
+    return [*losses, evaluated["average_loss"]]
+
+
+def main() -> None:
+    plugins.import_libraries()
+    plugins.start_distributed(0)
+    results = {}
+    for name, changes in cases(int(os.environ["WORLD_SIZE"])).items():
+        try:
+            results[name] = run(**changes)
+        except Exception as error:
+            results[name] = f"{type(error).__name__}: {error}"
+            if int(os.environ["WORLD_SIZE"]) > 1:  # the others may wait in a collective for this one
+                break
+    if os.environ["RANK"] == "0":
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    plugins.stop_distributed()
+
+
+if __name__ == "__main__":
+    main()
