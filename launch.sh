@@ -162,6 +162,10 @@ launch() {
   # All settings are checked together, before anything is started.
   "$PYTHON" "$script" "$@" --check --world_size "$((processes * nodes))" || return
 
+  # The processes print through pipes: tell them whether a terminal is at the end, and how wide it is.
+  [ -n "${PROGRESS:-}" ] || { [ -t 2 ] && PROGRESS=1 COLUMNS=$(tput cols 2>/dev/null || echo 100); } || PROGRESS=0
+  export PROGRESS COLUMNS
+
   # In the background, for bash runs a trap only after a foreground command.
   "$PYTHON" "$HERE/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
   pid=$!
