@@ -1,16 +1,20 @@
 """What a run leaves behind for people: metrics.jsonl, charts, tables, the model card.
 
     python report.py benchmark FOLDER     table.md, table.csv and charts from FOLDER/rows.jsonl
+    python report.py sweep FOLDER         the same from FOLDER/*/metrics.jsonl, the runs of run_finetuning.sh
 """
 
 import csv
+import io
 import json
 import os
 import platform
+import shlex
 import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import mean, stdev
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -90,7 +94,7 @@ def save_figure(figure, path: Path) -> None:
     pyplot.close(figure)
 
 
-def epoch_chart(rows: list[dict], path: Path, title: str) -> None:
+def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validation") -> None:
     """Loss and accuracy per epoch of one run (PNG)."""
     from matplotlib.ticker import MaxNLocator
 
@@ -98,8 +102,8 @@ def epoch_chart(rows: list[dict], path: Path, title: str) -> None:
     figure, (loss, accuracy) = _axes(9, 3.6, columns=2)
     x = [row["epoch"] for row in epochs]
     loss.plot(x, [row["train_loss"] for row in epochs], marker="o", label="train")
-    loss.plot(x, [row["average_loss"] for row in epochs], marker="o", label="validation")
-    accuracy.plot(x, [row["accuracy"] for row in epochs], marker="o", color="C1", label="validation")
+    loss.plot(x, [row["average_loss"] for row in epochs], marker="o", label=split)
+    accuracy.plot(x, [row["accuracy"] for row in epochs], marker="o", color="C1", label=split)
     for row in rows:
         if row["kind"] == "test":
             loss.scatter([row["epoch"]], [row["average_loss"]], marker="*", s=120, color="C2", zorder=3, label="test (best epoch)")
@@ -122,13 +126,18 @@ def markdown_table(header: list[str], rows: list[list]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def model_card(rows: list[dict], settings: dict, labels: list[str]) -> str:
-    """README.md of an output folder, with the hub's metadata and this run's numbers."""
+def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch: str | None = None) -> str:
+    """README.md of an output folder, with the hub's metadata and this run's numbers.
+
+    ``from_scratch``: of a model without a base, the name of the split that was evaluated after each epoch.
+    """
     run = rows[0]
     epochs = [row for row in rows if row["kind"] == "epoch"]
     best = next(row for row in epochs if row["best"])
     test = next((row for row in rows if row["kind"] == "test"), None)
-    split, result = ("test", test) if test else ("validation", best)
+    evaluated, how = from_scratch or "validation", "trained from scratch" if from_scratch else "fine-tuned"
+    base = "" if from_scratch else f"base_model: {json.dumps(settings['model_name_or_path'])}\n"
+    split, result = ("test", test) if test else (evaluated, best)
     table = markdown_table(
         ["epoch", "train loss", "average_loss", "accuracy", "images/s", "seconds"],
         [
@@ -148,10 +157,9 @@ def model_card(rows: list[dict], settings: dict, labels: list[str]) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: image-classification
-base_model: {json.dumps(settings["model_name_or_path"])}
-tags: [vision, image-classification, colossalai]
+{base}tags: [vision, image-classification, colossalai]
 model-index:
-- name: {json.dumps(Path(settings["model_name_or_path"]).name + " fine-tuned on " + Path(settings["dataset"]).name)}
+- name: {json.dumps(Path(settings["model_name_or_path"]).name + f" {how} on " + Path(settings["dataset"]).name)}
   results:
   - task: {{type: image-classification}}
     dataset: {{name: {json.dumps(Path(settings["dataset"]).name)}, type: {json.dumps(settings["dataset"])}, split: {split}}}
@@ -160,9 +168,9 @@ model-index:
     - {{type: loss, value: {result["average_loss"]:.6f}}}
 ---
 
-# {Path(settings["model_name_or_path"]).name}, fine-tuned on {Path(settings["dataset"]).name}
+# {Path(settings["model_name_or_path"]).name}, {how} on {Path(settings["dataset"]).name}
 
-A Vision Transformer fine-tuned with [Colossal-AI](https://github.com/hpcaitech/ColossalAI). Classes: {", ".join(labels)}.
+A Vision Transformer {how} with [Colossal-AI](https://github.com/hpcaitech/ColossalAI). Classes: {", ".join(labels)}.
 
 ```python
 from transformers import pipeline
@@ -171,7 +179,7 @@ print(pipeline("image-classification", model=".")("image.jpg"))
 
 ## Measured
 
-{tested}Validation split ({best["images"]} images), after each epoch (best: epoch {best["epoch"]}):
+{tested}{evaluated.capitalize()} split ({best["images"]} images), after each epoch ({"saved here" if from_scratch else "best"}: epoch {best["epoch"]}):
 
 {table}
 ![loss and accuracy per epoch](metrics.png)
@@ -307,6 +315,307 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
     save_figure(figure, path)
 
 
+# ---------------------------------------------------------------------------------------------- sweep
+
+PUBLISHED_MODEL = "google/vit-base-patch16-224"
+ON_THE_HUB = {"beans": "AI-Lab-Makerere/beans", "drawn": "AI-Lab-Makerere/beans"}  # what a local folder is, or stands for
+
+
+def quality(row: dict) -> tuple[float, float]:
+    """Higher is better: accuracy, then the lower loss."""
+    return row["accuracy"], -row["average_loss"]
+
+
+def short(rate: float) -> str:
+    """0.0002 -> 2e-4"""
+    mantissa, _, exponent = f"{rate:.6e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def read_run(folder: Path) -> dict:
+    """A run's folder: ``status`` finished, failed, unfinished or absent, its settings and its epochs."""
+    metrics, failure = folder / "metrics.jsonl", folder / "failed.json"
+    rows = read_rows(metrics) if metrics.exists() else []
+    failed = json.loads(failure.read_text()) if failure.exists() else {}
+    ended = bool(rows) and rows[-1]["kind"] == "end"
+    first = rows[0] if rows else failed
+    return {
+        "name": folder.name,
+        "status": "finished" if ended else "failed" if failed else "unfinished" if rows else "absent",
+        "started": bool(rows),
+        # the layout is one: it decides the global batch
+        "settings": first.get("settings", {}) | {"layout": first.get("layout")},
+        "environment": {name: first.get(name) for name in ("date", "hardware", "python", "versions", "command")} if rows else None,
+        "epochs": [row for row in rows if row["kind"] == "epoch"],
+        "exit_status": failed.get("exit_status"),
+        "last_lines": failed.get("last_lines", []),
+    }
+
+
+def summarize(run: dict) -> dict:
+    """The numbers of a finished run. The test split is left out: it is not for choosing among runs."""
+    epochs = run["epochs"]
+    last, best = epochs[-1], max(epochs, key=quality)
+    seconds = sum(row["seconds"] for row in epochs)
+    return {
+        "average_loss": last["average_loss"], "accuracy": last["accuracy"],
+        "best_epoch_average_loss": best["average_loss"], "best_epoch_accuracy": best["accuracy"],
+        "seconds": seconds + sum(row["evaluation_seconds"] for row in epochs),
+        "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in epochs) / seconds,
+        "peak_memory_gib": max(row["peak_memory_gib"] for row in epochs),
+    }  # fmt: skip
+
+
+def sweep_groups(runs: list[dict]) -> list[dict]:
+    """The finished runs, those that differ only in their seed together: mean and spread of each number."""
+    groups: dict[tuple, dict] = {}
+    for run in runs:
+        if run["status"] == "finished":
+            key = tuple((name, value) for name, value in run["settings"].items() if name != "seed")
+            groups.setdefault(key, {"settings": run["settings"], "runs": []})["runs"].append(run)
+    for group in groups.values():
+        summaries = [summarize(run) for run in group["runs"]]
+        group["values"] = {name: [summary[name] for summary in summaries] for name in summaries[0]}
+        group["mean"] = {name: mean(values) for name, values in group["values"].items()}
+        group["seeds"] = [run["settings"]["seed"] for run in group["runs"]]
+        group["images"] = group["runs"][0]["epochs"][-1]["images"]
+    best = max((group["mean"] for group in groups.values()), key=quality, default=None)
+    for group in groups.values():
+        group["to_best"] = "best" if group["mean"] is best else "worse"
+        if group["mean"] is not best and best["accuracy"] - group["mean"]["accuracy"] <= noise(best["accuracy"], group["mean"]["accuracy"], group["images"]):
+            group["to_best"] = "within noise"
+    return list(groups.values())
+
+
+def noise(one: float, other: float, images: int) -> float:
+    """Two binomial standard errors of the difference of two accuracies on ``images`` images each."""
+    pooled = (one + other) / 2
+    return 2 * (2 * pooled * (1 - pooled) / images) ** 0.5
+
+
+NOISE = (
+    "*Within noise*: best accuracy - accuracy <= 2 standard errors of the difference, each sqrt(2 p (1 - p) / n) with p the "
+    "mean of the two accuracies and n the validation images (more seeds see the same images and do not raise n)."
+)
+
+
+def with_spread(values: list[float], form: str) -> str:
+    """`0.9774`, or of several seeds `0.9774 ± 0.0075`."""
+    return format(mean(values), form) + (f" ± {format(stdev(values), form)}" if len(values) > 1 else "")
+
+
+def sweep_report(folder: Path) -> None:
+    """table.md, table.csv, epochs.csv and charts of the runs in ``folder``."""
+    from args import PLUGINS
+    from console import fail
+
+    runs = [read_run(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    runs = [run for run in runs if run["status"] != "absent"]
+    if not runs:
+        fail(f"{folder}: holds no runs of run_finetuning.sh")
+    order = lambda s: (s["model_name_or_path"], s["dataset"], s["image_size"] or 0, list(PLUGINS).index(s["plugin"]), s["batch_size"], s["learning_rate"], s["seed"])  # noqa: E731
+    runs.sort(key=lambda run: order(run["settings"]))
+    groups, others = sweep_groups(runs), [run for run in runs if run["status"] != "finished"]
+
+    # a setting besides those that every table names is named where it differs; zero_stage follows from the plugin
+    named = {"plugin": "plugin", "model_name_or_path": "model", "batch_size": "batch size", "learning_rate": "learning rate"}
+    settings = [run["settings"] for run in runs]
+    for name in settings[0]:
+        if name not in (*named, "seed", "zero_stage") and len({s.get(name) for s in settings}) > 1:
+            named[name] = name.replace("_", " ")
+    forms = {"model_name_or_path": lambda name: Path(name).name, "learning_rate": short, "image_size": lambda size: str(size or "default")}
+
+    def cells(settings: dict) -> list:
+        return [forms.get(name, str)(settings.get(name)) for name in named]
+
+    text = ["# Sweep\n", sweep_table(groups, others, [*named.values()], cells)]
+    if groups:
+        text.append(epoch_table(groups, [*named.values()], cells))
+    text.append(provenance(folder, runs))
+    write_atomically(folder / "table.md", "\n".join(text))
+    write_sweep_csv(folder, groups, others, [*named])
+    charts = []
+    if groups:
+        charts = ["epochs.png", *heat_maps(folder, groups)]
+        sweep_chart(groups, list(named), cells, folder / "epochs.png")
+    print("\n".join(text[:2]))
+    print(f"{', '.join(['table.md', 'table.csv', 'epochs.csv', *charts])} in {folder}")
+
+
+def sweep_table(groups: list[dict], others: list[dict], header: list[str], cells) -> str:
+    """One row a configuration, failed and unfinished runs below, and how to read it."""
+    columns = (("average_loss", ".4f", min), ("accuracy", ".4f", max), ("best_epoch_average_loss", ".4f", min), ("best_epoch_accuracy", ".4f", max),
+               ("seconds", ".1f", None), ("images_per_second", ".0f", None), ("peak_memory_gib", ".2f", None))  # fmt: skip
+    body = []
+    for group in groups:
+        numbers = []
+        for name, form, choose in columns:
+            cell = with_spread(group["values"][name], form)
+            top = choose and choose(g["mean"][name] for g in groups)
+            numbers.append(f"**{cell}**" if choose and group["mean"][name] == top else cell)
+        numbers.insert(2, group["to_best"])
+        body.append([*cells(group["settings"]), " ".join(map(str, group["seeds"])), *numbers])
+    for run in others:
+        what = f"unfinished, {len(run['epochs'])} of {run['settings']['num_epoch']} epochs"
+        if run["status"] == "failed":
+            what = f"failed, status {run['exit_status']}: {(run['last_lines'] or ['no output'])[-1]}".replace("|", "\\|")
+        body.append([*cells(run["settings"]), run["settings"]["seed"], what, *[""] * 7])
+    header = [*header, "seed", "average_loss", "accuracy", "to the best", "best epoch: loss", "best epoch: accuracy", "time, s", "images/s", "peak GiB"]
+    parts = [markdown_table(header, body)]
+    if groups:
+        sizes = sorted({group["images"] for group in groups})
+        images = " or ".join(f"{n} validation images: one is {100 / n:.2f} points" for n in sizes)
+        parts.append(
+            f"{images}. Loss and accuracy are those after the last epoch, and rank the rows (accuracy, then loss; the best in bold); "
+            f"the best epoch was picked on the same images, which flatters it. {NOISE} "
+            + "± is the standard deviation over the seeds. " * any(len(group["seeds"]) > 1 for group in groups)
+            + "Time is training and evaluation without start-up; images/s is training; memory is the process's own where there is no GPU.\n"
+        )
+    return "\n".join(parts)
+
+
+def epoch_table(groups: list[dict], header: list[str], cells) -> str:
+    """average_loss and accuracy after each epoch."""
+    parts = []
+    longest = max(len(run["epochs"]) for group in groups for run in group["runs"])
+    for name in ("average_loss", "accuracy"):
+        body = []
+        for group in groups:
+            epochs = zip(*([row[name] for row in run["epochs"]] for run in group["runs"]))
+            row = [*cells(group["settings"]), *(with_spread(values, ".4f") for values in epochs)]
+            body.append(row + [""] * (len(header) + longest - len(row)))
+        parts.append(f"## {name} after each epoch\n\n" + markdown_table([*header, *(f"epoch {i + 1}" for i in range(longest))], body))
+    return "\n".join(parts)
+
+
+def provenance(folder: Path, runs: list[dict]) -> str:
+    """Hardware, versions and commands; and the command for the published model where another was used."""
+    measured = [run["environment"] for run in runs if run["environment"]]
+    lines = ["## Measured\n"]
+    for hardware, python, versions in dict.fromkeys((e["hardware"], e["python"], tuple(e["versions"].items())) for e in measured):
+        dates = sorted({e["date"][:10] for e in measured if e["hardware"] == hardware})
+        lines.append(f"{' and '.join(dates)} on {hardware}; Python {python}, {', '.join(f'{name} {number}' for name, number in versions)}.")
+    lines.append("Layout of a run: " + " or ".join(sorted({run["settings"]["layout"] for run in runs})) + ".")
+    calls = read_rows(folder / "sweep.jsonl") if (folder / "sweep.jsonl").exists() else []
+    commands = [call_of(call["variables"], call["flags"]) for call in calls] or list(dict.fromkeys(e["command"] for e in measured))
+    lines.append("\nCommand, in the project's folder:\n\n" + "\n".join(f"    {command}" for command in commands))
+    models = sorted({run["settings"]["model_name_or_path"] for run in runs})
+    if calls and any(Path(model).name != Path(PUBLISHED_MODEL).name for model in models):
+        dataset = runs[-1]["settings"]["dataset"]
+        other = {"MODELS": PUBLISHED_MODEL, "DATASET": ON_THE_HUB.get(Path(dataset).name, dataset)}
+        lines.append(
+            f"\nThe model here is {' and '.join(models)}. Where the HuggingFace hub can be reached, this repeats it with {PUBLISHED_MODEL}:\n\n"
+            + "\n".join(
+                f"    {call_of(call['variables'] | other | {'RESULTS': call['variables']['RESULTS'].rstrip('/') + '-vit-base'}, call['flags'])}"
+                for call in calls
+            )
+        )
+    return "\n".join(lines) + "\n"
+
+
+def call_of(variables: dict[str, str], flags: list[str]) -> str:
+    """The shell command of a sweep; what is auto is left out."""
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value != "auto"]
+    return " ".join([*assignments, "bash run_finetuning.sh", *([shlex.join(flags)] if flags else [])])
+
+
+def write_sweep_csv(folder: Path, groups: list[dict], others: list[dict], named: list[str]) -> None:
+    """table.csv, one row a configuration or failed run; epochs.csv, one row a run and epoch."""
+    table, epochs = [], []
+    for group in groups:
+        row = {name: group["settings"].get(name) for name in named} | {"seeds": " ".join(map(str, group["seeds"])), "status": "finished"}
+        for name, values in group["values"].items():
+            row |= {name: mean(values), f"{name}_sd": stdev(values) if len(values) > 1 else ""}
+        table.append(row | {"images": group["images"], "to_best": group["to_best"]})
+        for run in group["runs"]:
+            epochs += [{"run": run["name"]} | {n: run["settings"].get(n) for n in (*named, "seed")} | row for row in run["epochs"]]
+    for run in others:
+        table.append({name: run["settings"].get(name) for name in named} | {"seeds": run["settings"]["seed"], "status": run["status"]})
+    for name, rows in (("table.csv", table), ("epochs.csv", epochs)):
+        columns = list(dict.fromkeys(column for row in rows for column in row if column != "kind"))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(folder / name, text.getvalue())
+
+
+def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None:
+    """Loss and accuracy per epoch, a line for each configuration; of a few, a band from the lowest to the highest seed.
+
+    Colour follows the setting of most values, line and marker the others.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    labels = [cells(group["settings"]) for group in groups]
+    # the fewest settings that tell the lines apart: a precision that follows from the plugin is not among them
+    telling = list(range(len(named)))
+    for i in reversed(range(len(named))):
+        rest = [j for j in telling if j != i]
+        if len({tuple(label[j] for j in rest) for label in labels}) == len(labels):
+            telling = rest
+    coloured = max(telling, key=lambda i: (len({label[i] for label in labels}), i), default=None)
+
+    def look(label: list) -> tuple[str, tuple]:
+        return "" if coloured is None else label[coloured], tuple(label[i] for i in telling if i != coloured)
+
+    colours, styles = (list(dict.fromkeys(parts)) for parts in zip(*map(look, labels)))
+    words = {"batch_size": "BS ", "learning_rate": "LR ", "image_size": "size "}
+    figure, (loss, accuracy) = _axes(11, max(4, 0.22 * len(groups) + 1), columns=2)
+    for group, label in zip(groups, labels):
+        colour, style = (parts.index(part) for parts, part in zip((colours, styles), look(label)))
+        text = ", ".join(words.get(named[i], "") + label[i] for i in telling)
+        for axis, name in ((loss, "average_loss"), (accuracy, "accuracy")):
+            values = list(zip(*([row[name] for row in run["epochs"]] for run in group["runs"])))
+            x = range(1, len(values) + 1)
+            axis.plot(x, list(map(mean, values)), color=f"C{colour % 10}", ls=("-", "--", ":", "-.")[style % 4], marker="osD^vPX*"[style % 8], ms=4, lw=1.4, label=text)
+            if len(group["runs"]) > 1 and len(groups) <= 5:
+                axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{colour % 10}", alpha=0.1, lw=0)
+    loss.set(xlabel="epoch", ylabel="validation loss", ylim=(0, None))
+    accuracy.set(xlabel="epoch", ylabel="validation accuracy")
+    accuracy.set_ylim(top=min(1.005, accuracy.get_ylim()[1]))
+    for axis in (loss, accuracy):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if telling:
+        accuracy.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    shared = [text for i, text in enumerate(labels[0]) if i not in telling and named[i] in ("plugin", "model_name_or_path")]
+    figure.suptitle(", ".join(shared), fontsize=11)
+    save_figure(figure, path)
+
+
+def heat_maps(folder: Path, groups: list[dict]) -> list[str]:
+    """Accuracy and loss over batch size x learning rate, one file for each grid of both; -> their names."""
+    grids: dict[tuple, list[dict]] = {}
+    for group in groups:
+        key = tuple((n, v) for n, v in group["settings"].items() if n not in ("batch_size", "learning_rate", "seed"))
+        grids.setdefault(key, []).append(group)
+    found = []
+    for members in grids.values():
+        sizes, rates = (sorted({g["settings"][name] for g in members}) for name in ("batch_size", "learning_rate"))
+        if len(sizes) < 2 or len(rates) < 2:
+            continue
+        figure, axes = _axes(1.5 * 2 * len(rates) + 2.5, 0.8 * len(sizes) + 1.6, columns=2)
+        for axis, name, colours in zip(axes, ("accuracy", "average_loss"), ("viridis", "viridis_r")):
+            values = {(g["settings"]["batch_size"], g["settings"]["learning_rate"]): g["mean"][name] for g in members}
+            image = axis.imshow([[values.get((size, rate), float("nan")) for rate in rates] for size in sizes], cmap=colours, aspect="auto")
+            for (size, rate), value in values.items():
+                ink = "white" if sum(image.cmap(image.norm(value))[:3]) < 1.5 else "black"  # on a dark ground, or a light one
+                axis.text(rates.index(rate), sizes.index(size), f"{value:.4f}", ha="center", va="center", color=ink)
+            axis.set_xticks(range(len(rates)), map(short, rates))
+            axis.set_yticks(range(len(sizes)), sizes)
+            axis.grid(False)
+            axis.set(xlabel="learning rate", ylabel="batch size", title=f"validation {name.replace('average_', '')}, last epoch")
+        settings = members[0]["settings"]
+        title = f"{settings['plugin']}-{Path(settings['model_name_or_path']).name}"
+        figure.suptitle(title.replace("-", ", ", 1), fontsize=11)
+        name = "heatmap.png" if len(grids) == 1 else f"heatmap-{title}.png"
+        if name in found:  # grids that differ in another setting
+            name = f"heatmap-{title}-{len(found) + 1}.png"
+        save_figure(figure, folder / name)
+        found.append(name)
+    return found
+
+
 def main(argv: list[str]) -> None:
     from console import fail
 
@@ -315,7 +624,7 @@ def main(argv: list[str]) -> None:
     REPORTS[argv[0]](Path(argv[1]))
 
 
-REPORTS = {"benchmark": benchmark_report}
+REPORTS = {"benchmark": benchmark_report, "sweep": sweep_report}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

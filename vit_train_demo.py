@@ -131,7 +131,7 @@ def main() -> None:
         training_set = data.Batches(images.train, resize, augment, args.skip_bad_images)
         batches = iter(data.make_loader(training_set, order, workers))
         say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
-        best = max((row for row in rows if row["kind"] == "epoch"), key=_quality, default=None)
+        best = max((row for row in rows if row["kind"] == "epoch"), key=report.quality, default=None)
         try:
             for epoch in range(first_epoch, args.num_epoch):
                 done = epoch * schedule.steps
@@ -155,7 +155,7 @@ def main() -> None:
                     "images_per_second": progress.images / progress.seconds,
                     "evaluation_seconds": time.perf_counter() - evaluated_at, "peak_memory_gib": peak_memory(),
                 }  # fmt: skip
-                row["best"] = best is None or _quality(row) > _quality(best)
+                row["best"] = best is None or report.quality(row) > report.quality(best)
                 rows.append(row)
                 if row["best"]:
                     if best is not None:
@@ -228,11 +228,6 @@ def print_plan(args, schedule, images, size: int, decoded: int, parameters: int,
     say(f"  model     {parameters / 1e6:.1f} M parameters")
     for note in args.notes:
         say(f"  note      {note}")
-
-
-def _quality(row: dict) -> tuple[float, float]:
-    """Higher is better: accuracy, then the lower loss."""
-    return row["accuracy"], -row["average_loss"]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,310 @@
+"""A grid of fine-tuning runs, one after another or side by side, and their comparison. `bash run_finetuning.sh` calls it.
+
+Every run is vit_train_demo.py in a folder of its own, RESULTS/<plugin>-<model>-bs<size>-lr<rate>-seed<seed>. What lies
+there says what is to do, so that the same call goes on after any interruption (with --image_size, its name has that too):
+
+    metrics.jsonl ends with kind "end"    finished: skipped
+    checkpoints/                          interrupted: vit_train_demo.py resumes it
+    failed.json                           failed: tried again
+
+`python report.py sweep RESULTS` makes the tables and charts, at any time.
+"""
+
+import contextlib
+import fcntl
+import functools
+import io
+import itertools
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import console
+
+console.silence_libraries()  # before anything imports colossalai
+
+import args as command_lines  # noqa: E402
+import launch  # noqa: E402
+import report  # noqa: E402
+from args import Parser  # noqa: E402
+from checkpoint import settings_of  # noqa: E402
+from console import fail, say  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+GRID = {"models": "MODELS", "plugins": "PLUGINS", "batch_sizes": "BATCH_SIZES", "learning_rates": "LEARNING_RATES", "seeds": "SEEDS"}
+COMMON = {"dataset": "DATASET", "preset": "PRESET", "num_epoch": "EPOCH", "weight_decay": "WEIGHT_DECAY", "warmup_ratio": "WARMUP_RATIO"}
+PUBLISHED = {"batch_sizes": "8 16 32", "learning_rates": "1e-4 2e-4 5e-4", "num_epoch": "5"}
+SMALL = {"batch_sizes": "16 32", "learning_rates": "5e-4 1e-3", "num_epoch": "2"}  # minutes on two cores
+NOT_PASSED_ON = {
+    "--model_name_or_path": "set MODELS", "--plugin": "set PLUGINS", "--batch_size": "set BATCH_SIZES",
+    "--learning_rate": "set LEARNING_RATES", "--seed": "set SEEDS", "--output_path": "set RESULTS",
+    "--resume": "interrupted runs resume by themselves", "--overwrite_output": "remove the folders of the runs to repeat",
+    "--eval_only": "a sweep trains", "--dry_run": "a sweep trains",
+}  # fmt: skip
+
+
+def read_arguments(argv: list[str] | None = None):
+    """-> settings of the sweep, flags for vit_train_demo.py"""
+    parser = Parser(prog="sweep.py", description="Fine-tune with every combination of the lists.")
+    for name in GRID:
+        parser.text(f"--{name}", default="42" if name == "seeds" else "auto", help="values between blanks")
+    for name in COMMON:
+        parser.text(f"--{name}", default="auto", help="of every run, as in vit_train_demo.py")
+    parser.number("--processes", int, low=1, default=1, help="of each run, one a GPU")
+    parser.text("--parallel_runs", default="auto", help="runs side by side, each on GPUs of its own; all: as many as fit")
+    parser.choice("--launcher", ("colossalai", "torchrun"), default="colossalai", help="what starts a run")
+    parser.text("--results", default="./finetuning_results", help="folder of the runs, tables and charts")
+    sweep, flags = parser.parse_known_args(argv)
+    gpus = launch.count_gpus()
+    sweep.small = not gpus and sweep.models == "auto"
+    fitting = max(1, (gpus or len(os.sched_getaffinity(0))) // sweep.processes)
+    if sweep.parallel_runs in ("auto", "all"):
+        # without a GPU, one thread each: where others compute too, runs of several threads wait for each other
+        sweep.parallel_runs = fitting if sweep.parallel_runs == "all" else min(4, fitting) if sweep.small else 1
+    elif not re.fullmatch(r"[1-9]\d{0,3}", sweep.parallel_runs):
+        parser.problems.append(f"PARALLEL_RUNS={sweep.parallel_runs}: must be a number from 1 to 9999, auto or all")
+    else:
+        sweep.parallel_runs = int(sweep.parallel_runs)
+        if gpus and sweep.parallel_runs > fitting:
+            parser.problems.append(f"PARALLEL_RUNS={sweep.parallel_runs}: {sweep.processes} GPU(s) for each is more than the {gpus} here; set it to at most {fitting}, or all")  # fmt: skip
+    for flag in flags:
+        if mend := NOT_PASSED_ON.get(flag.partition("=")[0]):
+            parser.problems.append(f"{flag}: {mend}")
+    for name, value in (SMALL if sweep.small else PUBLISHED).items():
+        if getattr(sweep, name) == "auto":
+            setattr(sweep, name, value)
+    for name, variable in GRID.items():
+        if not getattr(sweep, name).split():
+            parser.problems.append(f"{variable}: is empty; name one value or more")
+    if parser.problems:
+        fail(*parser.problems)
+    return sweep, flags
+
+
+# ---------------------------------------------------------------------------------------------- plan
+
+
+@dataclass
+class Run:
+    name: str
+    folder: Path
+    argv: list[str]  # of vit_train_demo.py
+    settings: dict
+    layout: str
+
+    def is_finished(self) -> bool:
+        return report.read_run(self.folder)["status"] == "finished"
+
+    def problems(self) -> list[str]:
+        """Whether its folder holds a run of other settings."""
+        found = report.read_run(self.folder)
+        now, then = self.settings | {"layout": self.layout}, found["settings"]
+        different = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
+        if not found["started"] or not different:
+            return []
+        return [f"{self.folder.parent} holds runs with other settings: {'; '.join(different)}; set RESULTS to another folder, or remove theirs"]
+
+
+def plan(sweep, flags: list[str]) -> list[Run]:
+    """All runs, every one checked; ends the program with all problems of all of them."""
+    command_lines.hub_answers = functools.cache(command_lines.hub_answers)  # asked once, not once a run
+    runs: dict[str, Run] = {}
+    problems: dict[str, list[str]] = {}  # -> the runs that have it
+    points = list(itertools.product(*(dict.fromkeys(getattr(sweep, name).split()) for name in GRID)))
+    for model, plugin, batch_size, learning_rate, seed in points:
+        options = {
+            "model_name_or_path": model, "plugin": plugin, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
+            **{name: getattr(sweep, name) for name in COMMON}, "keep_checkpoints": 0, "resume": "auto",
+        }  # fmt: skip
+        argv = [word for name, value in options.items() for word in (f"--{name}", str(value))] + flags
+        args, wrong = check([*argv, "--output_path", sweep.results, "--world_size", str(sweep.processes)])
+        if args:
+            name = (
+                f"{args.plugin}-{Path(os.path.abspath(args.model_name_or_path)).name}-bs{args.batch_size}"
+                f"-lr{report.short(args.learning_rate)}{f'-px{args.image_size}' * bool(args.image_size)}-seed{args.seed}"
+            )
+            folder = Path(sweep.results) / name
+            run = Run(name, folder, [*argv, "--output_path", str(folder)], settings_of(args), str(args.layout))
+            wrong = run.problems()
+            if name in runs and runs[name].settings != run.settings:
+                wrong.append(f"MODELS: two of them are called {name.split('-bs')[0].removeprefix(args.plugin + '-')}; rename a folder")
+            runs[name] = run
+        for problem in wrong:
+            problems.setdefault(problem, []).append(f"{plugin} {model} BS {batch_size} LR {learning_rate} seed {seed}")
+    if problems:
+        # what every run has needs no run named
+        fail(*(p + ("" if len(at) == len(points) else f" ({len(at)} of {len(points)} runs, first {at[0]})") for p, at in problems.items()))
+    return list(runs.values())
+
+
+def check(argv: list[str]):
+    """-> settings of one run, or None; what is wrong with them"""
+    offline = os.environ.get("HF_HUB_OFFLINE")
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return command_lines.parse_finetune(argv), []
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        return None, [text.strip() for text in re.split(r"^(?:\S+: )?error: ", said.getvalue(), flags=re.MULTILINE)[1:]]
+    finally:  # it is set for a run that needs no hub; another one may
+        os.environ.pop("HF_HUB_OFFLINE", None)
+        if offline is not None:
+            os.environ["HF_HUB_OFFLINE"] = offline
+
+
+# ---------------------------------------------------------------------------------------------- run
+
+
+class Slot:
+    """A place for one run at a time: GPUs, cores and memory that the slots beside it do not use."""
+
+    def __init__(self, number: int, sweep):
+        cores = sorted(os.sched_getaffinity(0))
+        self.cores = cores[number :: sweep.parallel_runs] or cores
+        self.options, self.environment = [f"--nproc_per_node={sweep.processes}", "--master_addr=127.0.0.1"], dict(os.environ)
+        self.flags, self.launcher, self.port = [], sweep.launcher, None
+        if gpus := launch.count_gpus():
+            visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(map(str, range(gpus)))
+            first = number * sweep.processes
+            self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + sweep.processes])
+        if sweep.parallel_runs > 1:
+            import psutil
+
+            self.flags = ["--data_memory", f"{psutil.virtual_memory().total / 2**30 / 4 / sweep.parallel_runs:.2f}"]
+        self.run = self.process = None
+
+    def start(self, run: Run, log: Path, ports: set[int]) -> None:
+        """``ports``: those of the runs beside it."""
+        self.port = next(port for port in iter(launch.free_port, None) if port not in ports)
+        # the sweep's own flags first: the user's have the last word
+        command = [sys.executable, str(HERE / "launch.py"), self.launcher, *self.options, f"--master_port={self.port}",
+                   "--", str(HERE / "vit_train_demo.py"), *self.flags, *run.argv]  # fmt: skip
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "failed.json").unlink(missing_ok=True)
+        self.run, self.began = run, time.monotonic()
+        own = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self.cores)  # the run inherits it, and counts its threads and workers by it
+        with open(log, "a") as file:
+            # its own session: Ctrl-C at the terminal comes once, from here
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, env=self.environment, start_new_session=True
+            )
+        os.sched_setaffinity(0, own)
+
+
+def run_all(runs: list[Run], sweep) -> int:
+    """-> exit status"""
+    logs = Path(sweep.results) / "logs"
+    slots = [Slot(number, sweep) for number in range(sweep.parallel_runs)]
+    waiting = [run for run in runs if not run.is_finished()]
+    done, failed, stopped, durations = 0, [], [], []
+    best: dict = {}
+
+    def tell(run: Run, seconds: float | None = None) -> None:
+        """One line for a run that is done."""
+        nonlocal done, best
+        done += 1
+        found = report.read_run(run.folder)
+        if found["status"] == "finished":
+            last = found["epochs"][-1]
+            best = max(best, last | {"name": run.name}, key=report.quality) if best else last | {"name": run.name}
+            result = f"loss {last['average_loss']:.4f}, accuracy {last['accuracy']:.4f}"
+            durations.extend([seconds] if seconds else [])
+        else:
+            failed.append(run)
+            said = f": {found['last_lines'][-1]}" if found["last_lines"] else ""
+            result = f"FAILED, status {found['exit_status']}{said}; see {logs / run.name}.log"
+        news = [minutes(seconds) if seconds else "from before"]
+        if durations and done < len(runs):
+            news.append(f"about {minutes(sum(durations) / len(durations) * (len(runs) - done) / len(slots))} left")
+        if best:
+            news.append(f"best so far {best['accuracy']:.4f}" + f", {best['name']}" * (best["name"] != run.name))
+        say(f"{done:{len(str(len(runs)))}} of {len(runs)}  {run.name}  {result}  ({'; '.join(news)})")
+
+    for run in runs:
+        if run not in waiting:
+            tell(run)
+    previous = {number: signal.signal(number, lambda number, frame: stopped.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
+    told_to_stop = False
+    while any(slot.process for slot in slots) or (waiting and not stopped):
+        if stopped and not told_to_stop:
+            told_to_stop = True
+            say("\nstopping: what runs may finish its step and save, for 30 s at most")
+            for slot in slots:
+                if slot.process:
+                    slot.process.send_signal(stopped[0])
+        for slot in slots:
+            if slot.process is None and waiting and not stopped:
+                run = waiting.pop(0)
+                slot.start(run, logs / f"{run.name}.log", {other.port for other in slots if other.process})
+            elif slot.process and slot.process.poll() is not None:
+                run, status, slot.process = slot.run, slot.process.returncode, None
+                if not run.is_finished():
+                    if stopped:
+                        continue
+                    record_failure(run, 128 - status if status < 0 else status, logs / f"{run.name}.log")
+                tell(run, time.monotonic() - slot.began)
+        time.sleep(0.1)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
+    if stopped:
+        say(f"stopped with {done} of {len(runs)} runs done: the same command goes on; python report.py sweep {sweep.results} compares them")
+        return 128 + stopped[0]
+    report.sweep_report(Path(sweep.results))
+    for run in failed:
+        print(f"failed: {run.name}, see {logs / run.name}.log", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def record_failure(run: Run, status: int, log: Path) -> None:
+    """failed.json, which a report shows as a row."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith("launch: process")]  # says that it ended, not why
+    record = {"kind": "failed", "settings": run.settings, "layout": run.layout, "exit_status": status, "last_lines": told[-12:]}
+    report.write_atomically(run.folder / "failed.json", json.dumps(record, indent=1) + "\n")
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def record_command(sweep, flags: list[str]) -> None:
+    """Add this call to RESULTS/sweep.jsonl, for the report."""
+    variables = {variable: getattr(sweep, name) for name, variable in (GRID | COMMON).items()}
+    variables |= {"GPUNUM": str(sweep.processes), "RESULTS": sweep.results}
+    call = {"variables": variables, "flags": flags}
+    path = Path(sweep.results) / "sweep.jsonl"
+    calls = report.read_rows(path) if path.exists() else []
+    if call not in calls:
+        report.write_rows(path, [*calls, call])
+
+
+def main() -> int:
+    sweep, flags = read_arguments()
+    runs = plan(sweep, flags)
+    logs = Path(sweep.results) / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    with open(logs / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            fail(f"RESULTS={sweep.results}: another sweep is writing there; wait for it, or set another folder")
+        record_command(sweep, flags)
+        if sweep.small:
+            say(f"no GPU: a small grid, {len(runs)} runs of {sweep.num_epoch} epochs with the embedded vit-demo (MODELS chooses another, for the published grid)")
+        side = f", {sweep.parallel_runs} side by side" * (sweep.parallel_runs > 1)
+        say(f"{len(runs)} runs{side}; each writes to {logs}/NAME.log")
+        return run_all(runs, sweep)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

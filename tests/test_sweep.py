@@ -1,0 +1,289 @@
+"""The grid of runs: refused whole or run whole, skipped, resumed, recorded as failed; and its tables and charts."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import ROOT
+
+import report
+import sweep
+
+EPOCHS = 16  # of a tiny run: seconds, so that there is time to stop it
+
+
+# ---- tables and charts, from stored rows
+
+
+def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **settings):
+    """A run's metrics.jsonl as vit_train_demo.py writes it."""
+    settings = {
+        "model_name_or_path": "../models/vit-tiny-patch16-224", "dataset": "../data/beans", "image_size": None, "plugin": "gemini", "precision": "fp16",
+        "zero_stage": 0, "batch_size": 8, "learning_rate": 1e-4, "num_epoch": len(accuracies), "weight_decay": 0.5, "seed": 42,
+    } | settings  # fmt: skip
+    rows = [{
+        "kind": "run", "date": "2026-01-02 03:04 UTC", "hardware": "1 x H200", "python": "3.11.7", "versions": {"torch": "2.5.1"},
+        "layout": "1 process = dp 1 x tp 1 x pp 1", "command": "python vit_train_demo.py", "settings": settings,
+    }]  # fmt: skip
+    for i, (accuracy, loss) in enumerate(zip(accuracies, losses)):
+        rows.append({
+            "kind": "epoch", "epoch": i + 1, "average_loss": loss, "accuracy": accuracy, "images": images, "train_loss": loss, "seconds": seconds,
+            "images_per_second": 100.0, "evaluation_seconds": 0.5, "peak_memory_gib": 1.0 + i,
+        })  # fmt: skip
+    rows += [{"kind": "test", "epoch": 1, "average_loss": 9.0, "accuracy": 0.0}, {"kind": "end", "seconds": 9.0}] * ended
+    name = f"{settings['plugin']}-bs{settings['batch_size']}-lr{settings['learning_rate']}-px{settings['image_size']}-seed{settings['seed']}"
+    (folder / name).mkdir(parents=True)
+    report.write_rows(folder / name / "metrics.jsonl", rows)
+    return folder / name
+
+
+def table(folder, number=0):
+    """-> header, rows of the table of that number in table.md"""
+    lines = (folder / "table.md").read_text().split("\n\n")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in [b for b in lines if b.startswith("|")][number].splitlines()]
+    return rows[0], rows[2:]
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """A grid of 2 x 2, reported: one run much worse, one failed, one unfinished."""
+    tmp_path = tmp_path_factory.mktemp("grid")
+    store(tmp_path, [0.90, 130 / 133], [0.3, 0.08])
+    store(tmp_path, [132 / 133, 131 / 133], [0.03, 0.05], batch_size=16)
+    store(tmp_path, [0.5, 110 / 133], [0.9, 0.5], learning_rate=2.5e-4)
+    store(tmp_path, [0.9, 0.9], [0.3, 0.3], batch_size=16, learning_rate=2.5e-4)
+    store(tmp_path, [0.9], [0.3], ended=False, batch_size=32, num_epoch=2)
+    broken = tmp_path / "gemini-broken"
+    broken.mkdir()
+    settings = json.loads((store(tmp_path / "scratch", [1, 1], [1, 1], batch_size=64) / "metrics.jsonl").read_text().splitlines()[0])["settings"]
+    failure = {"kind": "failed", "settings": settings, "layout": "1 process = dp 1 x tp 1 x pp 1", "exit_status": 1, "last_lines": ["a", "no | luck"]}
+    (broken / "failed.json").write_text(json.dumps(failure))
+    shutil.rmtree(tmp_path / "scratch")
+    variables = {"MODELS": "../models/vit-tiny-patch16-224", "LEARNING_RATES": "1e-4 2.5e-4", "DATASET": "../data/beans", "PRESET": "auto", "RESULTS": "./r"}
+    report.write_rows(tmp_path / "sweep.jsonl", [{"variables": variables, "flags": ["--max_norm", "1"]}])
+    report.main(["sweep", str(tmp_path)])
+    return tmp_path
+
+
+def test_table_ranks_by_the_last_epoch_with_the_best_in_bold(grid):
+    header, rows = table(grid)
+    assert header[:4] == ["plugin", "model", "batch size", "learning rate"]
+    found = {(row[2], row[3]): dict(zip(header[5:], row[5:])) | {"best accuracy": row[9], "best loss": row[8]} for row in rows}
+    assert list(found) == [("8", "1e-4"), ("8", "2.5e-4"), ("16", "1e-4"), ("16", "2.5e-4"), ("32", "1e-4"), ("64", "1e-4")]
+    best = found["16", "1e-4"]
+    assert (best["average_loss"], rows[2][6], best["to the best"]) == ("**0.0500**", "**0.9850**", "best")
+    assert (best["best loss"], best["best accuracy"]) == ("**0.0300**", "**0.9925**")
+    assert (best["time, s"], best["images/s"], best["peak GiB"]) == ("5.0", "100", "2.00")
+    text = (grid / "table.md").read_text()
+    assert text.count("**") == 8 and "133 validation images: one is 0.75 points" in text
+
+
+def test_rows_within_noise_of_the_best_are_marked(grid):
+    header, rows = table(grid)
+    column = header.index("to the best")
+    # by hand: p = 0.9812, 2 sqrt(2 p (1 - p) / 133) = 0.0333 > 0.0075; and p = 0.906, 0.0716 < 0.158
+    assert [row[column] for row in rows[:4]] == ["within noise", "worse", "best", "worse"]
+    assert report.noise(131 / 133, 130 / 133, 133) == pytest.approx(0.0333, abs=5e-5)
+    assert "sqrt(2 p (1 - p) / n)" in (grid / "table.md").read_text()
+
+
+def test_failed_and_unfinished_runs_are_rows(grid):
+    rows = table(grid)[1]
+    assert rows[4][5] == "unfinished, 1 of 2 epochs"
+    assert "failed, status 1: no \\| luck" in (grid / "table.md").read_text()
+    with open(grid / "table.csv") as file:
+        assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 4 + ["unfinished", "failed"]
+
+
+def test_every_epoch_is_told(grid):
+    header, rows = table(grid, 1)
+    assert header[4:] == ["epoch 1", "epoch 2"] and rows[0][4:] == ["0.3000", "0.0800"]
+    assert table(grid, 2)[1][0][4:] == ["0.9000", "0.9774"]
+    with open(grid / "epochs.csv") as file:
+        epochs = list(csv.DictReader(file))
+    assert len(epochs) == 8 and (epochs[1]["epoch"], epochs[1]["average_loss"], epochs[1]["batch_size"]) == ("2", "0.08", "8")
+
+
+def test_charts_and_provenance(grid):
+    assert {"epochs.png", "heatmap.png"} <= {path.name for path in grid.iterdir()}
+    text = (grid / "table.md").read_text()
+    assert "2026-01-02 on 1 x H200; Python 3.11.7, torch 2.5.1" in text
+    assert "    MODELS=../models/vit-tiny-patch16-224 LEARNING_RATES='1e-4 2.5e-4' DATASET=../data/beans RESULTS=./r bash run_finetuning.sh --max_norm 1\n" in text
+    assert text.rstrip().endswith(
+        "    MODELS=google/vit-base-patch16-224 LEARNING_RATES='1e-4 2.5e-4' DATASET=AI-Lab-Makerere/beans RESULTS=./r-vit-base bash run_finetuning.sh --max_norm 1"
+    )
+
+
+def test_several_seeds_are_one_row_with_mean_and_spread_in_the_published_order(tmp_path):
+    for plugin, precision in (("gemini", "fp16"), ("torch_ddp", "fp32")):
+        for seed, accuracy in ((1, 0.96), (2, 0.98), (3, 1.0)):
+            store(tmp_path, [0.5, accuracy], [0.5, 1 - accuracy], plugin=plugin, precision=precision, seed=seed, zero_stage=seed % 1, image_size=384)
+    report.sweep_report(tmp_path)
+    header, rows = table(tmp_path)
+    assert [row[0] for row in rows] == ["torch_ddp", "gemini"] and header[4] == "precision"
+    found = dict(zip(header, rows[1]))
+    assert found["seed"] == "1 2 3" and found["average_loss"] == "**0.0200 ± 0.0200**" and rows[1][7] == "**0.9800 ± 0.0200**"
+    assert [row[header.index("to the best")] for row in rows] == ["best", "within noise"]  # equal
+    assert table(tmp_path, 2)[1][0][-1] == "0.9800 ± 0.0200"
+    with open(tmp_path / "table.csv") as file:
+        row = next(csv.DictReader(file))
+    assert float(row["accuracy"]) == pytest.approx(0.98) and float(row["accuracy_sd"]) == pytest.approx(0.02)
+    assert not (tmp_path / "heatmap.png").exists()
+
+
+# ---- bad settings, and what falls to each run
+
+
+@pytest.fixture
+def refusal(monkeypatch, tmp_path, capsys, model_folder, image_folder):
+    """-> what the sweep says to flags that it refuses."""
+    monkeypatch.chdir(tmp_path)
+
+    def refusal(*flags):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "--models", str(model_folder), "--dataset", str(image_folder), *flags])
+        with pytest.raises(SystemExit) as end:
+            sweep.main()
+        assert end.value.code == 2 and not list(tmp_path.iterdir()), "something was started"
+        return capsys.readouterr().err
+
+    return refusal
+
+
+def test_all_bad_grid_points_are_refused_together_before_the_first_run(refusal):
+    said = refusal("--learning_rates", "x 1e-4", "--batch_sizes", "8 0", "--plugins", "torch_ddp gemini", "--precision", "fp32")
+    lines = said.splitlines()
+    assert all(line.startswith("error: ") for line in lines) and len(lines) == 3
+    for start, count in (("--learning_rate x", 4), ("--batch_size 0", 4), ("--precision fp32: gemini trains in", 4)):
+        assert any(line.startswith(f"error: {start}") and f"({count} of 8 runs" in line for line in lines)
+
+
+def test_flags_that_the_sweep_itself_sets_are_refused(refusal):
+    said = refusal("--batch_size=8", "--dry_run", "--parallel_runs", "0", "--seeds", " ")
+    assert "--batch_size=8: set BATCH_SIZES" in said and "--dry_run: a sweep trains" in said
+    assert "PARALLEL_RUNS=0" in said and "SEEDS: is empty" in said
+
+
+def test_two_models_of_one_name_are_refused(refusal, model_folder, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / model_folder.name
+    shutil.copytree(model_folder, other)
+    assert "two of them are called model" in refusal("--models", f"{model_folder} {other}")
+
+
+def test_published_grid_with_a_gpu_and_a_small_one_without(monkeypatch):
+    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 4)
+    found, _ = sweep.read_arguments(["--parallel_runs", "all"])
+    assert (found.batch_sizes, found.learning_rates, found.num_epoch, found.parallel_runs) == ("8 16 32", "1e-4 2e-4 5e-4", "5", 4)
+    with pytest.raises(SystemExit):
+        sweep.read_arguments(["--parallel_runs", "3", "--processes", "2"])
+    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 0)
+    found, _ = sweep.read_arguments([])
+    assert (found.small, found.batch_sizes, found.num_epoch) == (True, "16 32", "2")
+
+
+@pytest.mark.parametrize("visible, expected", [("", ["0,1", "2,3"]), ("7,5,3,1", ["7,5", "3,1"])])
+def test_runs_side_by_side_share_nothing(monkeypatch, visible, expected):
+    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    settings, _ = sweep.read_arguments(["--parallel_runs", "2", "--processes", "2"])
+    slots = [sweep.Slot(number, settings) for number in range(2)]
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == expected
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not set(slots[0].cores) & set(slots[1].cores)
+
+
+# ---- end to end: two runs side by side, of which one cannot work at first
+
+
+class Story:
+    """What each call of the same command did."""
+
+    def __init__(self, root, model, images):
+        self.root, self.results = root, root / "results"
+        shutil.copytree(model, root / "good")
+        shutil.copytree(model, root / "bad")
+        weights = root / "bad" / "model.safetensors"
+        whole = weights.read_bytes()
+        weights.write_bytes(whole[:1000])  # the check, which reads no weights, lets it pass
+        self.flags = ["--models", f"{root}/good {root}/bad", "--dataset", images, "--batch_sizes", 8, "--learning_rates", "1e-3", "--seeds", 7,
+                      "--num_epoch", EPOCHS, "--weight_decay", 0.5, "--parallel_runs", 2, "--launcher", "torchrun", "--results", self.results]  # fmt: skip
+        self.stopped = self.call(stop_after_epoch=1)
+        self.epochs_before = len(self.epochs("good"))
+        self.resumed = self.call()
+        self.failed = json.loads((self.run("bad") / "failed.json").read_text())
+        self.table = (self.results / "table.md").read_text()
+        weights.write_bytes(whole)
+        self.mended = self.call()
+
+    def run(self, model):
+        return self.results / f"torch_ddp-{model}-bs8-lr1e-3-seed7"
+
+    def epochs(self, model):
+        return report.read_run(self.run(model))["epochs"]
+
+    def call(self, stop_after_epoch=None):
+        """-> (exit status, output)"""
+        process = subprocess.Popen([sys.executable, ROOT / "sweep.py", *map(str, self.flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if stop_after_epoch:
+            deadline = time.monotonic() + 120
+            while len(self.epochs("good")) < stop_after_epoch:
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=120)[0]
+        return process.returncode, output
+
+
+@pytest.fixture(scope="module")
+def story(tmp_path_factory, model_folder, image_folder):
+    return Story(tmp_path_factory.mktemp("sweep"), model_folder, image_folder)
+
+
+def test_sigterm_stops_what_runs_with_a_checkpoint(story):
+    status, output = story.stopped
+    assert status == 143 and "the same command goes on" in output
+    assert 1 <= story.epochs_before < EPOCHS
+
+
+def test_called_again_it_resumes_and_records_what_fails(story):
+    status, output = story.resumed
+    assert status == 1, output
+    log = (story.results / "logs" / f"{story.run('good').name}.log").read_text()
+    assert "checkpoint saved" in log and re.search(r"resumed .*, epoch \d+, step", log)
+    assert len(story.epochs("good")) == EPOCHS
+    last = story.epochs("good")[-1]
+    assert f"loss {last['average_loss']:.4f}, accuracy {last['accuracy']:.4f}" in output
+    assert re.search(r"^[12] of 2  \S+-bad-\S+  FAILED, status \d+: .+; see .+\.log", output, re.MULTILINE)
+    assert story.failed["exit_status"] and story.failed["last_lines"] and story.failed["settings"]["seed"] == 7
+    assert "failed, status" in story.table and "**" in story.table
+
+
+def test_finished_runs_are_skipped_and_failed_ones_tried_again(story):
+    status, output = story.mended
+    assert status == 0, output
+    assert re.search(r"^1 of 2  \S+-good-\S+  loss .*from before", output, re.MULTILINE)
+    assert not (story.run("bad") / "failed.json").exists()
+    assert [len(story.epochs(model)) for model in ("good", "bad")] == [EPOCHS, EPOCHS]
+    assert not list(story.results.glob("*/checkpoints"))
+    text = (story.results / "table.md").read_text()
+    assert "failed" not in text and "13 validation images: one is 7.69 points" in text
+
+
+def test_other_settings_in_the_same_folder_are_refused(story, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, story.flags), "--weight_decay", "0.1"])
+    with pytest.raises(SystemExit) as end:
+        sweep.main()
+    assert end.value.code == 2 and "weight_decay was 0.5, is 0.1; set RESULTS" in capsys.readouterr().err
+
+
+def test_the_wrapper_passes_its_lists_and_flags_on(tmp_path):
+    environment = os.environ | {"PYTHON": sys.executable, "INSTALL": "0", "LR": "1e-4 x", "BATCH_SIZES": "8 16", "GPUNUM": "1"}
+    run = subprocess.run(["bash", ROOT / "run_finetuning.sh", "--max_norm", "-1"], env=environment, cwd=tmp_path, text=True, capture_output=True)
+    assert run.returncode == 2 and "--max_norm -1" in run.stderr and "--learning_rate x" in run.stderr and "(2 of 4 runs" in run.stderr
+    assert not list(tmp_path.iterdir())
