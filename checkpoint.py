@@ -226,6 +226,8 @@ def read_meta(path: Path) -> dict:
 
 
 def settings_of(args) -> dict:
+    if hasattr(args, "settings"):  # train.py: its config's
+        return args.settings
     return {name: getattr(args, name) for name in SETTINGS}
 
 

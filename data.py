@@ -82,6 +82,7 @@ class ImageData:
     test: Split | None
     label_names: list[str]
     notes: list[str] = field(default_factory=list)
+    held_out: bool = False  # validation was cut from train here
 
     def splits(self) -> list[Split]:
         return [split for split in (self.train, self.validation, self.test) if split is not None]
@@ -118,11 +119,12 @@ def load_data(args) -> ImageData:
             notes.append(f"split {split!r} is not used: its labels are hidden")
             del splits[split]
     train = splits["train"]
-    if "validation" not in splits:
-        keep, held_out = stratified(train.labels, args.validation_fraction, args.seed)
-        splits["train"], splits["validation"] = train.take(keep), replace(train.take(held_out), name="validation")
+    held_out = "validation" not in splits
+    if held_out:
+        keep, rest = stratified(train.labels, args.validation_fraction, args.seed)
+        splits["train"], splits["validation"] = train.take(keep), replace(train.take(rest), name="validation")
         notes.append(
-            f"no validation split: {len(held_out)} of {len(train)} training images held out "
+            f"no validation split: {len(rest)} of {len(train)} training images held out "
             f"(--validation_fraction {args.validation_fraction}, stratified, seed {args.seed})"
         )
     counts = np.bincount(splits["train"].labels, minlength=len(labels))
@@ -138,7 +140,7 @@ def load_data(args) -> ImageData:
             chosen = np.sort(np.random.default_rng(args.seed).permutation(len(splits[split]))[:limit])
             splits[split] = splits[split].take(chosen)
             notes.append(f"{split}: {limit} images drawn at random (seed {args.seed})")
-    return ImageData(splits["train"], splits["validation"], splits.get("test"), labels, notes)
+    return ImageData(splits["train"], splits["validation"], splits.get("test"), labels, notes, held_out)
 
 
 def cache_folder() -> Path:

@@ -86,24 +86,26 @@ class Engine:
         boosted: what `plugins.boost` returned.
         num_labels: true number of classes; logits beyond it are padding and never count.
         normalize: turns a uint8 batch into the model's input, on the device.
+        label_smoothing: of the training loss (Szegedy et al., 2016); evaluation has none.
     """
 
-    def __init__(self, boosted: Boosted, num_labels: int, normalize: Normalize):
+    def __init__(self, boosted: Boosted, num_labels: int, normalize: Normalize, label_smoothing: float = 0.0):
         self.boosted = boosted
         self.model, self.optimizer = boosted.model, boosted.optimizer
         self.layout = boosted.layout
         self.num_labels = num_labels
         self.normalize = normalize
+        self.label_smoothing = label_smoothing
 
     def to_device(self, batch: dict) -> dict:
         """Move a batch of uint8 ``pixel_values`` (N, 3, H, W) and ``labels`` (N,) over, and normalise it there."""
         pixels = batch["pixel_values"].to(device(), non_blocking=True)
         return {"pixel_values": self.normalize(pixels), "labels": batch["labels"].to(device(), non_blocking=True)}
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
         """Cross-entropy summed over the real images of a batch; always in fp32."""
         return F.cross_entropy(
-            logits[:, : self.num_labels].float(), labels, ignore_index=IGNORE, reduction="sum"
+            logits[:, : self.num_labels].float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
         )
 
     def train_step(self, batches: list[dict], images: int, lr: float) -> torch.Tensor:
@@ -127,7 +129,7 @@ class Engine:
                 pieces = self.boosted.booster.plugin.scheduler.num_microbatches
 
                 def criterion(outputs, micro_batch):
-                    return self.loss_sum(outputs.logits, micro_batch["labels"]) * (scale * pieces)
+                    return self.loss_sum(outputs.logits, micro_batch["labels"], self.label_smoothing) * (scale * pieces)
 
                 result = self.boosted.booster.execute_pipeline(
                     iter([batch]), self.model, criterion, self.optimizer, return_loss=True
@@ -138,7 +140,7 @@ class Engine:
                 last = i == len(batches) - 1
                 with self.boosted.no_sync() if not last else nullcontext():
                     logits = self.model(pixel_values=batch["pixel_values"]).logits
-                    loss = self.loss_sum(logits, batch["labels"]) * scale
+                    loss = self.loss_sum(logits, batch["labels"], self.label_smoothing) * scale
                     self.boosted.booster.backward(loss, self.optimizer)
                 share += loss.detach()
         if self.boosted.clip_here > 0:

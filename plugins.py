@@ -96,7 +96,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Biases, LayerNorms and embeddings are not decayed; matrices are."""
     decayed, rest = [], []
     for name, param in model.named_parameters():
-        is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+        is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings", "pos_embed"))
         (decayed if is_matrix else rest).append(param)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
 
@@ -132,8 +132,11 @@ class PlainOptimizer:
 
     def __init__(self, optim: torch.optim.Optimizer, fp16: bool):
         self.optim = optim
-        self.param_groups = optim.param_groups
         self.scaler = torch.amp.GradScaler(device().type, enabled=fp16)
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.optim.param_groups  # load_state_dict makes them anew
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -178,6 +181,50 @@ class PlainBooster:
     def save_model(self, model: PlainModel, path: str, shard: bool = False) -> None:
         if dist.get_rank() == 0:
             torch.save(model.unwrap().state_dict(), path)
+
+
+class MeshOptimizer(PlainOptimizer):
+    """A torch optimizer over the slices of a 2D, 2.5D or 3D tensor-parallel model (tensor_parallel.py)."""
+
+    def __init__(self, optim: torch.optim.Optimizer, fp16: bool, model: nn.Module):
+        super().__init__(optim, fp16)
+        self.model, self.complete = model, False
+
+    def complete_gradients(self) -> None:
+        """Once a step, after the last micro-step."""
+        import tensor_parallel
+
+        if self.complete:
+            return
+        tensor_parallel.sync_gradients(self.model)
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optim)
+            # what overflowed in one slice must be skipped in all
+            for found in self.scaler._per_optimizer_states[id(self.optim)]["found_inf_per_device"].values():
+                all_max(found)
+        self.complete = True
+
+    def clip_grad_by_norm(self, max_norm: float) -> None:
+        import tensor_parallel
+
+        self.complete_gradients()
+        tensor_parallel.clip_(self.model, max_norm)
+
+    def step(self) -> None:
+        self.complete_gradients()
+        super().step()
+        self.complete = False
+
+
+class MeshBooster(PlainBooster):
+    """The Booster calls for such a model."""
+
+    def save_model(self, model: PlainModel, path: str, shard: bool = False) -> None:
+        import tensor_parallel
+
+        state = tensor_parallel.gather(model.unwrap())
+        if dist.get_rank() == 0:
+            torch.save(state, path)
 
 
 def build_plugin(args, layout: Layout):
@@ -296,6 +343,21 @@ def boost(model: nn.Module, args, layout: Layout) -> Boosted:
         zero_stage=args.zero_stage,
         clip_here=args.max_norm if ddp else 0.0,
         can_defer_sync=ddp or (args.plugin in ("low_level_zero", "hybrid_parallel") and args.zero_stage < 2),
+    )
+
+
+def boost_mesh(model: nn.Module, args, layout: Layout) -> Boosted:
+    """`boost` for what tensor_parallel.build returned. ``args``: precision, max_norm, weight_decay, learning_rate."""
+    adamw = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
+    return Boosted(
+        booster=MeshBooster(),
+        model=PlainModel(model, args.precision, parallel=False),
+        optimizer=MeshOptimizer(adamw, args.precision == "fp16", model),
+        layout=layout,
+        plugin=args.plugin,
+        zero_stage=0,
+        clip_here=args.max_norm,
+        can_defer_sync=False,  # gradients are completed once a step in any case
     )
 
 

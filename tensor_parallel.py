@@ -156,8 +156,7 @@ def _mend() -> None:
     Two more of the library's faults are avoided, not mended: `ParallelContext.init_global_dist` puts IPv6 brackets
     around any host (`start` registers the process group that exists), and its Engine clips to zero (not used).
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # some 60 on torch.cuda.amp.custom_fwd
+    with warnings.catch_warnings(record=True):  # some 60 on torch.cuda.amp.custom_fwd, and one that insists ("always")
         from colossalai.legacy.context.random.seed_manager import SeedManager
         from colossalai.legacy.nn.layer.base_layer import ParallelLayer
         from colossalai.legacy.nn.layer.parallel_2d import _operation as operation_2d

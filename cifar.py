@@ -1,0 +1,336 @@
+"""Small images that live on the device as uint8: read them (CIFAR-10 in any of its forms), augment them there.
+
+A batch is cut and augmented by a few kernels over all its images, each image with its own draw, so no loader can
+hold the GPU back. CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+"""
+
+import pickle
+from argparse import Namespace
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import data
+from data import IGNORE, DataError, ImageData, Split
+
+# ---------------------------------------------------------------------------------------------- reading
+
+FOLDER = "cifar-10-batches-py"
+TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
+
+
+class _Arrays(pickle.Unpickler):
+    """Unpickles numpy arrays, and refuses to run anything else that a file may name."""
+
+    def find_class(self, module: str, name: str):
+        if module.split(".")[0] == "numpy" or (module, name) == ("_codecs", "encode"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def batches_folder(name: str) -> Path | None:
+    """The folder in torchvision's format that ``name`` is or holds; None where there is none."""
+    for folder in (Path(name), Path(name) / FOLDER):
+        if folder.name == FOLDER and folder.is_dir() or any((folder / file).is_file() for file in (*TRAIN_FILES, "batches.meta")):
+            return folder
+    return None
+
+
+def locate(name: str) -> str:
+    """What kind of data set ``name`` is; reads directory entries only.
+
+    Raises:
+        DataError: it is none, or files of it are missing.
+    """
+    if folder := batches_folder(name):
+        if missing := [file for file in (*TRAIN_FILES, "batches.meta") if not (folder / file).is_file()]:
+            raise DataError(f"DATA={name}: {folder} lacks {', '.join(missing)}: unpack cifar-10-python.tar.gz again")
+        return FOLDER
+    try:
+        return data.locate(name)
+    except DataError as error:
+        raise DataError(str(error).replace("--dataset ", "DATA=", 1)) from None
+
+
+def _unpickle(path: Path) -> dict:
+    try:
+        with open(path, "rb") as file:
+            return _Arrays(file, encoding="latin1").load()
+    except Exception as error:  # a damaged pickle raises many kinds
+        raise DataError(f"DATA: {path} is damaged ({error}): unpack cifar-10-python.tar.gz again") from None
+
+
+def _read_batches(folder: Path) -> tuple[dict[str, Split], list[str]]:
+    splits = {}
+    for name, files in (("train", TRAIN_FILES), ("test", ["test_batch"])):
+        if not all((folder / file).is_file() for file in files):
+            continue  # a copy without the test batch
+        batches = [_unpickle(folder / file) for file in files]
+        try:
+            pixels = np.concatenate([batch["data"] for batch in batches]).astype(np.uint8).reshape(-1, 3, 32, 32)
+            labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
+        except (KeyError, ValueError, TypeError):
+            raise DataError(f"DATA: {folder}/{files[0]} is no CIFAR-10 batch (data, N x 3072, and labels)") from None
+        splits[name] = Split(name, None, labels, resized=pixels)
+    return splits, list(_unpickle(folder / "batches.meta")["label_names"])
+
+
+def read(name: str, size: int, seed: int, processes: int = 1, skip_bad: bool = False) -> ImageData:
+    """Read and decode ``name``: every split as uint8 (3, size, size), train whole where there is a test split.
+
+    Args:
+        processes: of this launch on this machine; they share its cores and memory.
+        skip_bad: leave out unreadable images, named and counted in the notes.
+
+    Raises:
+        DataError: anything that a user has to mend.
+    """
+    if locate(name) == FOLDER:
+        splits, labels = _read_batches(batches_folder(name))
+        if size != 32:
+            raise DataError(f"DATA={name}: its images have 32 px, the config's IMG_SIZE is {size}")
+        notes, train = [], splits["train"]
+        if held_out := "test" not in splits:
+            kept, rest = data.stratified(train.labels, 0.1, seed)
+            splits["train"] = replace(train, labels=train.labels[kept], resized=train.resized[kept])
+            splits["validation"] = replace(train, name="validation", labels=train.labels[rest], resized=train.resized[rest])
+            notes.append(f"no test_batch: {len(rest)} training images held out (stratified, seed {seed})")
+        return ImageData(splits["train"], splits.get("validation"), splits.get("test"), labels, notes, held_out)
+    args = Namespace(
+        dataset=name, image_column=None, label_column=None, validation_fraction=0.1, seed=seed, max_train_samples=None,
+        max_eval_samples=None, data_memory=None, skip_bad_images=skip_bad,
+    )  # fmt: skip
+    images, _ = data.decode(data.load_data(args), data.Resize(size), None, args, processes)
+    if any(split.resized is None for split in images.splits()):
+        raise DataError(f"DATA={name}: too large to be kept in memory at {size} px; train.py trains on small images only")
+    if images.test is not None and images.held_out:  # nothing to choose by validation: train on all
+        train, rest = images.train, images.validation
+        whole = replace(train, labels=np.concatenate([train.labels, rest.labels]), resized=train.resized + rest.resized)
+        notes = [note for note in images.notes if not note.startswith("no validation split")]
+        images = replace(images, train=whole, validation=None, notes=notes, held_out=False)
+    return images
+
+
+class Resident:
+    """A split whose images and labels lie on the device."""
+
+    def __init__(self, split: Split, device: torch.device):
+        self.pixels = torch.from_numpy(np.stack(split.resized)).to(device)  # uint8 (N, 3, S, S)
+        self.labels = torch.from_numpy(split.labels).to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Of all pixels of each channel, in units of 255."""
+        counts = torch.stack([torch.bincount(channel.flatten().int(), minlength=256) for channel in self.pixels.unbind(1)]).double()
+        levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
+        weights = counts / counts.sum(1, keepdim=True)
+        mean = (weights * levels).sum(1)
+        std = ((weights * levels**2).sum(1) - mean**2).clamp(min=0).sqrt()
+        # a grey or one-coloured set would be divided by 0
+        return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
+
+    def batch(self, pairs: list[tuple[int, int]], augment: "Augment | None" = None) -> dict:
+        """(epoch, image) pairs of one epoch, as data.Schedule deals them, to a batch for the engine."""
+        index = torch.tensor([image for _, image in pairs]).to(self.labels.device, non_blocking=True)
+        padding = index < 0
+        pixels, labels = self.pixels[index.clamp(min=0)], self.labels[index.clamp(min=0)]
+        if augment is not None:
+            pixels = augment(pixels, pairs[0][0], index)
+        return {"pixel_values": pixels, "labels": labels.masked_fill(padding, IGNORE)}
+
+
+# ---------------------------------------------------------------------------------------------- draws
+
+_MASK = 2**32 - 1
+
+
+def _hash(x: torch.Tensor) -> torch.Tensor:
+    """Mix the 32 low bits of an int64: shifts and odd factors below 2^31, so that no product reaches 2^63."""
+    x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
+    x = (x ^ (x >> 15)) * 0x2C1B3C6D & _MASK
+    return x ^ (x >> 16)
+
+
+def uniform(seed: int, epoch: int, index: torch.Tensor, draws: int) -> torch.Tensor:
+    """Numbers in [0, 1), (N, draws), that depend on seed, epoch and the image's index alone.
+
+    So they are equal on all processes of a tensor-parallel group, on any device, in any batch and after a resume. A
+    hash of a counter instead of a generator's state (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    """
+    key = data._mix(seed, epoch)
+    image = _hash(_hash((index + (key & _MASK)) & _MASK) ^ (key >> 32))
+    counter = torch.arange(1, draws + 1, device=index.device) * 0x9E3779B9
+    return (_hash((image[:, None] + counter) & _MASK) >> 8).float() / 2**24
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+OPERATIONS = (
+    "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
+    "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
+)  # fmt: skip
+
+
+def _take(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """``pixels[n, :, y, x]`` with whole numbers x, y (N, H, W); black outside."""
+    n, channels, height, width = pixels.shape
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).view(n, 1, -1).expand(-1, channels, -1)
+    return pixels.flatten(2).gather(2, flat).view_as(pixels) * inside[:, None]
+
+
+@dataclass
+class _Asked:
+    """Which operation is asked for on each image of a batch, and how strongly."""
+
+    operation: torch.Tensor  # (N,) index into OPERATIONS; -1: none
+    magnitude: torch.Tensor  # (N,)
+
+    def meant(self, name: str) -> torch.Tensor:
+        """(N, 1, 1), bool"""
+        return (self.operation == OPERATIONS.index(name)).view(-1, 1, 1)
+
+    def amount(self, name: str) -> torch.Tensor:
+        """(N, 1, 1): the magnitude where that operation is meant, else 0"""
+        return torch.where(self.meant(name), self.magnitude.view(-1, 1, 1), 0.0)
+
+
+def _move(pixels: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    """Shear, translate and rotate, to the nearest pixel."""
+    height, width = pixels.shape[-2:]
+    # centres of the pixels, from the top left corner
+    y, x = torch.meshgrid(torch.arange(height, device=pixels.device) + 0.5, torch.arange(width, device=pixels.device) + 0.5, indexing="ij")
+    angle = asked.amount("Rotate").deg2rad()
+    cos, sin = angle.cos(), angle.sin()
+    from_x = cos * (x - width / 2) - sin * (y - height / 2) + width / 2 + asked.amount("ShearX") * y - asked.amount("TranslateX").trunc()
+    from_y = sin * (x - width / 2) + cos * (y - height / 2) + height / 2 + asked.amount("ShearY") * x - asked.amount("TranslateY").trunc()
+    return _take(pixels, from_x.floor().long(), from_y.floor().long())
+
+
+def _blend(pixels: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    """Brightness, colour, contrast and sharpness: away from, or towards, black, grey, the mean grey, a blurred image."""
+    image = pixels.float()
+    red, green, blue = image.unbind(1)
+    grey = (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
+    kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
+    kernel[:, :, 1, 1] = 5
+    blurred = image.clone()
+    blurred[..., 1:-1, 1:-1] = F.conv2d(image, kernel / 13, groups=3).round()  # the border stays
+    other = torch.zeros_like(image)
+    for name, value in (("Color", grey), ("Contrast", grey.mean((2, 3), keepdim=True)), ("Sharpness", blurred)):
+        other = torch.where(asked.meant(name)[..., None], value, other)
+    factor = 1 + sum(asked.amount(name) for name in ("Brightness", "Color", "Contrast", "Sharpness"))[..., None]
+    return (factor * image + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
+
+
+def _map_levels(pixels: torch.Tensor, asked: _Asked) -> torch.Tensor:
+    """Posterize, solarize, autocontrast, equalize and invert: each maps a channel's 256 levels to others."""
+    levels = pixels.flatten(2).long()
+    identity = torch.arange(256, device=pixels.device).expand(*levels.shape[:2], 256)
+    low, high = levels.amin(2, keepdim=True), levels.amax(2, keepdim=True)
+    stretched = ((identity - low) * (255 / (high - low).clamp(min=1))).clamp(0, 255).long()
+    counts = torch.zeros(identity.shape, dtype=torch.long, device=pixels.device).scatter_add_(2, levels, torch.ones_like(levels))
+    # as PIL: the brightest level's pixels are left out of the step
+    step = (counts.sum(2, keepdim=True) - counts.gather(2, high)) // 255
+    flat = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
+    table = identity
+    for name, mapped in (
+        ("Posterize", identity & ~((1 << (8 - asked.amount("Posterize").long())) - 1)),
+        ("Solarize", torch.where(identity >= asked.amount("Solarize"), 255 - identity, identity)),
+        ("AutoContrast", torch.where(high > low, stretched, identity)),
+        ("Equalize", torch.where(step > 0, flat, identity)),
+        ("Invert", 255 - identity),
+    ):
+        table = torch.where(asked.meant(name), mapped, table)
+    return table.gather(2, levels).view_as(pixels).to(torch.uint8)
+
+
+FAMILIES = ((_move, OPERATIONS[:5]), (_blend, OPERATIONS[5:9]), (_map_levels, OPERATIONS[9:]))
+
+
+def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """One operation on each image of a batch, as torchvision's AutoAugment does it on one.
+
+    On a GPU all images go through all kernels, most of them unchanged: picking out those concerned would make the CPU
+    wait for the GPU. On a CPU they are picked out.
+
+    Args:
+        pixels: uint8 (N, 3, H, W).
+        operation: (N,) index into `OPERATIONS`; -1: none.
+        magnitude: (N,) in the operation's own unit (Posterize: bits kept).
+    """
+    for change, names in FAMILIES:
+        if pixels.is_cuda:
+            pixels = change(pixels, _Asked(operation, magnitude))
+            continue
+        first = OPERATIONS.index(names[0])
+        chosen = ((operation >= first) & (operation < first + len(names))).nonzero()[:, 0]
+        if len(chosen):
+            changed = change(pixels[chosen], _Asked(operation[chosen], magnitude[chosen]))
+            pixels = pixels.index_copy(0, chosen, changed)
+    return pixels
+
+
+def _magnitude(name: str, bin: int | None, size: int) -> float:
+    """Of the ten magnitudes of an operation (Cubuk et al., 2019, table 6), in its own unit."""
+    if bin is None:
+        return 0.0
+    if name == "Posterize":
+        return 8 - round(bin / (9 / 4))
+    if name == "Solarize":
+        return 255 * (1 - bin / 9)
+    largest = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * size, "TranslateY": 150 / 331 * size, "Rotate": 30}
+    return largest.get(name, 0.9) * bin / 9
+
+
+class Augment:
+    """Random crop out of the padded image, random flip, then AutoAugment (Cubuk et al., 2019, arXiv:1805.09501).
+
+    Args:
+        seed: with epoch and image it decides every draw (`uniform`).
+        size: of the images.
+        padding: black pixels around the image before the crop; 0: no crop.
+        policy: torchvision's name of an AutoAugment policy, or None.
+    """
+
+    def __init__(self, seed: int, size: int, padding: int = 0, flip: bool = False, policy: str | None = None):
+        self.seed, self.padding, self.flip, self.policy = seed, padding, flip, policy
+        if policy:
+            from torchvision.transforms import AutoAugment, AutoAugmentPolicy
+
+            policies = AutoAugment(AutoAugmentPolicy(policy)).policies  # pairs of (operation, probability, bin)
+            self.operations = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in policies])
+            self.probabilities = torch.tensor([[probability for _, probability, _ in pair] for pair in policies])
+            self.magnitudes = torch.tensor([[_magnitude(name, bin, size) for name, _, bin in pair] for pair in policies])
+
+    def __call__(self, pixels: torch.Tensor, epoch: int, index: torch.Tensor) -> torch.Tensor:
+        """uint8 (N, 3, H, W) of the images ``index`` (N,), both on the device -> the same shape"""
+        right, down, mirrored, policy, *chances = uniform(self.seed, epoch, index, 8).unbind(1)
+        if self.padding or self.flip:
+            pixels = self._crop(pixels, right, down, mirrored)
+        if self.policy:
+            tables = [table.to(pixels.device, non_blocking=True) for table in (self.operations, self.probabilities, self.magnitudes)]
+            self.operations, self.probabilities, self.magnitudes = tables
+            chosen = (policy * len(self.operations)).long()
+            for i in (0, 1):
+                operation, magnitude = self.operations[chosen, i], self.magnitudes[chosen, i]
+                signed = operation <= OPERATIONS.index("Sharpness")
+                magnitude = torch.where(signed & (chances[2 + i] < 0.5), -magnitude, magnitude)
+                operation = torch.where(chances[i] < self.probabilities[chosen, i], operation, -1)
+                pixels = apply(pixels, operation, magnitude)
+        return pixels
+
+    def _crop(self, pixels: torch.Tensor, right: torch.Tensor, down: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+        height, width = pixels.shape[-2:]
+        shift = [((u * (2 * self.padding + 1)).long() - self.padding).view(-1, 1, 1) for u in (right, down)]
+        x = torch.arange(width, device=pixels.device).view(1, 1, -1)
+        y = torch.arange(height, device=pixels.device).view(1, -1, 1)
+        if self.flip:
+            x = torch.where((mirrored < 0.5).view(-1, 1, 1), width - 1 - x, x)
+        x, y = torch.broadcast_tensors(x + shift[0], y + shift[1])
+        return _take(pixels, x, y)

@@ -1,0 +1,350 @@
+"""A training run as a Python file: read it, override values, and say everything that is wrong with it at once.
+
+    config, problems = load("configs/cifar10/vit_lite_7_4_2d.py", ["NUM_EPOCHS=10"])
+    problems += check(config, world=4)
+
+Upper-case names are the trainer's, lower-case ones Colossal-AI's, as in its published configs. `NAMES` lists them all.
+Everything is checked without a process group.
+"""
+
+import ast
+import builtins
+import enum
+import types
+from pathlib import Path
+
+from layout import Layout
+
+MODES = ("1d", "2d", "2.5d", "3d")
+REQUIRED = object()
+
+
+class AMP_TYPE(enum.Enum):
+    """The name that published configs import from ``colossalai.amp``; 0.5.0 has it no more."""
+
+    APEX = "apex"
+    TORCH = "torch"
+    NAIVE = "naive"
+
+
+def _number(kind, low=None, above=None, high=None, optional=False):
+    """A check: None when the value is fine, else what it must be."""
+    bounds = " and ".join(f"{sign} {bound}" for sign, bound in ((">=", low), (">", above), ("<=", high)) if bound is not None)
+    what = f"must be {'a whole number' if kind is int else 'a number'} {bounds}".rstrip() + " or None" * optional
+
+    def check(value):
+        if optional and value is None:
+            return None
+        right = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool) and value == value
+        inside = right and (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        return None if inside else what
+
+    return check
+
+
+def _choice(*choices):
+    return lambda value: None if value in choices else f"must be one of {', '.join(map(repr, choices))}"
+
+
+def _switch(value):
+    return None if isinstance(value, bool) else "must be True or False"
+
+
+def _text(value):
+    return None if value is None or isinstance(value, str) else "must be a text or None"
+
+
+def _rgb(value):
+    right = isinstance(value, (tuple, list)) and len(value) == 3 and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value)
+    return None if value is None or right else "must be three numbers from 0 to 1 (red, green, blue), or None: measured"
+
+
+def _dictionary(value):
+    return None if value is None or isinstance(value, dict) else "must be a dict or None"
+
+
+# name -> (default, check). The defaults of the model are ViT-S/16, which the published ImageNet configs mean without
+# saying so.
+NAMES = {
+    "TOTAL_BATCH_SIZE": (None, _number(int, low=1, optional=True)),  # images of a step, over all processes
+    "BATCH_SIZE": (None, _number(int, low=1, optional=True)),  # images of a micro-step, over all processes
+    "LEARNING_RATE": (REQUIRED, _number(float, above=0)),  # peak, for the whole batch
+    "WEIGHT_DECAY": (REQUIRED, _number(float, low=0)),  # of matrices; biases, LayerNorms and embeddings have none
+    "NUM_EPOCHS": (REQUIRED, _number(int, low=1)),
+    "WARMUP_EPOCHS": (REQUIRED, _number(float, low=0)),  # linear, then a cosine to zero
+    "LABEL_SMOOTHING": (0.0, _number(float, low=0, high=0.99)),
+    "SEED": (42, _number(int, low=0, high=2**31 - 1)),  # of initial weights, order and augmentation
+    # the model
+    "IMG_SIZE": (224, _number(int, low=4)),
+    "PATCH_SIZE": (16, _number(int, low=1)),
+    "HIDDEN_SIZE": (384, _number(int, low=1)),
+    "DEPTH": (12, _number(int, low=1)),  # layers; NUM_LAYERS is the same
+    "NUM_HEADS": (6, _number(int, low=1)),
+    "MLP_RATIO": (4, _number(float, above=0)),  # MLP size over hidden size
+    "NUM_CLASSES": (1000, _number(int, low=2)),
+    "DROPOUT": (0.0, _number(float, low=0, high=0.99)),
+    "ATTENTION_DROPOUT": (0.0, _number(float, low=0, high=0.99)),
+    # augmentation, on the device
+    "RANDOM_CROP_PADDING": (0, _number(int, low=0)),  # pixels; 0: no crop
+    "RANDOM_FLIP": (False, _switch),
+    "AUTO_AUGMENT": (None, _choice(None, "cifar10", "imagenet", "svhn")),
+    "MEAN": (None, _rgb),
+    "STD": (None, _rgb),
+    # parallelism
+    "TENSOR_PARALLEL_SIZE": (None, _number(int, low=1, optional=True)),
+    "TENSOR_PARALLEL_MODE": (None, _choice(None, "vanilla", *MODES)),
+    "TENSOR_PARALLEL_DEPTH": (None, _number(int, low=1, optional=True)),  # 2.5d alone
+    "NUM_MICRO_BATCHES": (None, _number(int, low=1, optional=True)),  # of a pipeline's micro-step
+    "parallel": (None, _dictionary),
+    "fp16": (None, _dictionary),
+    "bf16": (False, _switch),
+    "gradient_accumulation": (1, _number(int, low=1)),
+    "clip_grad_norm": (0.0, _number(float, low=0)),
+    # the run
+    "CHECKPOINT_EPOCHS": (1, _number(int, low=1)),  # epochs from one checkpoint to the next
+    "LOG_PATH": (None, _text),  # folder of the result where --output_path names none
+}
+SYNONYMS = {"NUM_LAYERS": "DEPTH"}
+# What may differ between a run and its continuation.
+FREE = ("LOG_PATH", "CHECKPOINT_EPOCHS", "BATCH_SIZE", "gradient_accumulation")
+
+
+class ConfigError(ValueError):
+    """The file is no config; the message says why, in one line."""
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+def run(path: Path, overrides: dict) -> dict:
+    """Execute a config file; each name in ``overrides`` has that value wherever the file assigns it.
+
+    So what is worked out from an overridden value follows it. A file beside it can be a base:
+    ``from vit_lite_7_4_vanilla import *``.
+    """
+    try:
+        tree = ast.parse(path.read_text(), str(path))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
+    except (SyntaxError, ValueError) as error:  # ValueError: not text, or null bytes
+        line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""
+        reason = error.msg if isinstance(error, SyntaxError) else "it is not text"
+        raise ConfigError(f"--config {path}{line}: is not a Python file: {reason}") from None
+
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [t.id for t in targets if isinstance(t, ast.Name) and t.id in overrides]
+            if names:
+                node.value = ast.copy_location(ast.Subscript(ast.Name("__overrides__", ast.Load()), ast.Constant(names[0]), ast.Load()), node)
+    ast.fix_missing_locations(tree)
+
+    def imports(name, globals=None, locals=None, fromlist=(), level=0):
+        if name.split(".")[0] == "colossalai" and "AMP_TYPE" in (fromlist or ()):
+            return types.SimpleNamespace(AMP_TYPE=AMP_TYPE)
+        sibling = path.parent / f"{name}.py"
+        if level == 0 and sibling.is_file():
+            module = types.ModuleType(name)
+            vars(module).update(run(sibling, overrides))
+            return module
+        return builtins.__import__(name, globals, locals, fromlist, level)
+
+    names = {"__builtins__": vars(builtins) | {"__import__": imports}, "__overrides__": overrides, "__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(tree, str(path), "exec"), names)
+    except Exception as error:
+        trace = error.__traceback__
+        lines = []
+        while trace:
+            if trace.tb_frame.f_code.co_filename == str(path):
+                lines.append(trace.tb_lineno)
+            trace = trace.tb_next
+        where = f", line {lines[-1]}" if lines else ""
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"--config {path}{where}: {type(error).__name__}: {error}") from None
+    return names
+
+
+def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
+    """``NAME=VALUE`` words to values: Python literals, and bare words as texts. -> (values, problems)"""
+    values, problems = {}, []
+    for word in words:
+        name, equals, text = word.partition("=")
+        name = SYNONYMS.get(name, name)
+        if not equals or name not in NAMES:
+            problems.append(f"--set {word}: must be NAME=VALUE with a name of config.py" + _nearest(name))
+            continue
+        try:
+            values[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            values[name] = text
+    return values, problems
+
+
+def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
+    """-> (value of every known name, problems of names and kinds). Sizes: `check`.
+
+    Raises:
+        ConfigError: no such file, or it is not a Python file that runs.
+    """
+    values, problems = parse_overrides(overrides)
+    # a file may assign the synonym
+    names = run(Path(path), values | {other: values[name] for other, name in SYNONYMS.items() if name in values})
+    found = {}
+    for name, value in names.items():
+        if name.startswith("_") or isinstance(value, (types.ModuleType, types.FunctionType, type)):
+            continue  # helpers and imports
+        name = SYNONYMS.get(name, name)
+        if name in NAMES:
+            found[name] = value
+        elif name.isupper() or name.islower():
+            problems.append(f"{name} = {value!r}: config.py knows no such name" + _nearest(name) + "; helpers begin with an underscore")
+    found |= values
+    config = {}
+    for name, (default, wrong) in NAMES.items():
+        if name not in found and default is REQUIRED:
+            problems.append(f"{name} is missing")
+        config[name] = fallback = 1 if default is REQUIRED else default  # so that `check` can go on
+        if name in found:
+            mend = wrong(found[name])
+            config[name] = fallback if mend else found[name]
+            if mend:
+                problems.append(f"{name} = {found[name]!r}: {mend}")
+    if config["TOTAL_BATCH_SIZE"] is None and config["BATCH_SIZE"] is None:
+        config["TOTAL_BATCH_SIZE"] = 0  # divisible by all
+        if not {"TOTAL_BATCH_SIZE", "BATCH_SIZE"} & found.keys():
+            problems.append("TOTAL_BATCH_SIZE is missing")
+    return config, problems
+
+
+def _nearest(name: str) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, [*NAMES, *SYNONYMS], 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def docstring(path: str) -> str:
+    """The card of an experiment: the docstring of its config."""
+    return ast.get_docstring(ast.parse(Path(path).read_text())) or ""
+
+
+# ---------------------------------------------------------------------------------------------- meaning
+
+
+def resolve(config: dict, problems: list[str]) -> None:
+    """Fill in what follows from other values, in place: batch sizes, ``mode``, ``tp``, ``pp``, ``depth``, ``precision``."""
+    accumulation, total, batch = config["gradient_accumulation"], config["TOTAL_BATCH_SIZE"], config["BATCH_SIZE"]
+    if batch is None:
+        if total % accumulation:
+            problems.append(f"TOTAL_BATCH_SIZE {total}: is no multiple of gradient_accumulation {accumulation}")
+        batch = total // accumulation
+    elif total is not None and total != batch * accumulation:
+        problems.append(f"TOTAL_BATCH_SIZE {total}: is not BATCH_SIZE {batch} x gradient_accumulation {accumulation}")
+    config["TOTAL_BATCH_SIZE"], config["BATCH_SIZE"] = batch * accumulation, batch
+
+    parallel = config["parallel"] or {}
+    tensor = parallel.get("tensor") or {}
+    tensor = {"size": tensor} if isinstance(tensor, int) else tensor  # Colossal-AI's short form
+    strangers = [f"parallel[{name!r}]" for name in set(parallel) - {"pipeline", "tensor"}]
+    strangers += [f"parallel['tensor'][{name!r}]" for name in set(tensor) - {"mode", "size", "depth"}] if isinstance(tensor, dict) else ["parallel['tensor']"]
+    if strangers:
+        problems.append(f"{', '.join(sorted(strangers))}: parallel is dict(pipeline=, tensor=dict(mode=, size=, depth=)); data parallelism follows")
+        tensor = tensor if isinstance(tensor, dict) else {}
+    for name, key in (("TENSOR_PARALLEL_MODE", "mode"), ("TENSOR_PARALLEL_SIZE", "size"), ("TENSOR_PARALLEL_DEPTH", "depth")):
+        if config[name] is not None and key in tensor and config[name] != tensor[key]:
+            problems.append(f"{name} {config[name]}: parallel['tensor'][{key!r}] is {tensor[key]!r}")
+    mode = tensor.get("mode") or config["TENSOR_PARALLEL_MODE"] or "vanilla"
+    size = tensor.get("size") or config["TENSOR_PARALLEL_SIZE"] or 1
+    depth = tensor.get("depth") or (config["TENSOR_PARALLEL_DEPTH"] if mode == "2.5d" else None) or 1
+    pipeline = parallel.get("pipeline") or 1
+    pipeline = pipeline.get("size", 1) if isinstance(pipeline, dict) else pipeline
+    if mode not in (*MODES, "vanilla"):
+        problems.append(f"tensor parallel mode {mode!r}: must be one of {', '.join(MODES)}, vanilla")
+    for what, number in (("tensor parallel size", size), ("depth", depth), ("pipeline", pipeline)):
+        if wrong := _number(int, low=1)(number):
+            problems.append(f"{what} {number!r}: {wrong}")
+    if mode == "vanilla" and size != 1:
+        problems.append(f"tensor parallel size {size}: needs a mode, one of {', '.join(MODES)}")
+    config |= dict(mode=mode, tp=size, depth=depth, pp=pipeline)
+
+    fp16 = config["fp16"]
+    kind = (fp16 or {}).get("mode")
+    if fp16 is not None and (set(fp16) - {"mode"} or not isinstance(kind, (AMP_TYPE, str)) or getattr(kind, "value", kind) not in {t.value for t in AMP_TYPE}):
+        problems.append(f"fp16 = {fp16!r}: must be dict(mode=AMP_TYPE.TORCH), APEX or NAIVE; all train with fp32 master weights and a loss scale")
+    if fp16 is not None and config["bf16"]:
+        problems.append("fp16 and bf16: give one of them")
+    config["precision"] = "bf16" if config["bf16"] else "fp16" if fp16 is not None else "fp32"
+
+
+def layout(config: dict, world: int, rank: int = 0) -> Layout:
+    return Layout(world, config["tp"], config["pp"], rank)
+
+
+def model_config(config: dict, labels: list[str] | None = None):
+    """HuggingFace's ViTConfig."""
+    from model import Preset
+
+    hidden = config["HIDDEN_SIZE"]
+    sizes = Preset(config["IMG_SIZE"], config["PATCH_SIZE"], hidden, config["DEPTH"], config["NUM_HEADS"], round(hidden * config["MLP_RATIO"]))
+    names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    vit = sizes.config(config["NUM_CLASSES"], **names)
+    vit.hidden_dropout_prob, vit.attention_probs_dropout_prob = config["DROPOUT"], config["ATTENTION_DROPOUT"]
+    return vit
+
+
+def check(config: dict, world: int) -> list[str]:
+    """Everything in a loaded config that does not fit together or with ``world`` processes. Calls `resolve`."""
+    problems = []
+    resolve(config, problems)
+    if problems:
+        return problems  # the rest would follow from these
+    mode, tp, pp, depth = config["mode"], config["tp"], config["pp"], config["depth"]
+    hidden, heads, batch = config["HIDDEN_SIZE"], config["NUM_HEADS"], config["BATCH_SIZE"]
+    if config["IMG_SIZE"] % config["PATCH_SIZE"]:
+        problems.append(f"IMG_SIZE {config['IMG_SIZE']}: is no multiple of PATCH_SIZE {config['PATCH_SIZE']}")
+    if hidden % heads:
+        problems.append(f"HIDDEN_SIZE {hidden}: is no multiple of NUM_HEADS {heads}")
+    if config["WARMUP_EPOCHS"] > config["NUM_EPOCHS"]:
+        problems.append(f"WARMUP_EPOCHS {config['WARMUP_EPOCHS']}: is more than NUM_EPOCHS {config['NUM_EPOCHS']}")
+    if (config["MEAN"] is None) != (config["STD"] is None) or (config["STD"] and not all(config["STD"])):
+        problems.append("MEAN and STD: give both or neither, and no STD of 0")
+    if world % (tp * pp):
+        problems.append(
+            f"{world} process(es): tensor parallel size {tp} x pipeline {pp} needs a multiple of {tp * pp} (GPUNUM, --nproc_per_node)"
+        )
+        return problems
+    dp = layout(config, world).dp
+    if batch % dp:
+        problems.append(f"BATCH_SIZE {batch}: is no multiple of the {dp} data-parallel groups of {world} processes")
+    rows = batch // dp
+    if mode in ("2d", "2.5d", "3d"):
+        import tensor_parallel
+
+        if pp > 1:
+            problems.append(f"pipeline {pp}: goes with 1d and vanilla, not with {mode}")
+        problems += tensor_parallel.problems(mode, tp, depth, model_config(config), rows)
+    elif depth > 1:
+        problems.append(f"depth {depth}: is for 2.5d, not for {mode}")
+    else:
+        mlp = round(hidden * config["MLP_RATIO"])
+        for name, value in (("NUM_HEADS", heads), ("HIDDEN_SIZE", hidden), ("the MLP size", mlp)):
+            if value % tp:
+                problems.append(f"{name} {value}: is no multiple of the tensor parallel size {tp}")
+    if pp > 1:
+        pieces = config["NUM_MICRO_BATCHES"] = config["NUM_MICRO_BATCHES"] or pp
+        if pp > config["DEPTH"]:
+            problems.append(f"pipeline {pp}: is more stages than the {config['DEPTH']} layers")
+        if pieces < pp:
+            problems.append(f"NUM_MICRO_BATCHES {pieces}: would leave some of the {pp} stages idle")
+        if rows % pieces:
+            problems.append(f"NUM_MICRO_BATCHES {pieces}: does not divide the {rows} images of a data-parallel group")
+    return problems
+
+
+def settings(config: dict) -> dict:
+    """What must be equal for a resumed run to be the same run, as JSON keeps it. See checkpoint.check_settings."""
+    kept = {name: config[name] for name in [*NAMES, "mode", "tp", "pp", "depth", "precision"] if name not in FREE}
+    drop = ("parallel", "fp16", "bf16", "TENSOR_PARALLEL_MODE", "TENSOR_PARALLEL_SIZE", "TENSOR_PARALLEL_DEPTH", "NUM_MICRO_BATCHES")
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items() if name not in drop}

@@ -1,0 +1,16 @@
+"""ViT-Lite-7/4 on CIFAR-10 from scratch, 3d tensor parallel. Model and recipe: vit_lite_7_4_vanilla.py.
+
+Command   DATA=/path/to/cifar-10-batches-py torchrun --nproc_per_node=8 train.py --config=configs/cifar10/vit_lite_7_4_3d.py
+          any multiple of 8 processes: a cube of 2 x 2 x 2, times data parallel
+Measured  not measured yet
+"""
+
+from vit_lite_7_4_vanilla import *
+
+TENSOR_PARALLEL_SIZE = 8
+TENSOR_PARALLEL_MODE = "3d"
+
+parallel = dict(
+    pipeline=1,
+    tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE),
+)

@@ -1,0 +1,505 @@
+"""train.py, config.py and cifar.py: configs, CIFAR-10 in its forms, augmentation, and whole runs that are the same in every mode.
+
+    python tests/test_train.py FOLDER      runs the cases, as the fixture `runs` does: libraries are imported once, then forked
+"""
+
+import io
+import json
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cifar
+import config as configs
+from data import IGNORE, DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs" / "cifar10").glob("*.py"))
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def write_cifar(root: Path, per_file: int = 12, test: int = 23) -> Path:
+    """torchvision's folder with a few noisy one-coloured images; 60 for training."""
+    folder = root / cifar.FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    files = {f"data_batch_{i}": per_file for i in range(1, 6)} | {"test_batch": test}
+    for name, count in files.items():
+        if count:
+            labels = [i % 10 for i in range(count)]
+            pixels = rng.integers(0, 156, (count, 3, 1024)) + 10 * np.array(labels)[:, None, None]
+            batch = {"data": pixels.astype(np.uint8).reshape(count, -1), "labels": labels, "batch_label": name}
+            (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES), "num_vis": 3072}, protocol=2))
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------- configs
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def problems_of(path, *overrides: str, world: int = 4) -> list[str]:
+    config, problems = configs.load(str(path), list(overrides))
+    return problems + configs.check(config, world)
+
+
+PUBLISHED = """
+from colossalai.amp import AMP_TYPE
+
+TOTAL_BATCH_SIZE = 4096
+LEARNING_RATE = 3e-3
+WEIGHT_DECAY = 0.3
+
+TENSOR_PARALLEL_SIZE = 4
+TENSOR_PARALLEL_MODE = '1d'
+
+NUM_EPOCHS = 300
+WARMUP_EPOCHS = 32
+
+parallel = dict(
+    pipeline=1,
+    tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE),
+)
+
+fp16 = dict(mode=AMP_TYPE.TORCH, )
+
+gradient_accumulation = 2
+
+BATCH_SIZE = TOTAL_BATCH_SIZE // gradient_accumulation
+
+clip_grad_norm = 1.0
+
+LOG_PATH = f"./vit_{TENSOR_PARALLEL_MODE}_bs{BATCH_SIZE}_{fp16['mode']}/"
+"""
+
+
+def test_published_imagenet_config_loads_as_it_stands(tmp_path):
+    path = write(tmp_path / "vit_1d.py", PUBLISHED.replace("'1d'", "'2d'"))
+    config, problems = configs.load(path, ["TOTAL_BATCH_SIZE=1024"])
+    assert problems + configs.check(config, world=8) == []
+    assert (config["BATCH_SIZE"], config["precision"], config["mode"], config["tp"]) == (512, "fp16", "2d", 4)
+    assert config["LOG_PATH"] == "./vit_2d_bs512_AMP_TYPE.TORCH/"
+    vit = configs.model_config(config)  # ViT-S/16
+    assert (vit.image_size, vit.hidden_size, vit.num_hidden_layers, vit.intermediate_size, vit.num_labels) == (224, 384, 12, 1536, 1000)
+
+
+def test_published_one_with_heads_that_tensor_parallelism_cannot_cut_is_refused(tmp_path):
+    (message,) = problems_of(write(tmp_path / "vit_1d.py", PUBLISHED))
+    assert message.startswith("NUM_HEADS 6: is no multiple of the tensor parallel size 4")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configs_of_this_repository_fit_and_have_a_card(path):
+    assert problems_of(path, world=8) == []
+    config, _ = configs.load(str(path))
+    assert (config["NUM_EPOCHS"], config["TOTAL_BATCH_SIZE"], config["LEARNING_RATE"]) == (200, 512, 2e-3)
+    assert all(word in configs.docstring(str(path)) for word in ("Command", "Measured", path.stem))
+
+
+def test_every_problem_is_named_at_once(tmp_path):
+    text = "NUM_EPOCH = 3\nLEARNING_RATE = 'fast'\nWARMUP_EPOCHS = 9\nTOTAL_BATCH_SIZE = 30\nHIDDEN_SIZE = 30\nNUM_HEADS = 4\nNUM_EPOCHS = 5\n"
+    found = problems_of(write(tmp_path / "a.py", text), "SEED=-1", "SEEDS=1")
+    for part in ("NUM_EPOCH = 3", "did you mean NUM_EPOCHS", "LEARNING_RATE = 'fast'", "WEIGHT_DECAY is missing", "SEED = -1",
+                 "--set SEEDS=1", "no multiple of NUM_HEADS", "WARMUP_EPOCHS 9", "BATCH_SIZE 30: is no multiple of the 4"):  # fmt: skip
+        assert any(part in message for message in found), (part, found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "said"),
+    [
+        (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=8"], 8, "must be a square"),
+        (["TENSOR_PARALLEL_MODE=3d", "TENSOR_PARALLEL_SIZE=4"], 4, "must be a cube"),
+        (["TENSOR_PARALLEL_MODE=2.5d", "TENSOR_PARALLEL_SIZE=8", "TENSOR_PARALLEL_DEPTH=4"], 8, "depth x a square"),
+        (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 6, "6 process(es)"),
+        (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "NUM_HEADS=1"], 4, "number of heads 1"),
+        (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "parallel={'pipeline': 2}"], 8, "goes with 1d and vanilla"),
+        (["TENSOR_PARALLEL_MODE=4d"], 4, "must be one of"),
+        (["TENSOR_PARALLEL_SIZE=2"], 4, "needs a mode"),
+        (["parallel={'data': 2}"], 4, "data parallelism follows"),
+        (["gradient_accumulation=3", "BATCH_SIZE=100"], 4, "TOTAL_BATCH_SIZE 512"),
+        (["fp16={'mode': 'torch'}", "bf16=True"], 4, "give one of them"),
+        (["fp16={'mode': 'int8'}"], 4, "AMP_TYPE.TORCH"),
+        (["parallel={'pipeline': 8}"], 8, "more stages than the 7 layers"),
+    ],
+)
+def test_sizes_that_do_not_fit(overrides, world, said):
+    assert any(said in message for message in problems_of(CONFIGS[-1], *overrides, world=world))
+
+
+@pytest.mark.parametrize("text, said", [("a: 1\nb: [", "line 2"), ("\0", "is not a Python file"), ("A = 1\nB = 1 / 0", "line 2: ZeroDivisionError")])
+def test_what_is_not_a_python_file_is_one_clear_error(tmp_path, text, said):
+    with pytest.raises(configs.ConfigError, match=said):
+        configs.load(write(tmp_path / "a.py", text))
+    with pytest.raises(configs.ConfigError, match="cannot be read"):
+        configs.load(str(tmp_path / "none.py"))
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_cifar(tmp_path_factory.mktemp("cifar"))
+
+
+def test_three_formats_hold_the_same_images(folder, tmp_path):
+    import datasets
+
+    ours = cifar.read(str(folder), 32, 0)
+    assert len(ours.train) == 60 and len(ours.test) == 23 and ours.validation is None
+    assert ours.label_names == list(CLASSES) and ours.train.resized[0].shape == (3, 32, 32)
+    columns = {}
+    for split in (ours.train, ours.test):
+        files = []
+        for i, (pixels, label) in enumerate(zip(split.resized, split.labels)):
+            file = tmp_path / "images" / split.name / CLASSES[label] / f"{i:03d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.transpose(1, 2, 0)).save(file)
+            files.append(str(file))
+        columns[split.name] = {"img": files, "label": split.labels.tolist()}
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(names=list(CLASSES)))
+    (tmp_path / "parquet").mkdir()
+    for name, column in columns.items():
+        # with the bytes in it, as on the hub
+        embedded = {"img": [{"bytes": Path(p).read_bytes(), "path": None} for p in column["img"]], "label": column["label"]}
+        datasets.Dataset.from_dict(embedded, features).to_parquet(str(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet"))
+    for form in ("images", "parquet"):
+        read = cifar.read(str(tmp_path / form), 32, 0)
+        assert read.validation is None and read.label_names == list(CLASSES)
+        for split, expected in ((read.train, ours.train), (read.test, ours.test)):
+            # the order is the format's own
+            key = lambda s: sorted((int(label), np.asarray(pixels).tobytes()) for pixels, label in zip(s.resized, s.labels))  # noqa: E731
+            assert key(split) == key(expected), form
+
+
+def test_without_a_test_split_validation_is_held_out(tmp_path):
+    images = cifar.read(str(write_cifar(tmp_path, test=0).parent), 32, 0)
+    assert images.test is None and len(images.validation) == 10 and len(images.train) == 50
+    assert "no test_batch" in images.notes[0]
+
+
+def test_damaged_folders_are_named(tmp_path):
+    folder = write_cifar(tmp_path)
+    whole = (folder / "data_batch_2").read_bytes()
+    (folder / "data_batch_2").write_bytes(whole[:1000])
+    with pytest.raises(DataError, match="data_batch_2 is damaged"):
+        cifar.read(str(folder), 32, 0)
+    (folder / "data_batch_2").write_bytes(pickle.dumps(os.getcwd))  # a pickle that would call something
+    with pytest.raises(DataError, match="it names"):
+        cifar.read(str(folder), 32, 0)
+    (folder / "data_batch_2").unlink()
+    with pytest.raises(DataError, match="lacks data_batch_2"):
+        cifar.locate(str(folder))
+    with pytest.raises(DataError, match="^DATA="):
+        cifar.locate(str(tmp_path / "none"))
+
+
+def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
+    from helpers import write_folder
+
+    folder = write_folder(tmp_path, {"train": 9, "validation": 3})
+    broken = folder / "train" / "red" / "002.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(DataError, match="1 unreadable image.*002.png"):
+        cifar.read(str(folder), 16, 0)
+    images = cifar.read(str(folder), 16, 0, skip_bad=True)
+    assert len(images.train) == 8 and any("1 unreadable image(s) skipped" in note for note in images.notes)
+
+
+def test_resident_batches_pad_and_measure_mean_and_std(folder):
+    resident = cifar.Resident(cifar.read(str(folder), 32, 0).train, torch.device("cpu"))
+    batch = resident.batch([(0, 3), (0, -1), (0, 59)])
+    assert batch["labels"].tolist() == [3, IGNORE, 1]
+    assert torch.equal(batch["pixel_values"][0], resident.pixels[3])
+    mean, std = resident.mean_and_std()
+    scaled = resident.pixels.double() / 255
+    assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist())
+    assert std == pytest.approx(scaled.transpose(0, 1).flatten(1).std(1, unbiased=False).tolist())
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.fixture(scope="module")
+def pictures() -> torch.Tensor:
+    """Smooth images, one of noise, one of few levels, one of a single colour."""
+    generator = torch.Generator().manual_seed(0)
+    small = torch.randint(0, 256, (5, 3, 8, 8), generator=generator).float()
+    pixels = torch.nn.functional.interpolate(small, (32, 32), mode="bicubic").clamp(0, 255).to(torch.uint8)
+    pixels[2] = torch.randint(0, 256, (3, 32, 32), generator=generator)
+    pixels[3] = pixels[3] // 64 * 64
+    pixels[4] = 77
+    return pixels
+
+
+@pytest.mark.parametrize("name", cifar.OPERATIONS)
+def test_operations_equal_torchvisions_on_single_images(pictures, name):
+    from torchvision.transforms import AutoAugment, InterpolationMode
+    from torchvision.transforms.autoaugment import _apply_op
+
+    for bin in (0, 3, 9):
+        magnitude = cifar._magnitude(name, bin, 32)
+        theirs = AutoAugment()._augmentation_space(10, (32, 32))[name][0]
+        assert theirs.ndim == 0 or magnitude == pytest.approx(theirs[bin].item(), abs=1e-4)
+        for sign in (1, -1) if cifar.OPERATIONS.index(name) < 9 else (1,):
+            ours = cifar.apply(pictures, torch.full((5,), cifar.OPERATIONS.index(name)), torch.full((5,), sign * magnitude))
+            expected = torch.stack([_apply_op(p, name, sign * magnitude, InterpolationMode.NEAREST, None) for p in pictures])
+            difference = (ours.int() - expected.int()).abs()
+            # blends are cut off to whole numbers, where fp32 is just below one or not
+            assert difference.max() <= (1 if name in ("Brightness", "Color", "Contrast", "Sharpness") else 0)
+
+
+def test_each_image_has_its_own_operation_and_both_ways_of_applying_agree(pictures):
+    operation = torch.tensor([0, 6, -1, 11, 4])
+    magnitude = torch.tensor([0.2, 0.5, 0.0, 0.0, -20.0])
+    mixed = cifar.apply(pictures, operation, magnitude)
+    alone = [cifar.apply(pictures[i : i + 1], operation[i : i + 1], magnitude[i : i + 1]) for i in range(5)]
+    assert torch.equal(mixed, torch.cat(alone)) and torch.equal(mixed[2], pictures[2])
+    everything = pictures  # as on a GPU
+    for change, _ in cifar.FAMILIES:
+        everything = change(everything, cifar._Asked(operation, magnitude))
+    assert torch.equal(everything, mixed)
+
+
+def test_augmentation_follows_seed_epoch_and_image_alone(pictures):
+    pixels, index = pictures[[0, 1, 2, 3] * 16], torch.arange(64)
+    augment = cifar.Augment(7, 32, padding=4, flip=True, policy="cifar10")
+    whole = augment(pixels, 3, index)
+    assert whole.dtype == torch.uint8 and whole.shape == pixels.shape
+    assert torch.equal(whole[40:], augment(pixels[40:], 3, index[40:]))  # in another batch
+    assert torch.equal(whole, cifar.Augment(7, 32, 4, True, "cifar10")(pixels, 3, index))
+    for other in (augment(pixels, 4, index), cifar.Augment(8, 32, 4, True, "cifar10")(pixels, 3, index)):
+        assert (other != whole).flatten(1).any(1).float().mean() > 0.9
+    assert len({image.numpy().tobytes() for image in whole}) > 50  # of 64, of 4 pictures
+
+
+def test_crop_takes_every_offset_and_pads_with_black():
+    pixels = torch.full((4000, 3, 8, 8), 9, dtype=torch.uint8)
+    cropped = cifar.Augment(0, 8, padding=2)(pixels, 0, torch.arange(4000))
+    black = (cropped[:, 0] == 0).all(1).sum(1), (cropped[:, 0] == 0).all(2).sum(1)
+    for counts in black:  # offsets -2 ... 2, equally likely
+        assert torch.bincount(counts).tolist() == pytest.approx([800, 1600, 1600], rel=0.15)
+    ramp = torch.arange(8, dtype=torch.uint8).expand(100, 3, 8, 8)
+    flipped = cifar.Augment(0, 8, flip=True)(ramp, 0, torch.arange(100))
+    assert 30 < (flipped[:, 0, 0, 0] == 7).sum() < 70
+
+
+def test_draws_are_uniform_and_unrelated():
+    draws = cifar.uniform(1, 2, torch.arange(20000), 8)
+    assert 0 <= draws.min() and draws.max() < 1
+    assert (draws.mean(0) - 0.5).abs().max() < 0.01 and (draws.std(0) - 12**-0.5).abs().max() < 0.01
+    assert (torch.corrcoef(draws.T) - torch.eye(8)).abs().max() < 0.03
+    neighbours = torch.corrcoef(torch.stack([draws[:-1, 0], draws[1:, 0], cifar.uniform(1, 3, torch.arange(20000), 1)[1:, 0]]))
+    assert (neighbours - torch.eye(3)).abs().max() < 0.03
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+# 60 images, 16 a step: three whole steps and one of 12, two epochs; some steps are clipped
+TINY = ["PATCH_SIZE=8", "HIDDEN_SIZE=16", "DEPTH=2", "NUM_HEADS=2", "TOTAL_BATCH_SIZE=16", "NUM_EPOCHS=2", "WARMUP_EPOCHS=1",
+        "LEARNING_RATE=0.01", "clip_grad_norm=0.8"]  # fmt: skip
+PLAIN = ["RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None"]
+TWO = "TENSOR_PARALLEL_SIZE=2"
+RUNS = {  # name -> config, processes, overrides
+    "vanilla": ("vanilla", 1, PLAIN),
+    "vanilla, accumulated": ("vanilla", 2, [*PLAIN, "gradient_accumulation=2"]),
+    "1d": ("1d", 2, [*PLAIN, TWO]),
+    "pipeline": ("vanilla", 2, [*PLAIN, "parallel={'pipeline': 2}"]),
+    "2d": ("2d", 4, PLAIN),
+    "2.5d": ("2p5d", 4, PLAIN),
+    "2d fp16": ("2d", 4, [*PLAIN, "fp16={'mode': 'torch'}"]),
+    "vanilla straight": ("vanilla", 1, []),
+    "2d straight": ("2d", 4, []),
+}
+SAME = ["vanilla, accumulated", "1d", "pipeline", "2d", "2.5d"]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def in_processes(processes: int, function, log: Path) -> list[int]:
+    """Exit statuses of ``function(rank, port)`` in forked processes; what they print goes to ``log``."""
+    port, children = free_port(), []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+                    try:
+                        function(rank, port)
+                        code = 0
+                    except SystemExit as end:
+                        code = end.code or 0
+                    except BaseException:
+                        import traceback
+
+                        traceback.print_exc()
+            finally:
+                os._exit(code)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def run_cases(root: Path) -> None:
+    """Every run of `RUNS`, and interrupted ones; exit statuses to statuses.json."""
+    import engine
+    import plugins
+    import train
+
+    torch.set_num_threads(1)
+    plugins.import_libraries()
+    os.environ["DATA"] = str(root / cifar.FOLDER)
+    statuses = {}
+
+    def start(name: str, config: str, processes: int, overrides: list[str], *options: str, stop_in_epoch: int | None = None) -> None:
+        argv = ["--config", str(ROOT / "configs" / "cifar10" / f"vit_lite_7_4_{config}.py"), "--output_path", str(root / name), *options]
+
+        def one(rank: int, port: str) -> None:
+            hand = ["--world_size", processes, "--rank", rank, "--local_rank", rank, "--host", "127.0.0.1", "--port", port]
+            if stop_in_epoch is not None:
+                whole = engine.Engine.train_epoch
+
+                def train_epoch(self, *args, first_step, **kwargs):
+                    if first_step >= 4 * stop_in_epoch and rank == 0:
+                        os.kill(os.getpid(), signal.SIGTERM)  # ends after the first step of this epoch
+                    whole(self, *args, first_step=first_step, **kwargs)
+
+                engine.Engine.train_epoch = train_epoch
+            train.main([*argv, *map(str, hand), "--set", *TINY, *overrides])
+
+        statuses.setdefault(name, []).append(in_processes(processes, one, root / f"{name}.log"))
+
+    for name, case in RUNS.items():
+        start(name, *case)
+    for config, processes in (("vanilla", 1), ("2d", 4)):
+        start(f"{config} resumed", config, processes, [], stop_in_epoch=1)
+        start(f"{config} resumed", config, processes, ["SEED=1"], "--resume", "auto")  # refused
+        start(f"{config} resumed", config, processes, [], "--resume", "auto")
+    (root / "statuses.json").write_text(json.dumps(statuses))
+
+
+@pytest.fixture(scope="module")
+def runs(folder) -> Path:
+    """The folder of all runs."""
+    said = subprocess.run([sys.executable, __file__, str(folder.parent)], text=True, capture_output=True, timeout=300)
+    assert said.returncode == 0, said.stderr
+    return folder.parent
+
+
+def rows(run: Path, kind: str = "epoch") -> list[dict]:
+    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def log_of(run: Path) -> str:
+    return run.with_name(f"{run.name}.log").read_text()
+
+
+@pytest.mark.parametrize("name", list(RUNS))
+def test_run_ends_well_and_learns(runs, name):
+    (codes,) = json.loads((runs / "statuses.json").read_text())[name]
+    assert codes == [0] * RUNS[name][1], log_of(runs / name)
+    first, last = rows(runs / name)
+    assert last["train_loss"] < first["train_loss"] and last["images"] == 23
+    assert sorted(p.name for p in (runs / name).iterdir()) == [
+        "README.md", "checkpoints", "config.json", "metrics.jsonl", "metrics.png", "model.safetensors", "preprocessor_config.json"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_every_mode_follows_vanilla(runs, name):
+    from safetensors.torch import load_file
+
+    for expected, row in zip(rows(runs / "vanilla"), rows(runs / name), strict=True):
+        for number in ("train_loss", "average_loss", "accuracy"):
+            assert row[number] == pytest.approx(expected[number], abs=1e-4), (row["epoch"], number)
+    expected, weights = (load_file(runs / run / "model.safetensors") for run in ("vanilla", name))
+    assert expected.keys() == weights.keys()
+    for key in expected:
+        assert (weights[key] - expected[key]).abs().max() < 5e-3, key  # a key's bias has no gradient but noise, and Adam's steps
+
+
+def test_fp16_in_slices_stays_near(runs):
+    for expected, row in zip(rows(runs / "vanilla"), rows(runs / "2d fp16"), strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=0.02)
+
+
+def test_modes_augment_alike(runs):
+    for expected, row in zip(rows(runs / "vanilla straight"), rows(runs / "2d straight"), strict=True):
+        assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
+    assert rows(runs / "vanilla straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla")[0]["train_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("config", ["vanilla", "2d"])
+def test_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(runs, config):
+    from safetensors.torch import load_file
+
+    name = f"{config} resumed"
+    stopped, refused, resumed = json.loads((runs / "statuses.json").read_text())[name]
+    assert set(stopped) == {128 + signal.SIGTERM} and set(refused) == {2} and set(resumed) == {0}, log_of(runs / name)
+    assert "SEED is 1, was 42" in log_of(runs / name) and "epoch 2, step 1 of 4" in log_of(runs / name)
+    for expected, row in zip(rows(runs / f"{config} straight"), rows(runs / name), strict=True):
+        assert (row["train_loss"], row["average_loss"]) == pytest.approx((expected["train_loss"], expected["average_loss"]), abs=1e-6)
+    expected, weights = (load_file(runs / run / "model.safetensors") for run in (f"{config} straight", name))
+    assert all(torch.equal(weights[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize("name", ["vanilla", "1d", "2d"])
+def test_result_opens_in_vit_predict_and_judges_alike(runs, name, tmp_path):
+    import vit_predict
+
+    test = cifar.read(str(runs / cifar.FOLDER), 32, 0).test
+    for i, pixels in enumerate(test.resized):
+        Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{i:02d}.png")
+    said = io.StringIO()
+    with redirect_stdout(said):
+        assert vit_predict.main(["--model", str(runs / name), "--format", "json", str(tmp_path)]) == 0
+    guesses = [image["predictions"][0]["label"] for image in json.loads(said.getvalue())]
+    right = sum(guess == CLASSES[label] for guess, label in zip(guesses, test.labels))
+    assert right / 23 == pytest.approx(rows(runs / name)[-1]["accuracy"])
+    card = (runs / name / "README.md").read_text()
+    assert "trained from scratch" in card and "base_model" not in card and "Test split (23 images)" in card
+
+
+def refused(monkeypatch, capsys, *argv: str, data: str | None = None) -> str:
+    import train
+
+    monkeypatch.delenv("DATA", raising=False)
+    if data:
+        monkeypatch.setenv("DATA", data)
+    with pytest.raises(SystemExit) as end:
+        train.parse(list(argv))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_command_line_says_all_that_is_wrong(monkeypatch, capsys, tmp_path):
+    said = refused(monkeypatch, capsys, "--config", str(CONFIGS[1]), "--set", "NUM_EPOCHS=0", "--rank", "1", "--output_path", str(tmp_path / "out"))
+    for part in ("DATA: set this", "NUM_EPOCHS = 0", "1 process(es): tensor parallel size 4", "--world_size, --local_rank, --host, --port: missing"):
+        assert part in said, said
+    assert "--config: name a config" in refused(monkeypatch, capsys)
+    assert "no such folder" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="/none/there")
+
+
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run_cases(Path(sys.argv[1]))
