@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from console import rank
+from console import rank, say
 from plugins import Boosted, device
 
 # What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes are not
@@ -266,6 +266,31 @@ def load(path: Path, boosted: Boosted, meta: dict) -> None:
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
     dist.barrier()
+
+
+def resume(checkpoints: Checkpoints, args, boosted: Boosted) -> tuple[Path, dict] | None:
+    """Find, check and load what ``args.resume`` names. -> (checkpoint, its meta), None for a run from the start. Collective.
+
+    Raises:
+        CheckpointError: it cannot be used for this run.
+    """
+    if not args.resume:
+        return None
+    path = checkpoints.find(args.resume)
+    if path is None:
+        say("  note      --resume auto: no checkpoint found, starting from the beginning")
+        return None
+    meta = read_meta(path)
+    check_settings(path, meta, args)
+    load(path, boosted, meta)
+    return path, meta
+
+
+def open_run_folder(output: Path, overwrite: bool) -> None:
+    """Make the output folder, without an earlier run's files where ``overwrite`` allows. Rank 0 only."""
+    if overwrite and output.exists():
+        empty_run_folder(output)
+    output.mkdir(parents=True, exist_ok=True)
 
 
 def full_weights(boosted: Boosted, scratch: Path) -> dict | None:

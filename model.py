@@ -55,7 +55,12 @@ PRESETS = {
 
 def known_architecture(name: str) -> Preset | None:
     """The preset behind a name, with or without its hub owner: ``google/vit-base-patch16-224-in21k`` -> ViT-B/16."""
-    return PRESETS.get(name.split("/")[-1].removesuffix("-in21k"))
+    return PRESETS.get(preset_name(name))
+
+
+def preset_name(name: str) -> str:
+    """The key in `PRESETS` that a hub name stands for, if it is there."""
+    return name.split("/")[-1].removesuffix("-in21k")
 
 
 def read_config(folder: Path) -> dict:

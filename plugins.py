@@ -20,7 +20,7 @@ from speedups import rebuild_buckets_early, remove_waits
 
 def import_libraries() -> None:
     """The slow imports (4 to 10 s), in one place, so that what comes after them can be timed by itself."""
-    import colossalai.booster.plugin
+    import colossalai.booster.plugin  # noqa: F401
     import transformers.models.vit.modeling_vit  # noqa: F401
 
 

@@ -33,6 +33,16 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
 
 
+def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:
+    """A column for each name that any row has, in the order in which they come."""
+    columns = list(dict.fromkeys(name for row in rows for name in row if name not in without))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue())
+
+
 def environment() -> dict:
     """Date, hardware and versions: what a measured number means nothing without."""
     import torch
@@ -54,6 +64,16 @@ def environment() -> dict:
         "python": platform.python_version(),
         "versions": packages,
     }
+
+
+def epoch_row(epoch: int, result: dict, progress, learning_rate: float, evaluation_seconds: float, peak_memory: float) -> dict:
+    """An epoch's row of metrics.jsonl. ``result`` is Engine.evaluate's, ``progress`` the epoch's EpochProgress."""
+    return {
+        "kind": "epoch", "epoch": epoch, **result, "train_loss": progress.loss_sum / progress.images,
+        "learning_rate": learning_rate, "seconds": progress.seconds, "steps_per_second": progress.steps / progress.seconds,
+        "images_per_second": progress.images / progress.seconds, "evaluation_seconds": evaluation_seconds,
+        "peak_memory_gib": peak_memory,
+    }  # fmt: skip
 
 
 def tensorboard_writer(folder: Path):
@@ -227,13 +247,7 @@ def benchmark_report(folder: Path) -> None:
         title = f"{model}{f' at {size} px' if size else ''}, {labels} labels, preset {preset}, {hardware}"
         text.append(f"## {title}\n\n{_section(cases)}")
     write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
-    columns = list(dict.fromkeys(name for row in rows for name in row if name not in ("versions", "kind")))
-    partial = folder / ".table.csv.partial"
-    with open(partial, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(partial, folder / "table.csv")
+    write_csv(folder / "table.csv", rows, without=("kind", "versions"))
     for name, column, label in (
         ("throughput", "images_per_second", "images/s"),
         ("batches_per_second", "steps_per_second", "batches/s"),
@@ -532,12 +546,7 @@ def write_sweep_csv(folder: Path, groups: list[dict], others: list[dict], named:
     for run in others:
         table.append({name: run["settings"].get(name) for name in named} | {"seeds": run["settings"]["seed"], "status": run["status"]})
     for name, rows in (("table.csv", table), ("epochs.csv", epochs)):
-        columns = list(dict.fromkeys(column for row in rows for column in row if column != "kind"))
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomically(folder / name, text.getvalue())
+        write_csv(folder / name, rows, without=("kind",))
 
 
 def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None:

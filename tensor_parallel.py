@@ -23,7 +23,6 @@ the hidden size alone, so any number of classes fits without padding.
 
 import functools
 import inspect
-import math
 import warnings
 from dataclasses import dataclass
 

@@ -134,7 +134,6 @@ def build(args, labels: list[str]):
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)  # bad settings end here, before the slow imports
 
-    import torch
     from transformers import ViTImageProcessor
 
     import checkpoint as ckpt
@@ -187,22 +186,16 @@ def main(argv: list[str] | None = None) -> None:
         rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": args.settings}]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
-            if found := checkpoints.find(args.resume) if args.resume else None:
-                meta = ckpt.read_meta(found)
-                ckpt.check_settings(found, meta, args)
-                ckpt.load(found, boosted, meta)
+            if resumed := ckpt.resume(checkpoints, args, boosted):
+                found, meta = resumed
                 rows += meta["rows"]
                 progress, first_epoch = EpochProgress(**meta["progress"]), meta["epoch"]
                 first_step = -(-progress.images // schedule.per_step)
                 say(f"  resumed   {found}, epoch {first_epoch + 1}, step {first_step} of {schedule.steps}")
-            elif args.resume:
-                say("  note      --resume auto: no checkpoint found, starting from the beginning")
         except ckpt.CheckpointError as error:
             fail(str(error))
         if rank() == 0:
-            if args.overwrite_output and output.exists():
-                ckpt.empty_run_folder(output)
-            output.mkdir(parents=True, exist_ok=True)
+            ckpt.open_run_folder(output, args.overwrite_output)
             report.write_rows(output / "metrics.jsonl", rows)
 
         def lr_at(step: int) -> float:
@@ -233,14 +226,9 @@ def main(argv: list[str] | None = None) -> None:
                 )  # fmt: skip
                 evaluated_at = time.perf_counter()
                 result = engine.evaluate((evaluated.batch(pairs) for pairs in order), len(held))
-                row = {
-                    "kind": "epoch", "epoch": epoch + 1, **result, "train_loss": progress.loss_sum / progress.images,
-                    "learning_rate": lr_at(done + schedule.steps - 1), "seconds": progress.seconds,
-                    "steps_per_second": progress.steps / progress.seconds,
-                    "images_per_second": progress.images / progress.seconds,
-                    "evaluation_seconds": time.perf_counter() - evaluated_at, "peak_memory_gib": peak_memory(),
-                    "best": epoch + 1 == epochs,  # the one exported: none is chosen by the split that it is judged by
-                }  # fmt: skip
+                last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
+                row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
+                row["best"] = epoch + 1 == epochs  # the one exported: none is chosen by the split that it is judged by
                 rows.append(row)
                 progress, first_step = EpochProgress(), 0
                 if (epoch + 1) % values["CHECKPOINT_EPOCHS"] == 0 or epoch + 1 == epochs:

@@ -103,14 +103,14 @@ def measure(case, layout) -> dict:
 
     import plugins
     from engine import Engine, Normalize
-    from model import load_model
+    from data import Schedule
+    from model import load_model, preset_name
 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     torch.manual_seed(case.seed)
-    name = case.model_name_or_path.split("/")[-1].removesuffix("-in21k")
-    loaded = load_model(name, [str(i) for i in range(case.num_labels)], layout.tp, case.image_size)
+    loaded = load_model(preset_name(case.model_name_or_path), [str(i) for i in range(case.num_labels)], layout.tp, case.image_size)
     size = loaded.model.config.image_size
     config = loaded.model.config
     boosted = plugins.boost(loaded.model, case, layout)
@@ -118,17 +118,15 @@ def measure(case, layout) -> dict:
     engine = Engine(boosted, case.num_labels, Normalize((0.5,) * 3, (0.5,) * 3))
 
     # the images are on the device before the clock starts
-    micro_steps = 1 if layout.pp > 1 else case.gradient_accumulation_steps
-    count = case.batch_size * case.gradient_accumulation_steps // micro_steps
+    schedule = Schedule(0, case.batch_size, case.gradient_accumulation_steps, layout, case.seed)
     generator = torch.Generator().manual_seed(case.seed + layout.dp_rank)
     batch = {
-        "pixel_values": torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, generator=generator).to(plugins.device()),
-        "labels": torch.randint(0, case.num_labels, (count,), generator=generator).to(plugins.device()),
+        "pixel_values": torch.randint(0, 256, (schedule.rows, 3, size, size), dtype=torch.uint8, generator=generator).to(plugins.device()),
+        "labels": torch.randint(0, case.num_labels, (schedule.rows,), generator=generator).to(plugins.device()),
     }
-    images = case.batch_size * case.gradient_accumulation_steps * layout.dp
 
     def step() -> torch.Tensor:
-        return engine.train_step([batch] * micro_steps, images, case.learning_rate)
+        return engine.train_step([batch] * schedule.batches_per_step, schedule.per_step, case.learning_rate)
 
     engine.model.train()
     losses = [step()]
@@ -172,12 +170,11 @@ def main() -> None:
     import report
 
     results = Path(args.results)
-    hardware = report.environment()["hardware"]
     common = {"kind": "case", **report.environment(), "command": command_line()}
 
     def settings(case) -> dict:
         case.world = case.layout.world
-        case.hardware = hardware
+        case.hardware = common["hardware"]
         return {name: getattr(case, name) for name in SAME_CASE} | {"preset": case.preset, "dp": case.layout.dp}
 
     known = report.read_rows(results) if results.exists() and not args.remeasure else []

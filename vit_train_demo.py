@@ -86,11 +86,8 @@ def main() -> None:
         rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": ckpt.settings_of(args)}]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
-            found = checkpoints.find(args.resume) if args.resume else None
-            if found:
-                meta = ckpt.read_meta(found)
-                ckpt.check_settings(found, meta, args)
-                ckpt.load(found, boosted, meta)
+            if resumed := ckpt.resume(checkpoints, args, boosted):
+                found, meta = resumed
                 rows += meta["rows"]
                 best_epoch = meta["best_epoch"]
                 if best_epoch and checkpoints.end_of(best_epoch) is None:  # it lies in the folder resumed from
@@ -103,14 +100,10 @@ def main() -> None:
                 # the position is kept in images, so that another number of processes finds its place
                 first_step = -(-progress.images // schedule.per_step)
                 say(f"  resumed   {found}, epoch {first_epoch + 1}, step {first_step} of {schedule.steps}")
-            elif args.resume:
-                say("  note      --resume auto: no checkpoint found, starting from the beginning")
         except ckpt.CheckpointError as error:
             fail(str(error))
         if rank() == 0:
-            if args.overwrite_output and output.exists():
-                ckpt.empty_run_folder(output)
-            output.mkdir(parents=True, exist_ok=True)
+            ckpt.open_run_folder(output, args.overwrite_output)
             report.write_rows(output / "metrics.jsonl", rows)
         writer = report.tensorboard_writer(output) if args.tensorboard and rank() == 0 else None
 
@@ -148,13 +141,8 @@ def main() -> None:
                 )
                 evaluated_at = time.perf_counter()
                 result = evaluate(images.validation)
-                row = {
-                    "kind": "epoch", "epoch": epoch + 1, **result, "train_loss": progress.loss_sum / progress.images,
-                    "learning_rate": lr_at(done + schedule.steps - 1), "seconds": progress.seconds,
-                    "steps_per_second": progress.steps / progress.seconds,
-                    "images_per_second": progress.images / progress.seconds,
-                    "evaluation_seconds": time.perf_counter() - evaluated_at, "peak_memory_gib": peak_memory(),
-                }  # fmt: skip
+                last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
+                row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
                 row["best"] = best is None or report.quality(row) > report.quality(best)
                 rows.append(row)
                 if row["best"]:
