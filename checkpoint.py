@@ -176,12 +176,20 @@ class Checkpoints:
         for path in set(self.all()) - needed:
             remove(path)
 
-    def adopt(self, path: Path) -> None:
-        """Copy a checkpoint of another run's folder. Collective."""
-        if rank() == 0:
+    def adopt_best(self, epoch: int, found: Path) -> None:
+        """Copy the checkpoint of the best epoch from beside ``found``, unless it is here already. Collective.
+
+        Raises:
+            CheckpointError: it is in neither folder.
+        """
+        here, there = self.end_of(epoch), Checkpoints(found.parent, 1).end_of(epoch)
+        dist.barrier()  # every process has looked before one writes: all must come to the same answer
+        if here is None and there is None:
+            raise CheckpointError(f"--resume {found}: the checkpoint of its best epoch, {epoch}, is not beside it")
+        if here is None and rank() == 0:
             shutil.rmtree(self.root / ".partial", ignore_errors=True)
-            shutil.copytree(path, self.root / ".partial")
-            os.replace(self.root / ".partial", self.root / path.name)
+            shutil.copytree(there, self.root / ".partial")
+            os.replace(self.root / ".partial", self.root / there.name)
         dist.barrier()
 
     def find(self, resume: str) -> Path | None:

@@ -89,12 +89,8 @@ def main() -> None:
             if resumed := ckpt.resume(checkpoints, args, boosted):
                 found, meta = resumed
                 rows += meta["rows"]
-                best_epoch = meta["best_epoch"]
-                if best_epoch and checkpoints.end_of(best_epoch) is None:  # it lies in the folder resumed from
-                    best_path = ckpt.Checkpoints(found.parent, 1).end_of(best_epoch)
-                    if best_path is None:
-                        raise ckpt.CheckpointError(f"--resume {found}: the checkpoint of its best epoch, {best_epoch}, is not beside it")
-                    checkpoints.adopt(best_path)
+                if meta["best_epoch"]:
+                    checkpoints.adopt_best(meta["best_epoch"], found)
                 progress = EpochProgress(**meta["progress"])
                 first_epoch = meta["epoch"]
                 # the position is kept in images, so that another number of processes finds its place

@@ -34,7 +34,7 @@ torch.set_num_threads(1)
 def torchrun(processes: int, *command, **options) -> subprocess.CompletedProcess:
     """Run a script on several processes; a free port is chosen by torchrun itself."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*launcher, *map(str, command)], text=True, capture_output=True, timeout=300, **options)
+    return subprocess.run([*launcher, *map(str, command)], text=True, capture_output=True, timeout=900, **options)
 
 
 @pytest.fixture(scope="session")

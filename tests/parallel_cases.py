@@ -7,6 +7,7 @@ and its result when it ends. Cases that have a line already are not run again.
 """
 
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -337,7 +338,23 @@ def all_cases() -> dict:
         other = ("--resume", FOLDER / "ddp_2_straight", "--seed", 1, "--weight_decay", 0.1)
         cases["other settings"] = (entry, ("refused", *RUN, "--plugin", "torch_ddp", *other))
         cases["run on other processes"] = (continued, ())
+        cases["best epoch adopted"] = (adopted, ())
     return cases
+
+
+def adopted() -> dict:
+    """The best epoch's checkpoint is brought from another run's folder; one process comes to it long after the other."""
+    checkpoints, found = ckpt.Checkpoints(FOLDER / "adopted", 1), checkpoint_of(FOLDER / "best_first" / "checkpoints", 18)
+    if RANK == 1:
+        time.sleep(1)
+    checkpoints.adopt_best(1, found)
+    checkpoints.adopt_best(1, found)  # it is here already
+    try:
+        checkpoints.adopt_best(7, found)
+        error = None
+    except ckpt.CheckpointError as caught:
+        error = str(caught)
+    return {"epoch": ckpt.read_meta(checkpoints.end_of(1))["epoch"], "error": error}
 
 
 def continued() -> dict:
@@ -368,12 +385,14 @@ def main() -> None:
             with open(path, "a") as file:
                 file.write(json.dumps({"case": name}) + "\n")
         started = time.perf_counter()
+        faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)  # a case takes seconds: processes that wait for each other
         try:
             result = function(**arguments) if isinstance(arguments, dict) else function(*arguments)
         except BaseException:
             with open(path, "a") as file:
                 file.write(json.dumps({"case": name, "error": f"process {RANK}: {traceback.format_exc()}"}) + "\n")
             raise
+        faulthandler.cancel_dump_traceback_later()
         if RANK == 0:
             with open(path, "a") as file:
                 line = {"case": name, "result": result, "seconds": time.perf_counter() - started}

@@ -90,6 +90,7 @@ def start(home, **env):
         ["bash", "-c", f'source "$0/launch.sh"; {LAUNCH}', str(home)],
         **dict(cwd=home.parent, env=settings(home, WAIT="1", **env), start_new_session=True),
         **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
     )
     deadline = time.monotonic() + 90
     while len(list((home.parent / "seen").glob("*.json"))) < 2:

@@ -73,6 +73,12 @@ def test_run_goes_on_with_other_processes_and_still_knows_its_best_epoch(one, tw
     assert rows(shared / "continued", "test")[0]["average_loss"] == pytest.approx(expected["average_loss"], abs=1e-4)
 
 
+def test_all_processes_agree_on_what_to_copy_though_one_comes_late(two):
+    result = two["best epoch adopted"]
+    assert result["epoch"] == 1
+    assert "best epoch, 7, is not beside it" in result["error"]
+
+
 def test_best_epoch_from_before_the_resume_is_exported_from_another_folder(one, shared):
     epochs = rows(shared / "best_first")
     assert [row["best"] for row in epochs] == [True, False, False]
