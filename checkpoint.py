@@ -59,19 +59,10 @@ def _scaler(optimizer):
     return None
 
 
-def _gemini_chunks(boosted: Boosted) -> list:
-    """Gemini's 16-bit chunks in the order of the parameters they hold; each has an fp32 ``paired_chunk``."""
-    chunks = {}
-    for param in boosted.model.fp16_params:
-        chunk = boosted.model.chunk_manager.get_chunk(param)
-        chunks[id(chunk)] = chunk
-    return list(chunks.values())
-
-
 def _masters(boosted: Boosted) -> list[torch.Tensor]:
     """The fp32 tensors that the optimizer updates, where they are not the model's own parameters."""
     if boosted.plugin == "gemini":
-        return [chunk.paired_chunk.payload for chunk in _gemini_chunks(boosted)]
+        return [chunk.paired_chunk.payload for chunk in boosted.gemini_chunks()]
     own = {id(param) for param in boosted.model.parameters()}
     params = [param for group in boosted.optimizer.optim.param_groups for param in group["params"]]
     return [param.data for param in params if id(param) not in own]
@@ -84,6 +75,7 @@ def local_state(boosted: Boosted) -> dict:
         # gemini's weights are its master weights, rounded
         "weights": {} if boosted.plugin == "gemini" else boosted.model.unwrap().state_dict(),
         "masters": _masters(boosted),
+        "averages": boosted.average.averages if boosted.average else [],
         "optimizer": boosted.optimizer.optim.state_dict(),
         "scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, torch.Tensor))} if scaler else {},
     }
@@ -93,7 +85,7 @@ def local_state(boosted: Boosted) -> dict:
 def load_local_state(boosted: Boosted, state: dict) -> None:
     """Inverse of `local_state`, in place."""
     if boosted.plugin == "gemini":
-        for chunk, saved in zip(_gemini_chunks(boosted), state["masters"], strict=True):
+        for chunk, saved in zip(boosted.gemini_chunks(), state["masters"], strict=True):
             chunk.paired_chunk.payload.copy_(saved)
             chunk.payload.copy_(chunk.paired_chunk.payload)
     else:
@@ -101,6 +93,8 @@ def load_local_state(boosted: Boosted, state: dict) -> None:
         for master, saved in zip(_masters(boosted), state["masters"], strict=True):
             master.copy_(saved)
     boosted.optimizer.optim.load_state_dict(state["optimizer"])
+    if boosted.average:
+        boosted.average.load(state["averages"])
     if scaler := _scaler(boosted.optimizer):
         for name, value in state["scaler"].items():
             setattr(scaler, name, value.to(device()) if isinstance(value, torch.Tensor) else value)
@@ -302,12 +296,13 @@ def open_run_folder(output: Path, overwrite: bool) -> None:
 
 
 def full_weights(boosted: Boosted, scratch: Path) -> dict | None:
-    """The whole model's state dict on rank 0, None elsewhere. Collective.
+    """The whole model's state dict (of the averaged weights, if any) on rank 0, None elsewhere. Collective.
 
     Gathered by the plugin's own checkpoint code, through a file in ``scratch`` that is removed again.
     """
     path = scratch / ".weights.partial"
-    boosted.booster.save_model(boosted.model, str(path), shard=False)
+    with boosted.averaged_weights():
+        boosted.booster.save_model(boosted.model, str(path), shard=False)
     dist.barrier()
     state = None
     if rank() == 0:

@@ -9,6 +9,7 @@ import io
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -383,9 +384,16 @@ class Augment:
                 v2.RandomHorizontalFlip(),
             ]
         )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_mix(self.seed, epoch, index))
+        with drawn_from(self.seed, epoch, index):
             return transform(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+
+
+@contextmanager
+def drawn_from(*numbers: int):
+    """Inside, torch's draws on the CPU depend on ``numbers`` alone. Outside, and on a GPU, nothing changes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(_mix(*numbers))  # torch.manual_seed would seed the GPUs too
+        yield
 
 
 def _mix(*numbers: int) -> int:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from console import progress_bar
-from data import IGNORE
+from data import IGNORE, drawn_from
 from plugins import Boosted, all_max, all_sum, device
 
 
@@ -51,6 +51,29 @@ class Normalize:
         return pixels.float().sub_(mean).div_(std)  # in place: one float copy of the batch, not three
 
 
+class Mix:
+    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by torchvision.
+
+    Args:
+        mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0: never.
+        num_labels: true number of classes.
+        seed: with the step it decides every draw.
+        group: number of the data-parallel group; others draw otherwise.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_labels: int, seed: int, group: int):
+        from torchvision.transforms import v2
+
+        kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
+        self.transform = v2.RandomChoice([kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds.items() if alpha])
+        self.seed, self.group = seed, group
+
+    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Floats (N, 3, H, W) and labels (N,) -> mixed floats, and a probability for each class (N, num_labels)."""
+        with drawn_from(self.seed, step, micro_step, self.group):
+            return self.transform(pixels, labels)
+
+
 @dataclass
 class EpochProgress:
     """Sums over (the part so far of) an epoch; kept in checkpoints, so that a resumed epoch reports its whole."""
@@ -87,15 +110,17 @@ class Engine:
         num_labels: true number of classes; logits beyond it are padding and never count.
         normalize: turns a uint8 batch into the model's input, on the device.
         label_smoothing: of the training loss (Szegedy et al., 2016); evaluation has none.
+        mix: mixes the images of a training batch.
     """
 
-    def __init__(self, boosted: Boosted, num_labels: int, normalize: Normalize, label_smoothing: float = 0.0):
+    def __init__(self, boosted: Boosted, num_labels: int, normalize: Normalize, label_smoothing: float = 0.0, mix: Mix | None = None):
         self.boosted = boosted
         self.model, self.optimizer = boosted.model, boosted.optimizer
         self.layout = boosted.layout
         self.num_labels = num_labels
         self.normalize = normalize
         self.label_smoothing = label_smoothing
+        self.mix = mix
 
     def to_device(self, batch: dict) -> dict:
         """Move a batch of uint8 ``pixel_values`` (N, 3, H, W) and ``labels`` (N,) over, and normalise it there."""
@@ -103,15 +128,17 @@ class Engine:
         return {"pixel_values": self.normalize(pixels), "labels": batch["labels"].to(device(), non_blocking=True)}
 
     def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Cross-entropy summed over the real images of a batch; always in fp32."""
+        """Cross-entropy summed over the real images of a batch; always in fp32. ``labels``: (N,), or probabilities (N, classes)."""
         return F.cross_entropy(
             logits[:, : self.num_labels].float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
         )
 
-    def train_step(self, batches: list[dict], images: int, lr: float) -> torch.Tensor:
+    def train_step(self, batches: list[dict], images: int, lr: float, step: int = 0) -> torch.Tensor:
         """One optimizer step over ``batches`` (one per accumulation micro-step).
 
         Args:
+            lr: learning rate, of parameter groups without an ``lr_scale`` of their own.
+            step: global number of the step, which mixing is drawn from.
             images: real images in this step, over all data-parallel groups. Gradients are the mean over exactly
                 these, whatever the layout, the accumulation and the padding of the last batch.
 
@@ -121,9 +148,12 @@ class Engine:
         scale = self.layout.dp / images  # plugins average gradients over dp
         share = torch.zeros((), device=device())
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        whole = images == self.layout.dp * sum(len(batch["labels"]) for batch in batches)
         for i, batch in enumerate(batches):
             batch = self.to_device(batch)
+            if self.mix and whole:  # padding has nothing to mix: the last step of an epoch may go without
+                batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"], step, i)
             if self.layout.pp > 1:
                 # the schedule divides every micro-batch's loss by their number; ours is already a mean
                 pieces = self.boosted.booster.plugin.scheduler.num_microbatches
@@ -147,6 +177,8 @@ class Engine:
             self.optimizer.clip_grad_by_norm(self.boosted.clip_here)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.boosted.average:
+            self.boosted.average.update()
         return share / self.layout.dp if self.layout.is_reporter else torch.zeros_like(share)
 
     def train_epoch(
@@ -181,7 +213,7 @@ class Engine:
         window_start, shares, window = time.perf_counter(), [], 1
         for i, images in enumerate(images_per_step):
             step = first_step + i
-            shares.append(self.train_step(next(batches), images, lr_at(step)))
+            shares.append(self.train_step(next(batches), images, lr_at(step), step))
             last = i == len(images_per_step) - 1
             save_now = save_every and (step + 1) % save_every == 0
             if len(shares) < window and not last and not save_now:
@@ -223,7 +255,7 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[dict], expected: int) -> dict:
-        """Mean loss and accuracy over every image exactly once, on any layout.
+        """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights where there are any.
 
         Args:
             batches: this data-parallel group's batches, all of the training batch size, padding labelled `IGNORE`.
@@ -236,7 +268,15 @@ class Engine:
             RuntimeError: the count is not ``expected``; the sums would be wrong.
         """
         self.model.eval()
-        sums = torch.zeros(3, dtype=torch.float64, device=device())  # loss, correct, images
+        with self.boosted.averaged_weights():
+            loss, correct, images = self._evaluate(batches)
+        if images != expected:
+            raise RuntimeError(f"evaluation counted {images:.0f} images instead of {expected}")
+        return {"average_loss": loss / images, "accuracy": correct / images, "images": int(images)}
+
+    def _evaluate(self, batches: Iterator[dict]) -> list[float]:
+        """-> sum of the loss, correct images and images, over all groups"""
+        sums = torch.zeros(3, dtype=torch.float64, device=device())
         for batch in batches:
             batch = self.to_device(batch)
             labels = batch["labels"]
@@ -251,10 +291,7 @@ class Engine:
                 real = labels != IGNORE
                 correct = logits[:, : self.num_labels].argmax(-1) == labels
                 sums += torch.stack([self.loss_sum(logits, labels).double(), correct.sum(), real.sum()])
-        loss, correct, images = all_sum(sums).tolist()
-        if images != expected:
-            raise RuntimeError(f"evaluation counted {images:.0f} images instead of {expected}")
-        return {"average_loss": loss / images, "accuracy": correct / images, "images": int(images)}
+        return all_sum(sums).tolist()
 
 
 def _no_loss(outputs, micro_batch) -> torch.Tensor:

@@ -4,6 +4,7 @@
 """
 
 import os
+import re
 import resource
 import socket
 from contextlib import nullcontext
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from console import say, silence_colossalai_logger
+from ema import WeightAverage
 from layout import Layout
 from speedups import rebuild_buckets_early, remove_waits
 
@@ -80,6 +82,31 @@ class Boosted:
     zero_stage: int
     clip_here: float  # clip to this norm in the train step; 0: the plugin clips by itself, or nothing clips
     can_defer_sync: bool  # whether all but the last micro-step may skip the gradient reduction
+    average: WeightAverage | None = None  # of the weights, over the steps
+
+    def gemini_chunks(self) -> list:
+        """Gemini's 16-bit chunks in the order of the parameters they hold; each has an fp32 ``paired_chunk``."""
+        chunks = {}
+        for param in self.model.fp16_params:
+            chunk = self.model.chunk_manager.get_chunk(param)
+            chunks[id(chunk)] = chunk
+        return list(chunks.values())
+
+    def keep_average(self, decay: float) -> None:
+        """Average the weights over the coming steps; evaluation and export use the average."""
+        self.average = WeightAverage(self._weights, decay)
+
+    def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """What this process holds of the weights, and their fp32 originals where the plugin keeps them in the same pieces."""
+        if self.plugin == "gemini":
+            chunks = self.gemini_chunks()
+            return [chunk.payload for chunk in chunks], [chunk.paired_chunk.payload for chunk in chunks]
+        weights = [param.data for param in self.model.parameters()]
+        return weights, weights
+
+    def averaged_weights(self):
+        """Context in which the model has its averaged weights, if it keeps any."""
+        return self.average.applied() if self.average else nullcontext()
 
     def no_sync(self):
         """Context in which a backward pass leaves gradients unreduced (for accumulation)."""
@@ -92,18 +119,27 @@ class Boosted:
         return self.booster.no_sync(self.model, self.optimizer)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Biases, LayerNorms and embeddings are not decayed; matrices are."""
-    decayed, rest = [], []
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Biases, LayerNorms and embeddings are not decayed; matrices are.
+
+    ``layer_decay``: learning rates fall by this factor a layer, from the head (1) down to the embeddings, as ``lr_scale``
+    of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
+    """
+    layers = model.config.num_hidden_layers
+    groups = {}
     for name, param in model.named_parameters():
         is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings", "pos_embed"))
-        (decayed if is_matrix else rest).append(param)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        layer = re.search(r"\.layer\.(\d+)\.", name)
+        below = layers - int(layer[1]) if layer else layers + 1 if ".embeddings." in name else 0
+        scale = layer_decay**below
+        group = groups.setdefault((scale, is_matrix), {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale})
+        group["params"].append(param)
+    return list(groups.values())
 
 
-def build_optimizer(model: nn.Module, args) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args, layer_decay: float = 1.0) -> torch.optim.Optimizer:
     """AdamW: torch's fused kernel, or Colossal-AI's HybridAdam by ``--optimizer hybrid_adam``."""
-    groups, lr = parameter_groups(model, args.weight_decay), args.learning_rate
+    groups, lr = parameter_groups(model, args.weight_decay, layer_decay), args.learning_rate
     if args.optimizer == "hybrid_adam":
         from colossalai.nn.optimizer import HybridAdam
 
@@ -306,9 +342,11 @@ def _bf16_autocast():
     return Autocast()
 
 
+def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> Boosted:
+    """Shard, wrap and cast ``model`` as ``args.plugin`` does. Collective: every process calls it.
 
-def boost(model: nn.Module, args, layout: Layout) -> Boosted:
-    """Shard, wrap and cast ``model`` as ``args.plugin`` does. Collective: every process calls it."""
+    ``layer_decay``: see `parameter_groups`.
+    """
     from colossalai.booster import Booster
 
     if args.grad_checkpoint:
@@ -321,7 +359,7 @@ def boost(model: nn.Module, args, layout: Layout) -> Boosted:
         # layer by layer: they are alike, so the first one's kernels serve them all
         for layer in model.vit.encoder.layer:
             layer.compile(dynamic=False)
-    adamw = build_optimizer(model, args)
+    adamw = build_optimizer(model, args, layer_decay)
     if args.plugin == "none":
         booster, model = PlainBooster(), PlainModel(model, args.precision, parallel=layout.world > 1)
         optimizer = PlainOptimizer(adamw, fp16=args.precision == "fp16")

@@ -67,6 +67,7 @@ def settings(*argv):
 # ---- the training that every plugin repeats: 22 images, 8 a step: two epochs of two whole steps and one of 6
 LEARNING_RATES = [4e-4, 8e-4, 2e-3, 1.6e-3, 1e-3, 3e-4]  # per step, to see that each is used
 WEIGHT_DECAY = 0.5
+LAYER_DECAY, EMA, LABEL_SMOOTHING = 0.6, 0.7, 0.2  # of the recipe: far enough from none to be seen in six steps
 MAX_NORM = 2.4  # between the gradient norms of this training: some steps are clipped, some are not
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import helpers
 import torch
 import torch.distributed as dist
-from helpers import LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images
+from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images
 
 import checkpoint as ckpt
 import data
@@ -42,12 +42,15 @@ BASE = dict(
 )  # fmt: skip
 
 
-def build(model, tp=1, pp=1, **changes):
-    """-> (Engine, Layout) of a model under a plugin"""
+def build(model, tp=1, pp=1, recipe=False, **changes):
+    """-> (Engine, Layout) of a model under a plugin. ``recipe``: layer decay, weight average, label smoothing."""
     layout = Layout(WORLD, tp, pp, RANK)
     args = Namespace(**(BASE | changes))
-    boosted = plugins.boost(model, args, layout)
-    return engine.Engine(boosted, 3, engine.Normalize((0.5,) * 3, (0.5,) * 3)), layout
+    boosted = plugins.boost(model, args, layout, layer_decay=LAYER_DECAY if recipe else 1.0)
+    if recipe:
+        boosted.keep_average(EMA)
+    normalize = engine.Normalize((0.5,) * 3, (0.5,) * 3)
+    return engine.Engine(boosted, 3, normalize, label_smoothing=LABEL_SMOOTHING if recipe else 0.0), layout
 
 
 def initial_model(tp: int = 1):
@@ -249,15 +252,17 @@ LAYOUTS = {
         "dp2 tp2": hybrid(tp=2),
         "dp2 pp2": hybrid(pp=2),
         "dp2 tp2 zero1 bf16": hybrid(tp=2, zero_stage=1, precision="bf16"),
+        "dp2 pp2 zero1 bf16": hybrid(pp=2, zero_stage=1, precision="bf16"),
     },
 }
 
 
 def trainings(processes: int) -> dict[str, dict]:
-    """Name -> arguments of `train`: each plugin and layout plain, clipped, and accumulated over two micro-steps."""
+    """Name -> arguments of `train`: each plugin and layout plain, clipped, accumulated over two micro-steps, and by the recipe."""
     plain = (EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4]
     cases = {f"{name}, clipped": case | dict(max_norm=MAX_NORM) for name, case in plain.items()}
     cases |= {f"{name}, accumulated": case | dict(k=2, max_norm=MAX_NORM) for name, case in plain.items()}
+    cases |= {f"{name}, recipe": case | dict(recipe=True, max_norm=MAX_NORM) for name, case in plain.items()}
     if processes < 4:  # four processes share two cores
         cases |= {name: case for name, case in plain.items() if not name.endswith("16") or "gemini" in name}
         for name in ("ddp", "zero1", "gemini bf16", "hybrid", "tp2", "pp2"):

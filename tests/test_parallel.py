@@ -1,12 +1,13 @@
 """Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does (cases: parallel_cases.py)."""
 
+import copy
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from data import Schedule
-from helpers import LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images, tiny_vit
+from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images, tiny_vit
 from layout import Layout
 
 # Largest difference of a loss (values near 1) over six steps, measured: fp32 1e-6, fp16 1.5e-4, bf16 1.2e-3.
@@ -17,14 +18,17 @@ PLAIN = ("ddp", "zero1", "zero2", "ddp bf16", "ddp fp16", "zero1 bf16", "zero1 f
 NAMES = {
     1: (*PLAIN, "hybrid", "hybrid fp16"),
     2: (*PLAIN, "tp2", "pp2", "pp2 of 4 micro-batches", "hybrid dp2", "tp2 bf16", "pp2 fp16", "hybrid zero1 bf16", "hybrid zero2 fp16"),
-    4: ("ddp", "zero1", "gemini bf16", "tp4", "pp4", "tp2 pp2", "dp2 tp2", "dp2 pp2", "dp2 tp2 zero1 bf16"),
+    4: ("ddp", "zero1", "gemini bf16", "tp4", "pp4", "tp2 pp2", "dp2 tp2", "dp2 pp2", "dp2 tp2 zero1 bf16", "dp2 pp2 zero1 bf16"),
 }  # fmt: skip
 EVERY = [(processes, name) for processes, names in NAMES.items() for name in names]
 
 
 @functools.cache
-def plain_training(max_norm: float) -> dict:
-    """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW, clipping."""
+def plain_training(max_norm: float, recipe: bool = False) -> dict:
+    """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW, clipping.
+
+    ``recipe``: label smoothing, learning rates that fall from layer to layer, and evaluation of averaged weights.
+    """
     train, held_out = in_memory_images(22), in_memory_images(13, seed=2)
 
     def batch(split, chosen):
@@ -36,7 +40,14 @@ def plain_training(max_norm: float) -> dict:
     decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "layernorm" not in n]
     others = [p for p in model.parameters() if all(p is not q for q in decayed)]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups)
+    if recipe:  # a group for each parameter
+        below = {"classifier": 0, "vit.layernorm": 0, "vit.embeddings": 5} | {f"vit.encoder.layer.{i}": 4 - i for i in range(4)}
+        groups = [
+            {"params": [p], "weight_decay": WEIGHT_DECAY * any(p is q for q in decayed), "scale": LAYER_DECAY**count}
+            for n, p in model.named_parameters() for prefix, count in below.items() if n.startswith(prefix)
+        ]  # fmt: skip
+        assert len(groups) == len(list(model.parameters()))
+    optimizer, average = torch.optim.AdamW(groups), copy.deepcopy(model)
     rates, losses, evaluations, norms = iter(LEARNING_RATES), [], [], []
     for epoch in range(2):
         order = [image for step in Schedule(22, 8, 1, Layout(1), 5).batches(epoch) for _, image in step if image >= 0]
@@ -44,16 +55,19 @@ def plain_training(max_norm: float) -> dict:
             x, y = batch(train, order[start : start + 8])
             rate = next(rates)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            loss = F.cross_entropy(model(pixel_values=x).logits, y)
+                group["lr"] = rate * group.get("scale", 1)
+            loss = F.cross_entropy(model(pixel_values=x).logits, y, label_smoothing=LABEL_SMOOTHING * recipe)
             optimizer.zero_grad()
             loss.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf")).item())
             optimizer.step()
             losses.append(loss.item())
+            with torch.no_grad():
+                for mean, now in zip(average.parameters(), model.parameters()):
+                    mean.copy_(EMA * mean + (1 - EMA) * now if recipe else now)
         with torch.no_grad():
             x, y = batch(held_out, list(range(13)))
-            logits = model(pixel_values=x).logits
+            logits = average(pixel_values=x).logits
         accuracy = (logits.argmax(-1) == y).float().mean().item()
         evaluations.append((F.cross_entropy(logits, y).item(), accuracy))
     return {"losses": losses, "evaluations": evaluations, "norms": norms}
@@ -90,6 +104,14 @@ def test_losses_with_clipping_equal_plain_pytorch(launched, processes, name):
 @pytest.mark.parametrize("processes, name", EVERY)
 def test_two_micro_steps_of_half_the_batch_equal_one_step(launched, processes, name):
     assert_same(launched(processes)[f"train {name}, accumulated"], plain_training(MAX_NORM), bound(name))
+
+
+@pytest.mark.parametrize("processes, name", EVERY)
+def test_layer_decay_weight_average_and_label_smoothing_equal_plain_pytorch(launched, processes, name):
+    expected = plain_training(MAX_NORM, recipe=True)
+    # that each of the three is seen: none of these losses is the plain training's
+    assert min(abs(a - b) for a, b in zip(expected["losses"], plain_training(MAX_NORM)["losses"])) > 2 * bound(name)
+    assert_same(launched(processes)[f"train {name}, recipe"], expected, bound(name))
 
 
 @pytest.mark.parametrize(
