@@ -234,10 +234,10 @@ class MeshOptimizer(PlainOptimizer):
             return
         tensor_parallel.sync_gradients(self.model)
         if self.scaler.is_enabled():
+            # what overflowed in one slice must be skipped in all: 0 times a norm is 0, but NaN when it is not finite
+            grads = [param.grad for param in self.model.parameters() if param.requires_grad]
+            grads[0].add_(all_sum(0 * torch.stack(torch._foreach_norm(grads, torch.inf)).sum()))
             self.scaler.unscale_(self.optim)
-            # what overflowed in one slice must be skipped in all
-            for found in self.scaler._per_optimizer_states[id(self.optim)]["found_inf_per_device"].values():
-                all_max(found)
         self.complete = True
 
     def clip_grad_by_norm(self, max_norm: float) -> None:

@@ -192,6 +192,27 @@ def refusal(error: type[Exception], call) -> str | None:
         return str(e)
 
 
+def overflow(case: Case) -> list | None:
+    """[loss scale, whether the weights moved] after a step in which one slice overflows, then after one in which none does.
+
+    None: not the same on every process.
+    """
+    run, seen = Run(case), []
+    optimizer = plugins.MeshOptimizer(run.optimizer, fp16=True, model=run.model)
+    weight = run.model.blocks[0].fc1.weight
+    images, labels = (run.mine(tensor) for tensor in batch(0, case.images))
+    for step in range(2):
+        before = weight.detach().clone()
+        optimizer.backward(F.cross_entropy(run.model(pixel_values=images).logits, labels))
+        if step == 0 and dist.get_rank() == case.processes - 1:
+            weight.grad[0, 0] = torch.inf
+        optimizer.clip_grad_by_norm(1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seen.append([optimizer.scaler.get_scale(), not torch.equal(weight, before)])
+    return seen if agree(seen) else None
+
+
 def run_case(case: Case, steps: int) -> dict:
     run, seen = Run(case), {"loss": [], "norm": []}
     serial, start = serial_model(case.side).state_dict(), tp.gather(run.model)
@@ -231,6 +252,8 @@ def run_case(case: Case, steps: int) -> dict:
     run = Run(case)
     bf16 = [run.step(step, torch.bfloat16) for step in range(BF16_STEPS)]
     seen["bf16"] = {"loss": [loss for loss, _ in bf16], "norm": [norm for _, norm in bf16]}
+
+    seen["overflow"] = overflow(case)
 
     lacking = {name: tensor for name, tensor in serial.items() if name != "vit.layernorm.bias"}
     seen["refusals"] = [

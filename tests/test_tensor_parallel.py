@@ -95,6 +95,9 @@ class TestMode:
         assert relative(case["bf16"]["norm"], case["serial bf16"]["norm"]) < 0.02
         assert case["bf16"]["loss"] != case["loss"][: len(case["bf16"]["loss"])]  # it did compute in bf16
 
+    def test_an_overflow_in_one_slice_skips_the_step_in_all(self, seen, name):
+        assert seen[name]["overflow"] == [[2.0**15, False], [2.0**15, True]]  # of 2**16, halved once
+
     def test_refusals(self, seen, name):
         state, images, again, size = seen[name]["refusals"]
         assert "vit.layernorm.bias" in state
