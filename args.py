@@ -5,13 +5,10 @@ All bad settings are reported together, each with its flag, its value and a mend
 
 import argparse
 import os
-import re
 import sys
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
+import hub
 from console import fail
 from data import DRAWN, DataError, locate
 from layout import Layout
@@ -36,6 +33,8 @@ RECIPES = {
     "fine-tune": dict(batch_size=32, learning_rate=1e-4, num_epoch=3, weight_decay=0.05, warmup_ratio=0.3, augment=False),
     "demo": dict(batch_size=32, learning_rate=5e-4, num_epoch=8, weight_decay=0.05, warmup_ratio=0.3, augment=False),
 }
+# What the published setting leaves out, with the value that means so.
+RECIPE = dict(label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -148,6 +147,12 @@ def finetune_parser() -> Parser:
     parser.number("--seed", int, low=0, high=2**31 - 1, default=42, help="of initial weights, order and augmentation")
     parser.number("--image_size", int, low=8, help="pixels; position embeddings are interpolated (default: the model's)")
     parser.switch("--augment", default=None, help="random resized crop and flip (default: off, as published)")
+    parser.number("--label_smoothing", float, low=0, high=0.99, default=0.0, help="part of each label spread over all classes in training")  # fmt: skip
+    parser.number("--layer_decay", float, above=0, high=1, default=1.0, help="learning rate of a layer over that of the layer above it")  # fmt: skip
+    parser.number("--drop_path", float, low=0, high=0.99, default=0.0, help="chance that an image skips the last layer's branches in training; falls linearly to 0 at the first")  # fmt: skip
+    parser.number("--mixup", float, low=0, default=0.0, help="alpha of mixing two images and their labels; 0: never")
+    parser.number("--cutmix", float, low=0, default=0.0, help="alpha of pasting a part of one image into another; 0: never; with --mixup one of the two at random")  # fmt: skip
+    parser.number("--ema", float, low=0, high=0.99999, default=0.0, help="evaluate and export weights averaged over the steps with this decay; 0: the weights themselves")  # fmt: skip
     parser.text("--image_column", help="column of the images (default: found by its type)")
     parser.text("--label_column", help="column of the labels (default: found by its type)")
     parser.number("--validation_fraction", float, above=0, high=0.9, default=0.1, help="held out of train where there is no validation split")  # fmt: skip
@@ -161,6 +166,7 @@ def finetune_parser() -> Parser:
     parser.number("--keep_checkpoints", int, low=0, default=1, help="newest checkpoints kept, beside the best epoch's; 0: none once the run is complete")  # fmt: skip
     parser.switch("--overwrite_output", default=False, help="replace a finished or interrupted run in the output folder")
     parser.switch("--tensorboard", default=False, help="write event files to OUTPUT_PATH/tensorboard")
+    parser.text("--push_to_hub", metavar="OWNER/NAME", help="upload the result to this model repository of the HuggingFace hub")  # fmt: skip
     parser.switch("--eval_only", default=False, help="evaluate the model on validation and test, and stop")
     parser.switch("--dry_run", default=False, help="print the plan and stop")
     return parser
@@ -189,9 +195,12 @@ def parse_finetune(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, value)
     resolve_parallel(args, problems, gpus)
+    if args.layer_decay < 1 and args.zero_stage and args.pp_size > 1:
+        problems.append(f"--layer_decay {args.layer_decay}: the library's ZeRO wants a part of every parameter group on each pipeline stage; use --zero_stage 0 or PP_SIZE=1")  # fmt: skip
     check_model(args, problems)
     check_data(args, problems)
     check_hub(args, problems)
+    check_push(args, problems)
     check_output(args, problems)
     finish(args, problems)
     return args
@@ -325,7 +334,7 @@ def check_model(args, problems: list[str]) -> None:
         patch = config.get("patch_size", 16)
     elif shape := known_architecture(name):
         heads, layers, patch = shape.heads, shape.layers, shape.patch_size
-    elif Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    elif not hub.is_name(name):
         problems.append(
             f"--model_name_or_path {name}: no such folder, and no preset ({', '.join(PRESETS)}); a hub name has the form owner/name"
         )
@@ -349,53 +358,39 @@ def check_hub(args, problems: list[str]) -> None:
     """A hub name needs the hub, or a copy in its cache; says so at once instead of after minutes of retries."""
     name = args.model_name_or_path
     wanted = []
-    if not Path(name).exists() and name not in PRESETS and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if name not in PRESETS and hub.is_name(name):
         wanted.append(("model", name, "models"))
     if args.dataset_kind == "hub":
         wanted.append(("dataset", args.dataset, "datasets"))
-    if not wanted:
+    if not wanted and not vars(args).get("push_to_hub"):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local: no library shall look for updates
         return
-    reachable = os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false") and hub_answers()
+    if not wanted:
+        return
+    reachable = os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false") and hub.answers()
     if reachable:
         return
     os.environ["HF_HUB_OFFLINE"] = "1"
-    missing = [f"{what} {name}" for what, name, kind in wanted if not _in_hub_cache(name, kind)]
+    missing = [f"{what} {name}" for what, name, kind in wanted if not hub.is_cached(name, kind)]
     if missing:
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-        problems.append(f"{' and '.join(missing)}: the HuggingFace hub ({endpoint}) does not answer and no copy is cached; {OFFLINE_CHOICES}")
+        problems.append(f"{' and '.join(missing)}: the HuggingFace hub ({hub.endpoint()}) does not answer and no copy is cached; {OFFLINE_CHOICES}")
     else:
         args.notes.append("the HuggingFace hub does not answer: using the cached copies")
 
 
-def hub_answers(seconds: float = 6) -> bool:
-    """Whether the hub answers HTTP at all, within ``seconds`` (name resolution included)."""
-    answers = []
+def check_push(args, problems: list[str]) -> None:
+    """Whether the result can go to the hub is known before hours of training."""
+    if not args.push_to_hub or args.eval_only or args.dry_run:
+        return
+    if not hub.NAME.fullmatch(args.push_to_hub):
+        problems.append(f"--push_to_hub {args.push_to_hub}: must be OWNER/NAME, such as your-name/vit-beans")
+    elif not hub.answers():
+        problems.append(f"--push_to_hub {args.push_to_hub}: the HuggingFace hub does not answer; leave it out, and upload later with `huggingface-cli upload {args.push_to_hub} {args.output_path}`")  # fmt: skip
+    else:
+        from huggingface_hub import get_token
 
-    def ask():
-        request = urllib.request.Request(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), method="HEAD")
-        try:
-            urllib.request.urlopen(request, timeout=seconds)
-            answers.append(True)
-        except urllib.error.HTTPError:
-            answers.append(True)  # it answered
-        except OSError:
-            pass
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return bool(answers)
-
-
-def _in_hub_cache(name: str, kind: str) -> bool:
-    """Whether a hub repository has a local copy (the layout of huggingface_hub's and datasets' caches)."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
-    copies = [hub / f"{kind}--{name.replace('/', '--')}" / "snapshots"]
-    if kind == "datasets":
-        copies.append(Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")) / name.replace("/", "___").lower())
-    return any(copy.is_dir() and any(copy.iterdir()) for copy in copies)
+        if not get_token():
+            problems.append(f"--push_to_hub {args.push_to_hub}: not logged in; run `huggingface-cli login`, or set HF_TOKEN")
 
 
 def check_output(args, problems: list[str]) -> None:

@@ -157,9 +157,11 @@ class Engine:
             if self.layout.pp > 1:
                 # the schedule divides every micro-batch's loss by their number; ours is already a mean
                 pieces = self.boosted.booster.plugin.scheduler.num_microbatches
+                # kept from the model, which would make a loss of its own; the last stage asks once a micro-batch, in order
+                labels = iter(batch.pop("labels").chunk(pieces))
 
-                def criterion(outputs, micro_batch):
-                    return self.loss_sum(outputs.logits, micro_batch["labels"], self.label_smoothing) * (scale * pieces)
+                def criterion(outputs, _, labels=labels, factor=scale * pieces):
+                    return self.loss_sum(outputs.logits, next(labels), self.label_smoothing) * factor
 
                 result = self.boosted.booster.execute_pipeline(
                     iter([batch]), self.model, criterion, self.optimizer, return_loss=True
@@ -279,7 +281,7 @@ class Engine:
         sums = torch.zeros(3, dtype=torch.float64, device=device())
         for batch in batches:
             batch = self.to_device(batch)
-            labels = batch["labels"]
+            labels = batch.pop("labels")
             if self.layout.pp > 1:
                 result = self.boosted.booster.execute_pipeline(
                     iter([batch]), self.model, _no_loss, return_loss=False, return_outputs=True

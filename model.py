@@ -1,6 +1,7 @@
 """A Vision Transformer from a hub name, a local folder or a preset; padded labels; the exported folder."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -167,6 +168,21 @@ def pad_labels(model: nn.Module, multiple: int) -> None:
         model.classifier.weight[: old.out_features] = old.weight
         model.classifier.bias[: old.out_features] = old.bias
         model.num_labels = old.out_features + padding
+
+
+def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
+    """Stochastic depth (Huang et al., 2016): in training an image skips a layer's attention, and its MLP, at random.
+
+    Args:
+        model: boosted already, for sharding puts other modules in the place of those changed here.
+        rate: chance in the last of ``layers``; falls linearly to 0 in the first.
+    """
+    from torchvision.ops import StochasticDepth
+
+    for name, module in model.named_modules():
+        if layer := re.search(r"\.layer\.(\d+)\.(attention\.)?output$", name):
+            # the last thing that happens to a branch before it is added
+            module.dropout = nn.Sequential(module.dropout, StochasticDepth(rate * int(layer[1]) / max(1, layers - 1), "row"))
 
 
 def export(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:

@@ -134,7 +134,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         scale = layer_decay**below
         group = groups.setdefault((scale, is_matrix), {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale})
         group["params"].append(param)
-    return list(groups.values())
+    return [groups[key] for key in sorted(groups, reverse=True)]  # fastest first, matrices before the rest
 
 
 def build_optimizer(model: nn.Module, args, layer_decay: float = 1.0) -> torch.optim.Optimizer:

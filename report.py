@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, stdev
 
+import hub
+
 
 def write_atomically(path: Path, text: str) -> None:
     """Write beside and rename: a reader, or a kill, never sees half a file."""
@@ -156,7 +158,6 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
     best = next(row for row in epochs if row["best"])
     test = next((row for row in rows if row["kind"] == "test"), None)
     evaluated, how = from_scratch or "validation", "trained from scratch" if from_scratch else "fine-tuned"
-    base = "" if from_scratch else f"base_model: {json.dumps(settings['model_name_or_path'])}\n"
     split, result = ("test", test) if test else (evaluated, best)
     table = markdown_table(
         ["epoch", "train loss", "average_loss", "accuracy", "images/s", "seconds"],
@@ -174,21 +175,12 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
         if test
         else ""
     )
+    title = f"{Path(settings['model_name_or_path']).name}, {how} on {Path(settings['dataset']).name}"
     return f"""---
-library_name: transformers
-pipeline_tag: image-classification
-{base}tags: [vision, image-classification, colossalai]
-model-index:
-- name: {json.dumps(Path(settings["model_name_or_path"]).name + f" {how} on " + Path(settings["dataset"]).name)}
-  results:
-  - task: {{type: image-classification}}
-    dataset: {{name: {json.dumps(Path(settings["dataset"]).name)}, type: {json.dumps(settings["dataset"])}, split: {split}}}
-    metrics:
-    - {{type: accuracy, value: {result["accuracy"]:.6f}}}
-    - {{type: loss, value: {result["average_loss"]:.6f}}}
+{_card_metadata(title, settings, base=not from_scratch, split=split, result=result)}
 ---
 
-# {Path(settings["model_name_or_path"]).name}, {how} on {Path(settings["dataset"]).name}
+# {title}
 
 A Vision Transformer {how} with [Colossal-AI](https://github.com/hpcaitech/ColossalAI). Classes: {", ".join(labels)}.
 
@@ -210,6 +202,27 @@ On {run["hardware"]}, {run["layout"]}, {run["date"]}; {versions}.
 
 {chosen}
 """
+
+
+def _card_metadata(title: str, settings: dict, base: bool, split: str, result: dict) -> str:
+    """The hub's metadata (YAML) of a model card; names of this machine's folders are left out of it."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    dataset, model = settings["dataset"], settings["model_name_or_path"]
+    where = dict(dataset_type=dataset if hub.is_name(dataset) else Path(dataset).name, dataset_name=Path(dataset).name, dataset_split=split)
+    card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-classification",
+        tags=["vision", "image-classification", "colossalai"],
+        base_model=model if base and hub.is_name(model) else None,
+        datasets=[dataset] if hub.is_name(dataset) else None,
+        model_name=title,
+        eval_results=[
+            EvalResult("image-classification", metric_type=metric, metric_value=round(value, 6), **where)
+            for metric, value in (("accuracy", result["accuracy"]), ("loss", result["average_loss"]))
+        ],
+    )
+    return card.to_yaml()
 
 
 # ---------------------------------------------------------------------------------------------- benchmark
@@ -332,7 +345,8 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- sweep
 
 PUBLISHED_MODEL = "google/vit-base-patch16-224"
-ON_THE_HUB = {"beans": "AI-Lab-Makerere/beans", "drawn": "AI-Lab-Makerere/beans"}  # what a local folder is, or stands for
+# what a local folder is, or stands for
+ON_THE_HUB = {"beans": "AI-Lab-Makerere/beans", "drawn": "AI-Lab-Makerere/beans", "dog_food": "lewtun/dog_food"}
 
 
 def quality(row: dict) -> tuple[float, float]:

@@ -46,6 +46,7 @@ NOT_PASSED_ON = {
     "--learning_rate": "set LEARNING_RATES", "--seed": "set SEEDS", "--output_path": "set RESULTS",
     "--resume": "interrupted runs resume by themselves", "--overwrite_output": "remove the folders of the runs to repeat",
     "--eval_only": "a sweep trains", "--dry_run": "a sweep trains",
+    "--push_to_hub": "upload the best run's folder afterwards with `huggingface-cli upload`",
 }  # fmt: skip
 
 

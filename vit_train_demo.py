@@ -14,7 +14,7 @@ import console
 
 console.silence_libraries()  # before anything imports colossalai or transformers
 
-from args import command_line, parse_finetune  # noqa: E402
+from args import RECIPE, command_line, parse_finetune  # noqa: E402
 from console import fail, rank, say  # noqa: E402
 
 
@@ -25,9 +25,10 @@ def main() -> None:
 
     import checkpoint as ckpt
     import data
+    import hub
     import model as vit
     import report
-    from engine import Engine, EpochProgress, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
+    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
     from plugins import boost, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
 
     with SignalFlag() as stop:
@@ -64,9 +65,16 @@ def main() -> None:
             return stop_distributed()
 
         # ---- boost
-        boosted = boost(loaded.model, args, layout)
+        boosted = boost(loaded.model, args, layout, args.layer_decay)
+        if args.drop_path:
+            vit.add_drop_path(boosted.model, args.drop_path, config.num_hidden_layers)
+            torch.manual_seed(args.seed + layout.dp_rank)  # other images, other draws
+        if args.ema:
+            boosted.keep_average(args.ema)
+        labels = len(images.label_names)
         normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
-        engine = Engine(boosted, len(images.label_names), normalize)
+        mix = Mix(args.mixup, args.cutmix, labels, args.seed, layout.dp_rank) if args.mixup or args.cutmix else None
+        engine = Engine(boosted, labels, normalize, args.label_smoothing, mix)
         workers = args.num_workers if args.num_workers is not None else data.auto_workers(images, augment, local_processes())
 
         def evaluate(split: data.Split) -> dict:
@@ -190,6 +198,8 @@ def main() -> None:
                 writer.close()
         say(f"\nbest epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s in all): python vit_predict.py --model {output} IMAGE_OR_FOLDER")
         stop_distributed()
+        if args.push_to_hub and rank() == 0:
+            hub.push(output, args.push_to_hub)
 
 
 def print_plan(args, schedule, images, size: int, decoded: int, parameters: int, peak_lr: float, warmup_steps: int) -> None:
@@ -209,6 +219,9 @@ def print_plan(args, schedule, images, size: int, decoded: int, parameters: int,
     say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images")
     say(f"            = batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x dp {layout.dp}")
     say(f"  learning  rate {peak_lr:.3g}{scaled}, warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {args.seed}")
+    recipe = [f"{name} {getattr(args, name):g}" for name, off in RECIPE.items() if getattr(args, name) != off]
+    if recipe or args.augment:
+        say(f"  recipe    {', '.join([*['random resized crop and flip'] * bool(args.augment), *recipe])}")
     say(f"  model     {parameters / 1e6:.1f} M parameters")
     for note in args.notes:
         say(f"  note      {note}")

@@ -66,12 +66,15 @@ def meta_of(step: int, epoch: int) -> dict:
     return dict(step=step, epoch=epoch, progress={"images": 0}, best_epoch=None, processes=WORLD)
 
 
-def train(tp=1, pp=1, k=1, save=None, load=None, **changes) -> dict:
+def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict:
     """Losses of every step and of an evaluation after each epoch.
 
     save, load: a folder of checkpoints, written to or read after the first epoch.
+    mixed: with MixUp and CutMix.
     """
     trainer, layout = build(initial_model(tp), tp, pp, gradient_accumulation_steps=k, **changes)
+    if mixed:
+        trainer.mix = engine.Mix(0.8, 1.0, 3, seed=7, group=layout.dp_rank)
     schedule = data.Schedule(22, GLOBAL_BATCH // layout.dp // k, k, layout, seed=5)
     batches = data.Batches(in_memory_images(22), data.Resize(16), None, skip_bad=False)
     held_out = data.Batches(in_memory_images(13, seed=2), data.Resize(16), None, skip_bad=False)
@@ -86,7 +89,7 @@ def train(tp=1, pp=1, k=1, save=None, load=None, **changes) -> dict:
         for images in schedule.images_per_step:
             step = [batches.__getitems__(next(order)) for _ in range(schedule.batches_per_step)]
             lr = LEARNING_RATES[epoch * schedule.steps + len(losses) % schedule.steps]
-            share = trainer.train_step(step, images, lr)
+            share = trainer.train_step(step, images, lr, epoch * schedule.steps + len(losses) % schedule.steps)
             losses.append(plugins.all_sum(share.double()).item())
         evaluation = data.evaluation_order(13, schedule.rows, layout)
         evaluations.append(trainer.evaluate(map(held_out.__getitems__, evaluation), 13))
@@ -262,7 +265,8 @@ def trainings(processes: int) -> dict[str, dict]:
     plain = (EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4]
     cases = {f"{name}, clipped": case | dict(max_norm=MAX_NORM) for name, case in plain.items()}
     cases |= {f"{name}, accumulated": case | dict(k=2, max_norm=MAX_NORM) for name, case in plain.items()}
-    cases |= {f"{name}, recipe": case | dict(recipe=True, max_norm=MAX_NORM) for name, case in plain.items()}
+    refused = "dp2 pp2 zero1 bf16"  # layer decay there: args.py
+    cases |= {f"{name}, recipe": case | dict(recipe=True, max_norm=MAX_NORM) for name, case in plain.items() if name != refused}
     if processes < 4:  # four processes share two cores
         cases |= {name: case for name, case in plain.items() if not name.endswith("16") or "gemini" in name}
         for name in ("ddp", "zero1", "gemini bf16", "hybrid", "tp2", "pp2"):
@@ -276,12 +280,14 @@ EVALUATIONS = {
     2: {"ddp": dict(), "zero1": zero(), "tp2": hybrid(tp=2), "pp2": hybrid(pp=2)},
     4: {"ddp": dict(), "tp4": hybrid(tp=4), "pp4": hybrid(pp=4), "tp2 pp2": hybrid(tp=2, pp=2), "dp2 pp2": hybrid(pp=2)},
 }
+ALL_OF_THE_RECIPE = "--label_smoothing 0.1 --layer_decay 0.8 --drop_path 0.3 --mixup 0.8 --cutmix 1 --ema 0.8"
 # name -> (step of the checkpoint, flags); an epoch has 6 steps of 4 images on one process, 3 of 8 on two
 RESUMES = {
     1: {
         "ddp": (6, "--plugin torch_ddp"),
         "ddp mid-epoch": (2, "--plugin torch_ddp"),
         "ddp_fp16": (8, "--plugin torch_ddp_fp16"),
+        "recipe": (8, f"--plugin torch_ddp {ALL_OF_THE_RECIPE}"),
         "gemini": (4, "--plugin gemini"),
     },
     2: {
@@ -297,6 +303,9 @@ RESUMES = {
         "pp2": (4, "--plugin hybrid_parallel --pp_size 2"),
         "pp2 bf16": (2, "--plugin hybrid_parallel --pp_size 2 --precision bf16"),
         "hybrid zero1 fp16": (2, "--plugin hybrid_parallel --precision fp16 --zero_stage 1"),
+        "zero1 recipe": (4, f"--plugin low_level_zero --precision fp32 {ALL_OF_THE_RECIPE}"),
+        "gemini recipe": (4, f"--plugin gemini --precision bf16 {ALL_OF_THE_RECIPE}"),
+        "pp2 recipe": (4, f"--plugin hybrid_parallel --pp_size 2 {ALL_OF_THE_RECIPE}"),
     },
     4: {"tp2 pp2": (2, "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --precision fp16")},
 }
@@ -315,6 +324,7 @@ def all_cases() -> dict:
             cases[f"load {name}"] = (train, case | dict(load=FOLDER / f"{name}_{WORLD // 2}_saved"))
     one_epoch = ("--num_epoch", 1, "--batch_size", 4)
     if WORLD == 1:
+        cases["mixed ddp"] = (train, dict(mixed=True))
         published = ("--plugin", "gemini", "--tp_size", 2, "--pp_size", 2, *one_epoch)
         cases["published settings"] = (entry, ("published", *published))
         cases["no checkpoints kept"] = (entry, ("none_kept", *one_epoch, "--keep_checkpoints", 0, "--tensorboard"))
@@ -333,6 +343,8 @@ def all_cases() -> dict:
             (),
         )
     if WORLD == 2:
+        for name in ("tp2", "pp2", "hybrid dp2"):
+            cases[f"mixed {name}"] = (train, LAYOUTS[2][name] | dict(mixed=True))
         cases["terminated"] = (terminated, ("terminated",))
         cases["failing write"] = (failing_write, ())
         # a step of all images an epoch, and a signal in the first: there is no later step to notice it in

@@ -61,7 +61,12 @@ BAD = [
     ("--precision int8", {}, "--precision int8: must be one of fp32, fp16, bf16"),
     ("--augmentation", {}, "--augmentation: no such option"),
     ("--batch 8", {}, "--batch 8: no such option"),  # no abbreviations: a typing error is not another flag
+    ("--mixup -1", {}, "--mixup -1: must be a number >= 0"),
+    ("--layer_decay 0", {}, "--layer_decay 0: must be a number > 0 and <= 1"),
+    ("--drop_path 1", {}, "--drop_path 1: must be a number >= 0 and <= 0.99"),
+    ("--push_to_hub beans", {}, "--push_to_hub beans: must be OWNER/NAME"),
     # layouts
+    ("--plugin hybrid_parallel --pp_size 2 --zero_stage 1 --precision bf16 --layer_decay 0.7", dict(world=4), "--layer_decay 0.7: the library's ZeRO wants a part"),
     ("--plugin hybrid_parallel --tp_size 2 --pp_size 2", dict(world=2), "--tp_size 2 x --pp_size 2 = 4 does not divide the 2 process(es): set GPUNUM to a multiple of 4"),
     ("--plugin hybrid_parallel --tp_size 3", dict(world=3), "--tp_size 3: does not divide the 4 attention heads"),
     ("--plugin hybrid_parallel --pp_size 5", dict(world=5), "--pp_size 5: more stages than the 4 layers"),

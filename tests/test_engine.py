@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from engine import Normalize, learning_rate
+from engine import Mix, Normalize, learning_rate
 from layout import Layout
 
 
@@ -45,3 +45,50 @@ def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
     assert result["code"] == 1
     assert "the loss became nan at step 2 (learning rate 2e+30)" in result["err"]
     assert "--learning_rate" in result["err"]
+
+
+# ---------------------------------------------------------------------------------------------- mixing
+
+
+def striped(images: int = 8):
+    """Image i is i everywhere; its label is i % 3."""
+    pixels = torch.arange(images, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 16, 16).clone()
+    return pixels, torch.arange(images) % 3
+
+
+@pytest.mark.parametrize("alphas", [(0.8, 0), (0, 1.0)], ids=["mixup", "cutmix"])
+def test_labels_are_mixed_as_the_pixels_are(alphas):
+    pixels, labels = striped()
+    shares = set()
+    for step in range(20):
+        mixed, soft = Mix(*alphas, 3, seed=1, group=0)(pixels, labels, step, 0)
+        own = soft[1, labels[1]].item()  # images 0 and 1 are the partners, of classes 0 and 1
+        assert soft.sum(1).tolist() == pytest.approx([1] * 8)
+        assert mixed[1].mean().item() == pytest.approx(own, abs=1e-5)
+        assert mixed[1].unique().numel() <= (1 if alphas[0] else 2)  # blended, or two regions
+        shares.add(round(own, 4))
+    assert len(shares) > 10 and min(shares) < 0.7
+
+
+def test_mixing_depends_on_seed_step_micro_step_and_group_alone():
+    pixels, labels = striped()
+    both = (0.8, 1.0, 3)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = Mix(*both, seed=1, group=0)(pixels, labels, 4, 0)[0]
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert torch.equal(Mix(*both, seed=1, group=0)(pixels, labels, 4, 0)[0], first)
+    for mix, step, micro_step in ((Mix(*both, 2, 0), 4, 0), (Mix(*both, 1, 1), 4, 0), (Mix(*both, 1, 0), 5, 0), (Mix(*both, 1, 0), 4, 1)):
+        assert not torch.equal(mix(pixels, labels, step, micro_step)[0], first)
+
+
+@pytest.mark.parametrize("name", ["tp2", "pp2", "hybrid dp2"])
+def test_processes_of_one_group_mix_alike_and_groups_otherwise(one, two, name):
+    mixed, alone, plain = two[f"mixed {name}"]["losses"], one["mixed ddp"]["losses"], two["train ddp"]["losses"]
+    whole = [0, 1, 3, 4]  # the last of three steps an epoch is padded, and so not mixed
+    assert all(abs(plain[i] - alone[i]) > 1e-3 for i in whole)
+    if name == "hybrid dp2":
+        assert max(abs(mixed[i] - alone[i]) for i in whole) > 1e-2
+    else:
+        assert mixed == pytest.approx(alone, abs=2e-5)

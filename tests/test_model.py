@@ -43,6 +43,31 @@ def test_preset_is_found_behind_a_hub_name():
     assert vit.known_architecture("google/other") is None
 
 
+# ---------------------------------------------------------------------------------------------- drop path
+
+
+def test_drop_path_skips_whole_branches_of_single_images_in_training_only():
+    torch.manual_seed(0)
+    model, plain = tiny_vit(), tiny_vit()
+    plain.load_state_dict(model.state_dict())
+    vit.add_drop_path(model, 0.6, 4)
+    layer, same = model.vit.encoder.layer[3], plain.vit.encoder.layer[3]
+    x = torch.randn(4000, 2, 32)
+    with torch.no_grad():
+        assert torch.equal(model.eval()(torch.ones(1, 3, 16, 16)).logits, plain.eval()(torch.ones(1, 3, 16, 16)).logits)
+        model.train()
+        difference = (layer(x)[0] - x).abs().amax((1, 2))
+        branch = layer.attention.output(x, x)
+        kept = branch.abs().amax((1, 2)) > 0
+    # both branches of an image are skipped with 0.6 ** 2; a kept one is scaled to the same mean
+    assert (difference == 0).float().mean().item() == pytest.approx(0.36, abs=0.03)
+    assert kept.float().mean().item() == pytest.approx(0.4, abs=0.03)
+    with torch.no_grad():
+        assert torch.allclose(branch[kept], same.attention.output(x, x)[kept] / 0.4, atol=1e-5)
+    rates = [layer.output.dropout[1].p for layer in model.vit.encoder.layer]
+    assert rates == pytest.approx([0, 0.2, 0.4, 0.6])
+
+
 # ---------------------------------------------------------------------------------------------- positions
 
 
@@ -172,3 +197,16 @@ def test_biases_norms_and_embeddings_are_not_decayed():
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
     assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]} == {"projection", "query", "key", "value", "dense", "classifier"}
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    assert decayed["lr_scale"] == rest["lr_scale"] == 1
+
+
+def test_learning_rates_fall_from_the_head_to_the_embeddings():
+    from plugins import parameter_groups
+
+    model = tiny_vit()
+    scales = {id(param): group["lr_scale"] for group in parameter_groups(model, 0.3, 0.5) for param in group["params"]}
+    assert len(scales) == len(list(model.parameters()))
+    expected = {"classifier": 1, "vit.layernorm": 1, "vit.encoder.layer.3": 0.5, "vit.encoder.layer.0": 0.5**4, "vit.embeddings": 0.5**5}
+    for name, param in model.named_parameters():
+        for prefix, scale in expected.items():
+            assert not name.startswith(prefix) or scales[id(param)] == scale, name

@@ -106,7 +106,7 @@ def test_two_micro_steps_of_half_the_batch_equal_one_step(launched, processes, n
     assert_same(launched(processes)[f"train {name}, accumulated"], plain_training(MAX_NORM), bound(name))
 
 
-@pytest.mark.parametrize("processes, name", EVERY)
+@pytest.mark.parametrize("processes, name", [case for case in EVERY if "pp2 zero1" not in case[1]])  # refused: args.py
 def test_layer_decay_weight_average_and_label_smoothing_equal_plain_pytorch(launched, processes, name):
     expected = plain_training(MAX_NORM, recipe=True)
     # that each of the three is seen: none of these losses is the plain training's

@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 RESUMED = [
-    (1, "ddp"), (1, "ddp mid-epoch"), (1, "ddp_fp16"), (1, "gemini"),
+    (1, "ddp"), (1, "ddp mid-epoch"), (1, "ddp_fp16"), (1, "recipe"), (1, "gemini"),
     (2, "ddp"), (2, "ddp bf16"), (2, "ddp_fp16"), (2, "zero1"), (2, "zero1 fp16"), (2, "zero2 bf16"), (2, "gemini bf16"),
-    (2, "gemini fp16"), (2, "tp2"), (2, "pp2"), (2, "pp2 bf16"), (2, "hybrid zero1 fp16"), (4, "tp2 pp2"),
+    (2, "gemini fp16"), (2, "tp2"), (2, "pp2"), (2, "pp2 bf16"), (2, "hybrid zero1 fp16"),
+    (2, "zero1 recipe"), (2, "gemini recipe"), (2, "pp2 recipe"), (4, "tp2 pp2"),
 ]  # fmt: skip
 MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
 

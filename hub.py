@@ -1,0 +1,69 @@
+"""The HuggingFace hub, and a copy of a part of it in the cache: whether it can be had, and what goes to it."""
+
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from console import fail, say
+
+NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+
+
+def endpoint() -> str:
+    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def is_name(name: str) -> bool:
+    """Whether ``name`` is one on the hub, owner/name, and not a local path."""
+    return NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
+
+
+def answers(seconds: float = 6) -> bool:
+    """Whether the hub answers HTTP at all, within ``seconds`` (name resolution included)."""
+    heard = []
+
+    def ask():
+        request = urllib.request.Request(endpoint(), method="HEAD")
+        try:
+            urllib.request.urlopen(request, timeout=seconds)
+            heard.append(True)
+        except urllib.error.HTTPError:
+            heard.append(True)  # it answered
+        except OSError:
+            pass
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return bool(heard)
+
+
+def is_cached(name: str, kind: str) -> bool:
+    """Whether a hub repository has a local copy (the layout of huggingface_hub's and datasets' caches)."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    copies = [hub / f"{kind}--{name.replace('/', '--')}" / "snapshots"]
+    if kind == "datasets":
+        copies.append(Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")) / name.replace("/", "___").lower())
+    return any(copy.is_dir() and any(copy.iterdir()) for copy in copies)
+
+
+def push(folder: Path, repository: str) -> None:
+    """Upload an output folder, without its checkpoints, to a model repository of the hub; made where it does not exist.
+
+    The folder stays; if it cannot be uploaded, ends the program with the reason and how to do it later.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        url = HfApi().create_repo(repository, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=["checkpoints/**", "tensorboard/**"], commit_message="Fine-tuned with Colossal-AI"
+        )
+    except Exception as error:  # the hub refuses in many ways: no right, no name, no space, no answer
+        reason = str(error).strip().splitlines()[0]
+        fail(f"--push_to_hub {repository}: {reason}. The result is whole in {folder}: `huggingface-cli upload {repository} {folder}` later", code=1)
+    say(f"uploaded to {url}")
