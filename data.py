@@ -6,6 +6,7 @@ conversion to floats happens on the device (engine.Normalize).
 
 import hashlib
 import io
+import itertools
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
 from layout import Layout
@@ -25,6 +27,8 @@ SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation"
                "valid": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
 IGNORE = -100  # label of a padding image: it fills up a batch and counts nowhere (torch's cross_entropy ignores it)
 DRAWN = "drawn"  # the name of the embedded data set (leaves.py)
+PREPARED = "prepared.json"  # in a folder that prepare_images.py wrote (packed.py)
+LARGE = 200_000  # images; a split of more is not read whole before training: that would take minutes
 
 
 class DataError(ValueError):
@@ -35,34 +39,31 @@ class DataError(ValueError):
 class Split:
     """Encoded images and their labels.
 
-    ``images[i]`` is a path, or the bytes of an image file, or a PIL image; ``labels`` is int64 (N,).
+    ``images[i]`` is a path, or the bytes of an image file, or a PIL image, or uint8 (H, W, 3); ``labels`` is int64 (N,).
     """
 
     name: str
     images: object
     labels: np.ndarray
-    where: list[str] | None = None  # names of the images for messages; None: their index
-    resized: list[np.ndarray] | None = None  # uint8 (3, S, S) each: what Resize made of them, when kept in memory
-    sources: list[np.ndarray] | None = None  # uint8 (H, W, 3) each: what Augment.keep made of them, when kept in memory
+    where: object = None  # names of the images for messages; None: their index
+    resized: object = None  # uint8 (3, S, S) each: what Resize made of them, when kept in memory
+    sources: object = None  # uint8 (H, W, 3) each: what Augment.keep made of them, when kept in memory; or a prepared folder's
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices) -> "Split":
         """The images at ``indices``, in that order."""
-        return replace(
-            self,
-            images=_Subset(self.images, indices),
-            labels=self.labels[indices],
-            where=None if self.where is None else [self.where[i] for i in indices],
-        )
+        fields = ("images", "where", "resized", "sources")
+        taken = {name: None if getattr(self, name) is None else Subset(getattr(self, name), indices) for name in fields}
+        return replace(self, labels=self.labels[indices], **taken)
 
     def describe(self, i: int) -> str:
         return self.where[i] if self.where is not None else f"{self.name} image {i}"
 
 
-class _Subset:
-    """A view of a sequence of encoded images; nothing is read before it is asked for."""
+class Subset:
+    """A view of a sequence; nothing is read before it is asked for."""
 
     def __init__(self, images, indices):
         self.images, self.indices = images, np.asarray(indices)
@@ -74,12 +75,26 @@ class _Subset:
         return self.images[int(self.indices[i])]
 
 
+class Paths:
+    """Paths under a folder as one array: a million of Python's own texts, copied into every worker, would fill the memory."""
+
+    def __init__(self, root: Path, paths: list[str]):
+        self.root = str(root)
+        self.names = np.array([os.fsencode(path[len(self.root) + 1 :]) for path in paths])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, i) -> str:
+        return os.path.join(self.root, os.fsdecode(self.names[i]))
+
+
 @dataclass
 class ImageData:
-    """A data set: splits that share ``label_names``. ``validation`` is always there, ``test`` may be None."""
+    """A data set: splits that share ``label_names``. ``test`` may be None, and where `load_data` holds out none, ``validation``."""
 
     train: Split
-    validation: Split
+    validation: Split | None
     test: Split | None
     label_names: list[str]
     notes: list[str] = field(default_factory=list)
@@ -92,8 +107,11 @@ class ImageData:
 # ---------------------------------------------------------------------------------------------- reading
 
 
-def load_data(args) -> ImageData:
+def load_data(args, hold_out: bool = True) -> ImageData:
     """Read the data set named by ``args.dataset``: see `locate` for what it may be.
+
+    Args:
+        hold_out: cut a validation split from train where the set has none.
 
     Raises:
         DataError: anything that a user has to mend.
@@ -105,6 +123,10 @@ def load_data(args) -> ImageData:
         splits, labels = _read_imagefolder(write_leaves(cache_folder() / "drawn-leaves"))
     elif (kind := locate(name)) == "imagefolder":
         splits, labels = _read_imagefolder(Path(name))
+    elif kind == "prepared":
+        import packed
+
+        splits, labels = packed.read(Path(name))
     else:
         splits, labels = _read_datasets(name, kind, args.image_column, args.label_column)
     notes = []
@@ -120,7 +142,7 @@ def load_data(args) -> ImageData:
             notes.append(f"split {split!r} is not used: its labels are hidden")
             del splits[split]
     train = splits["train"]
-    held_out = "validation" not in splits
+    held_out = hold_out and "validation" not in splits
     if held_out:
         keep, rest = stratified(train.labels, args.validation_fraction, args.seed)
         splits["train"], splits["validation"] = train.take(keep), replace(train.take(rest), name="validation")
@@ -141,7 +163,7 @@ def load_data(args) -> ImageData:
             chosen = np.sort(np.random.default_rng(args.seed).permutation(len(splits[split]))[:limit])
             splits[split] = splits[split].take(chosen)
             notes.append(f"{split}: {limit} images drawn at random (seed {args.seed})")
-    return ImageData(splits["train"], splits["validation"], splits.get("test"), labels, notes, held_out)
+    return ImageData(splits["train"], splits.get("validation"), splits.get("test"), labels, notes, held_out)
 
 
 def cache_folder() -> Path:
@@ -150,7 +172,7 @@ def cache_folder() -> Path:
 
 
 def locate(name: str) -> str:
-    """What kind of data set ``name`` is: drawn, imagefolder, saved, parquet, arrow, or hub.
+    """What kind of data set ``name`` is: drawn, imagefolder, prepared, saved, parquet, arrow, or hub.
 
     A local path wins over a hub name. Reads directory entries only.
 
@@ -163,12 +185,20 @@ def locate(name: str) -> str:
     if path.is_file() and path.suffix in (".parquet", ".arrow"):
         return path.suffix[1:]
     if path.is_dir():
+        if (path / PREPARED).exists():
+            import packed
+
+            packed.read_finished(path)
+            return "prepared"
         if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
             return "saved"
+        folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        if any(_first_image(folder) for folder in folders):
+            return "imagefolder"  # found before a million image files are searched for tables
         for suffix in ("parquet", "arrow"):
             if next(path.rglob(f"*.{suffix}"), None) is not None:
                 return suffix
-        if any(entry.is_dir() and not entry.name.startswith(".") for entry in path.iterdir()):
+        if folders:
             return "imagefolder"
         raise DataError(
             f"--dataset {name}: the folder holds no data set. Expected {name}/train/<class>/*.jpg (and validation/, "
@@ -197,15 +227,27 @@ def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
                 f"--dataset {root}: class {', '.join(strangers)} is in {folder.name}/ but not in {folders['train'].name}/: "
                 "rename or remove the folder, or add training images of it"
             )
-        paths, label_ids = [], []
-        for label, name in enumerate(labels):
-            found = sorted(str(p) for p in (folder / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            paths += found
-            label_ids += [label] * len(found)
-        if not paths:
-            raise DataError(f"--dataset {root}: no images under {folder} ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        splits[split] = Split(split, paths, np.array(label_ids, dtype=np.int64), where=paths)
+        found = [sorted(_image_paths(folder / name)) for name in labels]
+        if not any(found):
+            flat = any(_is_image(entry.name) for entry in folder.iterdir())
+            mend = "the images lie beside each other: move each into the folder of its class" if flat else ", ".join(sorted(IMAGE_SUFFIXES))
+            raise DataError(f"--dataset {root}: no images under {folder}/<class>/ ({mend})")
+        paths = Paths(folder, list(itertools.chain.from_iterable(found)))
+        splits[split] = Split(split, paths, np.repeat(np.arange(len(labels)), [len(names) for names in found]), where=paths)
     return splits, labels
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _image_paths(folder: Path) -> Iterator[str]:
+    """Of all image files under ``folder``, which may be missing. Reads directory entries alone: a look at each file takes minutes."""
+    return (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if _is_image(name))
+
+
+def _first_image(folder: Path) -> str | None:
+    return next(_image_paths(folder), None)
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -311,7 +353,9 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Upright 8-bit RGB from any mode. Transparency is laid over white; 16-bit grey keeps its 8 high bits."""
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    image.load()
     if image.mode.startswith("I") or image.mode == "F":
         pixels = np.asarray(image, dtype=np.float64)
         if pixels.max(initial=0) > 255:
@@ -321,11 +365,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(encoded) -> Image.Image:
-    """An RGB image from a path, from the bytes of an image file, or from a PIL image."""
+    """An RGB image from what a `Split` holds: a path, the bytes of an image file, a PIL image, or uint8 (H, W, 3)."""
+    if isinstance(encoded, np.ndarray):
+        return Image.fromarray(encoded)
     if isinstance(encoded, Image.Image):
         return to_rgb(encoded)
     if isinstance(encoded, bytes):
@@ -348,8 +394,35 @@ class Resize:
 
 
 @dataclass(frozen=True)
+class ResizeAndCrop:
+    """Preprocessing that keeps the proportions: the shorter side to ``shorter`` pixels, then the middle size x size of it.
+
+    As ImageNet is evaluated (224 of 256), and as transformers' BitImageProcessor does it.
+    """
+
+    size: int
+    shorter: int
+    resample: int = 2
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """-> uint8 (3, size, size)"""
+        image = resize_shorter(image, self.shorter, self.resample)
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        pixels = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
+        return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def resize_shorter(image: Image.Image, shorter: int, resample: int = 2) -> Image.Image:
+    """The image with ``shorter`` pixels on its shorter side, the longer one cut off to a whole number; antialiased."""
+    if min(image.size) == shorter:
+        return image
+    sides = [shorter if side == min(image.size) else int(shorter * side / min(image.size)) for side in image.size]
+    return image.resize(sides, resample=resample)
+
+
+@dataclass(frozen=True)
 class Augment:
-    """Random resized crop and horizontal flip, by torchvision.
+    """Random resized crop and horizontal flip, as torchvision draws them.
 
     Drawn from (seed, epoch, image) alone: the same on all processes of a tensor- or pipeline-parallel group, for
     any number of workers, and after a resume.
@@ -359,33 +432,38 @@ class Augment:
     seed: int
     resample: int = 2
     smallest_crop: float = 0.35  # of the image's area
+    flip: bool = True
 
-    def keep(self, image: Image.Image) -> np.ndarray:
-        """What is kept of an image for later crops: at most twice the model's size on the shorter side."""
+    def shrink(self, image: Image.Image) -> Image.Image:
+        """What later crops are taken from: at most twice the model's size on the shorter side."""
         short = min(image.size)
         if short > 2 * self.size:
             scale = 2 * self.size / short
             image = image.resize((round(image.width * scale), round(image.height * scale)), resample=self.resample)
-        return np.asarray(image)
+        return image
 
-    def __call__(self, pixels: np.ndarray, epoch: int, index: int) -> torch.Tensor:
-        """uint8 (H, W, 3) -> uint8 (3, size, size)"""
-        from torchvision.transforms import v2
+    def keep(self, image: Image.Image) -> np.ndarray:
+        """What is kept of an image: uint8 (H, W, 3)"""
+        return np.asarray(self.shrink(image))
 
-        modes = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-        transform = v2.Compose(
-            [
-                v2.RandomResizedCrop(
-                    self.size,
-                    scale=(self.smallest_crop, 1.0),
-                    interpolation=v2.InterpolationMode(modes.get(self.resample, "bilinear")),
-                    antialias=True,
-                ),
-                v2.RandomHorizontalFlip(),
-            ]
-        )
+    def __call__(self, source: np.ndarray | Image.Image, epoch: int, index: int) -> torch.Tensor:
+        """uint8 (H, W, 3), or the image itself -> uint8 (3, size, size)"""
+        from torchvision.transforms import RandomResizedCrop
+
+        decoded = isinstance(source, np.ndarray)
+        sides = source.shape[:2] if decoded else (source.height, source.width)
         with drawn_from(self.seed, epoch, index):
-            return transform(torch.from_numpy(pixels.copy()).permute(2, 0, 1))
+            blank = torch.empty(1).expand(3, *sides)  # get_params wants an image, and reads its sides
+            top, left, height, width = RandomResizedCrop.get_params(blank, (self.smallest_crop, 1.0), (3 / 4, 4 / 3))
+            mirrored = self.flip and torch.rand(1).item() < 0.5
+        # nothing but the crop is touched; in one piece, for which torch's resizing of uint8 is made
+        if decoded:
+            crop = source[top : top + height, left : left + width].copy()
+        else:
+            crop = np.array(source.crop((left, top, left + width, top + height)))
+        mode = {0: "nearest-exact", 3: "bicubic"}.get(self.resample, "bilinear")
+        pixels = F.interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], (self.size,) * 2, mode=mode, antialias=mode[0] == "b")[0]
+        return pixels.flip(-1) if mirrored else pixels
 
 
 @contextmanager
@@ -418,19 +496,19 @@ def decode(images: ImageData, resize: Resize, augment: Augment | None, args, pro
 
     budget = (args.data_memory * 2**30 if args.data_memory else psutil.virtual_memory().total / 4) / processes
     threads = max(1, min(16, len(os.sched_getaffinity(0)) // processes))
-    kept, notes = {}, []
+    kept, notes, total = {}, [], 0
     for split in images.splits():
         keep, slot = (augment.keep, "sources") if augment and split.name == "train" else (resize, "resized")
-        split, skipped = _decode_split(split, keep, slot, budget, threads, args.skip_bad_images)
-        budget -= sum(array.nbytes for array in getattr(split, slot) or [])
+        if len(split) <= LARGE and getattr(split, slot) is None:
+            split, size, skipped = _decode_split(split, keep, slot, budget - total, threads, args.skip_bad_images)
+            total += size
+            notes += skipped
         kept[split.name] = split
-        notes += skipped
-    images = replace(images, notes=images.notes + notes, **kept)
-    return images, sum(a.nbytes for split in images.splits() for a in (split.resized or split.sources or []))
+    return replace(images, notes=images.notes + notes, **kept), total
 
 
-def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, skip_bad: bool) -> tuple[Split, list[str]]:
-    """`decode` of one split; ``keep`` makes the array that is kept in the field ``slot``."""
+def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, skip_bad: bool) -> tuple[Split, int, list[str]]:
+    """`decode` of one split; ``keep`` makes the array that is kept in the field ``slot``. -> (split, bytes kept, notes)"""
 
     def decode_one(i: int):
         try:
@@ -443,7 +521,7 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
         sizes = [item.nbytes for item in sample if not isinstance(item, str)]
         kept = not sizes or np.mean(sizes) * len(split) <= budget
         if not kept and not skip_bad:
-            return split, []
+            return split, 0, []
 
         def decode_or_check(i: int):
             # beyond the budget, images are read once to find the bad ones: every count and batch is exact from the start
@@ -452,18 +530,18 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
 
         results = list(pool.map(decode_or_check, range(len(split))))
     bad = [i for i, item in enumerate(results) if isinstance(item, str)]
-    if not bad:
-        return replace(split, **{slot: results}) if kept else split, []
-    named = "; ".join(results[i] for i in bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
-    if not skip_bad:
-        raise DataError(f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or use --skip_bad_images")
-    if len(bad) == len(split):
-        raise DataError(f"no readable image in {split.name}: {named}")
-    good = np.setdiff1d(np.arange(len(split)), bad)
-    split = split.take(good)
-    if kept:
-        split = replace(split, **{slot: [results[i] for i in good]})
-    return split, [f"{split.name}: {len(bad)} unreadable image(s) skipped: {named}"]
+    if bad:
+        named = "; ".join(results[i] for i in bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        if not skip_bad:
+            raise DataError(f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or use --skip_bad_images")
+        if len(bad) == len(split):
+            raise DataError(f"no readable image in {split.name}: {named}")
+        good = np.setdiff1d(np.arange(len(split)), bad)
+        split, results = split.take(good), [results[i] for i in good]
+    notes = [f"{split.name}: {len(bad)} unreadable image(s) skipped: {named}"] if bad else []
+    if not kept:
+        return split, 0, notes
+    return replace(split, **{slot: results}), sum(array.nbytes for array in results), notes
 
 
 # ---------------------------------------------------------------------------------------------- batches
@@ -520,12 +598,16 @@ class Schedule:
 
 
 class Batches(torch.utils.data.Dataset):
-    """(epoch, image) pairs to a batch: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,).
+    """(epoch, image) pairs to a batch: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,), ``skipped`` names.
 
     torch's DataLoader hands a whole batch to ``__getitems__``.
+
+    Args:
+        skip_bad: an unreadable image is named in ``skipped``, and, in training, the next one of the split takes its
+            place, so that a batch stays whole; in evaluation its row stays padding.
     """
 
-    def __init__(self, split: Split, resize: Resize, augment: Augment | None, skip_bad: bool):
+    def __init__(self, split: Split, resize: Resize | ResizeAndCrop, augment: Augment | None, skip_bad: bool):
         self.split, self.resize, self.augment, self.skip_bad = split, resize, augment, skip_bad
 
     def __len__(self) -> int:
@@ -535,25 +617,29 @@ class Batches(torch.utils.data.Dataset):
         size = self.resize.size
         pixels = torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8)
         labels = torch.full((len(pairs),), IGNORE)
+        skipped = []
         for slot, (epoch, image) in enumerate(pairs):
-            if image < 0:
-                continue
-            try:
-                pixels[slot] = self._pixels(epoch, image)
-            except Exception as error:
-                if not self.skip_bad:
-                    raise DataError(f"unreadable image: {self.split.describe(image)} ({error}); or use --skip_bad_images") from None
-                continue  # stays padding
-            labels[slot] = int(self.split.labels[image])
-        return {"pixel_values": pixels, "labels": labels}
+            while image >= 0:
+                try:
+                    pixels[slot] = self._pixels(epoch, image)
+                    labels[slot] = int(self.split.labels[image])
+                    break
+                except Exception as error:
+                    named = f"{self.split.describe(image)} ({error})"
+                    if not self.skip_bad or len(skipped) >= len(self):
+                        raise DataError(f"unreadable image: {named}" + "; or use --skip_bad_images" * (not self.skip_bad)) from None
+                    skipped.append(named)
+                    image = (image + 1) % len(self) if self.split.name == "train" else -1
+        return {"pixel_values": pixels, "labels": labels, "skipped": skipped}
 
     def _pixels(self, epoch: int, image: int) -> torch.Tensor:
+        split = self.split
         if self.augment:
-            source = self.split.sources[image] if self.split.sources else self.augment.keep(open_image(self.split.images[image]))
+            source = self.augment.shrink(open_image(split.images[image])) if split.sources is None else split.sources[image]
             return self.augment(source, epoch, image)
-        if self.split.resized is not None:
-            return torch.from_numpy(self.split.resized[image])
-        return torch.from_numpy(self.resize(open_image(self.split.images[image])))
+        if split.resized is not None:
+            return torch.from_numpy(split.resized[image])
+        return torch.from_numpy(self.resize(open_image(split.images[image])))
 
 
 class _Order:
@@ -579,7 +665,7 @@ def make_loader(batches: Batches, order, workers: int) -> DataLoader:
         collate_fn=_whole,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # or each loader would draw from the state that dropout depends on
     )
 
 
@@ -593,7 +679,7 @@ def evaluation_order(images: int, batch_size: int, layout: Layout) -> list[list[
 
 
 def auto_workers(images: ImageData, augment: Augment | None, processes: int) -> int:
-    """Data-loading processes of one process: none where batches are mere copies, else its share of the cores, at most 8."""
+    """Data-loading processes of one process: none where batches are mere copies, else its share of the cores, at most 16."""
     if images.train.resized is not None and not augment:
         return 0
-    return max(0, min(8, len(os.sched_getaffinity(0)) // processes - 1))
+    return max(0, min(16, len(os.sched_getaffinity(0)) // processes - 1))

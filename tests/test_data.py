@@ -54,19 +54,21 @@ def test_train_alone_is_split_with_its_class_proportions(tmp_path, nested):
     images = load(tmp_path, "--validation_fraction", 0.25)
     assert np.bincount(images.validation.labels).tolist() == [10, 5, 1]
     assert np.bincount(images.train.labels).tolist() == [30, 15, 3]
-    assert not set(images.train.where) & set(images.validation.where)
+    assert not set(images.train.where) & set(images.validation.where) and len(set(images.train.where)) == 48
     assert images.validation.name == "validation" and images.test is None
     assert "16 of 64" in images.notes[0]
-    assert load(tmp_path, "--validation_fraction", 0.25).validation.where == images.validation.where
-    assert load(tmp_path, "--validation_fraction", 0.25, "--seed", 1).validation.where != images.validation.where
+    held_out = list(images.validation.where)
+    assert list(load(tmp_path, "--validation_fraction", 0.25).validation.where) == held_out
+    assert list(load(tmp_path, "--validation_fraction", 0.25, "--seed", 1).validation.where) != held_out
 
 
 def test_samples_are_limited_by_seed(image_folder):
     images = load(image_folder, "--max_train_samples", 10, "--max_eval_samples", 5)
     assert [len(split) for split in images.splits()] == [10, 5, 5]
     assert len(set(images.train.where)) == 10
-    assert images.train.where == load(image_folder, "--max_train_samples", 10).train.where
-    assert images.train.where != load(image_folder, "--max_train_samples", 10, "--seed", 1).train.where
+    drawn = list(images.train.where)
+    assert list(load(image_folder, "--max_train_samples", 10).train.where) == drawn
+    assert list(load(image_folder, "--max_train_samples", 10, "--seed", 1).train.where) != drawn
 
 
 def png(image: Image.Image) -> bytes:
@@ -128,7 +130,7 @@ def test_parquet_of_plain_structs_and_values(tmp_path, pictures, labels, names):
     images = load(tmp_path / "all.parquet", "--validation_fraction", 0.3)
     assert images.label_names == list(names)
     shown = {pixels.numpy().tobytes(): images.label_names[label]
-             for split in images.splits() for pixels, label in zip(*pixels_of(split).values())}  # fmt: skip
+             for split in images.splits() for pixels, label in zip(*list(pixels_of(split).values())[:2])}  # fmt: skip
     assert shown == {data.Resize(16)(p).tobytes(): str(labels[i % 3]) for i, p in enumerate(pictures)}
 
 
@@ -199,6 +201,19 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         assert np.abs(np.asarray(rgb).astype(int) - colour).max() <= 1
 
 
+def test_resize_and_crop_equals_transformers(image_folder):
+    from transformers import BitImageProcessor
+
+    for path in sorted((image_folder / "train").rglob("*.png"))[:8]:
+        for resample in (2, 3):
+            processor = BitImageProcessor(
+                size={"shortest_edge": 20}, crop_size={"height": 16, "width": 16}, resample=resample, do_rescale=False, do_normalize=False
+            )
+            image = data.open_image(path)
+            expected = processor(image, return_tensors="np")["pixel_values"][0]
+            assert (data.ResizeAndCrop(16, 20, resample)(image) == expected).all(), (path, image.size)
+
+
 def test_exif_orientation_is_followed(tmp_path):
     upright = np.zeros((4, 6, 3), np.uint8)
     upright[0, 0] = 255  # top left
@@ -253,8 +268,22 @@ def test_unreadable_image_found_by_a_worker_is_named(tmp_path):
     (tmp_path / "train" / "red" / "002.png").write_text("broken")
     with pytest.raises(data.DataError, match="train/red/002.png"):
         pixels_of(split)
-    skipped = data.Batches(split, data.Resize(16), None, True).__getitems__([(0, i) for i in range(6)])
-    assert skipped["labels"].tolist().count(data.IGNORE) == 1
+    pairs = [(0, i) for i in range(6)]
+    batch = data.Batches(split, data.Resize(16), None, True).__getitems__(pairs)  # the next image takes its place
+    bad = [i for i in range(6) if "red/002" in split.where[i]][0]
+    assert batch["labels"].tolist() == [split.labels[i if i != bad else (i + 1) % 6] for i in range(6)]
+    assert torch.equal(batch["pixel_values"][bad], batch["pixel_values"][(bad + 1) % 6])
+    assert len(batch["skipped"]) == 1 and "train/red/002.png" in batch["skipped"][0]
+    batch = data.Batches(replace(split, name="validation"), data.Resize(16), None, True).__getitems__(pairs)
+    assert batch["labels"].tolist().count(data.IGNORE) == 1  # padding
+
+
+def test_split_of_many_images_is_not_read_before_training(tmp_path, monkeypatch):
+    images = load(write_folder(tmp_path, {"train": 6, "validation": 3}))
+    (tmp_path / "train" / "red" / "002.png").write_text("broken")
+    monkeypatch.setattr(data, "LARGE", 5)
+    kept, _ = decoded(images)
+    assert kept.train.resized is None and len(kept.train) == 6 and kept.validation.resized is not None
 
 
 def test_run_with_unreadable_images_that_are_not_kept_in_memory(one, shared):
@@ -271,6 +300,14 @@ def test_class_missing_in_validation_is_said(tmp_path):
     images = load(tmp_path)
     assert images.notes == ["the validation split has no images of class red"]
     assert images.label_names == list(CLASSES)
+
+
+def test_images_beside_each_other_are_told_apart_from_none(tmp_path):
+    write_folder(tmp_path, {"train": 9})
+    (tmp_path / "val").mkdir()
+    (tmp_path / "train" / "red" / "002.png").rename(tmp_path / "val" / "1.png")
+    with pytest.raises(data.DataError, match="no images under .*val.*move each into the folder of its class"):
+        load(tmp_path)
 
 
 def test_class_unknown_to_training_is_refused(tmp_path):
@@ -328,7 +365,7 @@ def test_images_beyond_the_memory_budget_are_decoded_later_with_the_same_pixels(
     for workers in (0, 2):
         order = [[(0, i) for i in range(11)], [(0, i) for i in range(11, 22)]]
         batches = list(data.make_loader(data.Batches(left.train, data.Resize(16), None, False), order, workers))
-        for name in expected:
+        for name in ("pixel_values", "labels"):
             assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
 
 
@@ -444,6 +481,29 @@ def test_augmentation_follows_epoch_seed_and_image(image_folder):
     assert not torch.equal(augmented(kept.train, 0, seed=43), expected)
     same = replace(kept.train, sources=[kept.train.sources[0]] * 22)
     assert len({pixels.numpy().tobytes() for pixels in augmented(same, 0)}) > 15  # one image, other crops
+
+
+@pytest.mark.parametrize("resample", [2, 3])
+def test_augmentation_equals_torchvisions(image_folder, resample):
+    from torchvision.transforms import InterpolationMode, v2
+
+    modes = {2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC}
+    theirs = v2.Compose([v2.RandomResizedCrop(16, (0.2, 1.0), interpolation=modes[resample]), v2.RandomHorizontalFlip()])
+    for i, path in enumerate(sorted((image_folder / "train").rglob("*.png"))):
+        image = data.open_image(path)
+        pixels = np.array(image)
+        with data.drawn_from(42, 1, i):
+            expected = theirs(torch.from_numpy(pixels).permute(2, 0, 1))
+        augment = data.Augment(16, 42, resample, 0.2)
+        assert torch.equal(augment(image, 1, i), augment(pixels, 1, i))
+        # without AVX2 torchvision resizes in floats
+        assert (augment(pixels, 1, i).int() - expected.int()).abs().max() <= 1
+
+
+def test_augmentation_without_flip():
+    ramp = np.arange(40, dtype=np.uint8)[None, :, None].repeat(30, 0).repeat(3, 2)
+    rising = [bool(a[0, 0, 0] < a[0, 0, -1]) for a in (data.Augment(16, 0, flip=False)(ramp, 0, i) for i in range(20))]
+    assert all(rising) and not all(bool(a[0, 0, 0] < a[0, 0, -1]) for a in (data.Augment(16, 0)(ramp, 0, i) for i in range(20)))
 
 
 def test_augmentation_leaves_the_random_state_alone():

@@ -1,0 +1,134 @@
+"""A data set decoded and resized once: many images in a few files, read through memory maps. prepare_images.py writes it.
+
+    prepared.json        what it was made of and with, class names, images and skipped images of each split
+    train.npz            of each image: part, offset and length (bytes), height and width (pixels), label
+    train-00000.bin ...  the images of each part one behind the other: uint8 RGB, or JPEG files
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data import PREPARED, DataError, Split
+
+VERSION = 1  # raise when the format changes
+COLUMNS = {"offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32, "label": np.int64}
+
+
+class Packed:
+    """The images of a split, each a view of a memory map: uint8 (H, W, 3), or the bytes of a JPEG file. Nothing is read before it is asked for."""
+
+    def __init__(self, folder: Path, split: str, index: dict[str, np.ndarray], raw: bool):
+        self.folder, self.split, self.index, self.raw = folder, split, index, raw
+        self.maps: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return len(self.index["label"])
+
+    def __getitem__(self, i: int) -> np.ndarray | bytes:
+        part, offset, length, height, width = (self.index[name][i].item() for name in ("part", "offset", "length", "height", "width"))
+        if part not in self.maps:
+            self.maps[part] = np.asarray(np.memmap(part_path(self.folder, self.split, part), mode="r"))
+        piece = self.maps[part][offset : offset + length]
+        return piece.reshape(height, width, 3) if self.raw else piece.tobytes()
+
+
+def part_path(folder: Path, split: str, part: int) -> Path:
+    return folder / f"{split}-{part:05d}.bin"
+
+
+def write_part(folder: Path, split: str, part: int, images, skipped: list[str]) -> None:
+    """One part and its index, each written beside and renamed, the index last: where it is, the part is whole.
+
+    Args:
+        images: yields (bytes, height, width, label).
+        skipped: names of the images left out; filled while ``images`` are drawn.
+    """
+    path, rows, offset = part_path(folder, split, part), [], 0
+    beside = path.with_suffix(".writing")
+    with open(beside, "wb") as file:
+        for content, height, width, label in images:
+            file.write(content)
+            rows.append((offset, len(content), height, width, label))
+            offset += len(content)
+    os.replace(beside, path)
+    columns = zip(*rows) if rows else [()] * len(COLUMNS)
+    index = {name: np.array(column, kind) for (name, kind), column in zip(COLUMNS.items(), columns)}
+    _save(path.with_suffix(".npz"), index | {"skipped": np.array(skipped, dtype=str)})
+
+
+def is_written(folder: Path, split: str, part: int) -> bool:
+    return part_path(folder, split, part).with_suffix(".npz").exists()
+
+
+def join_parts(folder: Path, split: str, parts: int) -> tuple[int, int, list[str]]:
+    """One index of the split from those of its parts. -> (images, bytes, names of the skipped images)"""
+    paths = [part_path(folder, split, part).with_suffix(".npz") for part in range(parts)]
+    found = [dict(np.load(path)) for path in paths]
+    index = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
+    index["part"] = np.repeat(np.arange(parts), [len(part["label"]) for part in found])
+    _save(folder / f"{split}.npz", index)
+    return len(index["label"]), int(index["length"].sum()), [str(name) for part in found for name in part["skipped"]]
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    beside = path.with_suffix(".writing.npz")
+    np.savez(beside, **arrays)
+    os.replace(beside, path)
+
+
+def write_about(folder: Path, about: dict) -> None:
+    beside = folder / f"{PREPARED}.writing"
+    beside.write_text(json.dumps({"version": VERSION} | about, indent=1))
+    os.replace(beside, folder / PREPARED)
+
+
+def read_about(folder: Path) -> dict:
+    """What prepared.json says.
+
+    Raises:
+        DataError: it is damaged, or of another version.
+    """
+    try:
+        about = json.loads((folder / PREPARED).read_text())
+        if about["version"] == VERSION:
+            return about
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise DataError(f"--dataset {folder}: {PREPARED} is damaged or of another version: run prepare_images.py again, into a new folder")
+
+
+def read_finished(folder: Path) -> dict:
+    """`read_about` of a folder that can be trained on.
+
+    Raises:
+        DataError: it cannot.
+    """
+    about = read_about(folder)
+    if not about["complete"]:
+        raise DataError(f"--dataset {folder}: prepare_images.py was interrupted: run the same command again, it goes on")
+    return about
+
+
+def read(folder: Path) -> tuple[dict[str, Split], list[str]]:
+    """-> (splits, class names). Reads the index, not the images.
+
+    Raises:
+        DataError: the folder is unfinished, or not all of it was copied.
+    """
+    about, splits = read_finished(folder), {}
+    for split in about["splits"]:
+        try:
+            index = dict(np.load(folder / f"{split}.npz"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"--dataset {folder}: {split}.npz cannot be read ({error}): copy the folder again") from None
+        ends = index["offset"] + index["length"]
+        for part in np.unique(index["part"]):
+            path = part_path(folder, split, part)
+            if not path.exists() or path.stat().st_size != ends[index["part"] == part].max():
+                raise DataError(f"--dataset {folder}: {path.name} is missing or cut short: copy the folder again")
+        images = Packed(folder, split, index, about["format"] == "raw")
+        splits[split] = Split(split, images, index["label"], sources=images if images.raw else None)
+    return splits, about["labels"]

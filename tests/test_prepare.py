@@ -1,0 +1,143 @@
+"""prepare_images.py and packed.py: what is written, what is read, what is wrong with it, and going on after an end."""
+
+import json
+import os
+from argparse import Namespace
+
+import numpy as np
+import pytest
+from imagenet_shape import write_set
+
+import data
+import packed
+import prepare_images
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    root = tmp_path_factory.mktemp("tree")
+    write_set(root, classes=4, train=45, val=9, side=90)
+    return root
+
+
+def load(folder) -> data.ImageData:
+    asked = Namespace(dataset=str(folder), image_column=None, label_column=None, max_train_samples=None, max_eval_samples=None, seed=0)
+    return data.load_data(asked, hold_out=False)
+
+
+def prepare(capsys, *argv) -> str:
+    prepare_images.main(["--size", "32", "--processes", "2", *map(str, argv)])
+    return capsys.readouterr().out
+
+
+def refused(capsys, *argv) -> str:
+    with pytest.raises(SystemExit) as end:
+        prepare_images.main(["--size", "32", "--processes", "2", *map(str, argv)])
+    assert end.value.code
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    monkeypatch.setattr(prepare_images, "PART", 10)  # five parts of train, the last of 5
+
+
+def test_prepared_images_are_those_of_the_files_resized(tree, tmp_path, capsys, parts):
+    said = prepare(capsys, tree, tmp_path / "out")
+    assert "train: 45 images" in said and "0 skipped" in said
+    assert data.locate(str(tmp_path / "out")) == "prepared"
+    files, ready = load(tree), load(tmp_path / "out")
+    assert ready.label_names == files.label_names and len(ready.label_names) == 4
+    modes = set()
+    for expected, split in zip(files.splits(), ready.splits(), strict=True):
+        assert (split.labels == expected.labels).all() and split.name == expected.name
+        for i in range(len(split)):
+            image = data.open_image(expected.images[i])
+            assert (split.images[i] == np.asarray(data.resize_shorter(image, 32))).all() and min(split.images[i].shape[:2]) == 32
+            with data.Image.open(expected.images[i]) as opened:
+                modes.add((opened.format, opened.mode))
+        # evaluation is the same to the bit
+        pairs = [(0, i) for i in range(len(split))]
+        before, after = (data.Batches(s, data.ResizeAndCrop(28, 32), None, False).__getitems__(pairs) for s in (expected, split))
+        assert data.torch.equal(before["pixel_values"], after["pixel_values"])
+    assert modes == {("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGB")}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "prepared.json", *(f"train-0000{i}.bin" for i in range(5)), "train.npz", "validation-00000.bin", "validation.npz"
+    ]  # fmt: skip
+    assert "is complete" in refused(capsys, tree, tmp_path / "out")
+
+
+def test_augmentation_takes_prepared_images_as_they_lie(tree, tmp_path, capsys, parts):
+    prepare(capsys, tree, tmp_path / "out")
+    train, augment = load(tmp_path / "out").train, data.Augment(24, 3)
+    pairs = [(1, i) for i in range(45)]
+    batch = data.Batches(train, data.ResizeAndCrop(24, 32), augment, False).__getitems__(pairs)
+    assert all((batch["pixel_values"][i] == augment(train.images[i], 1, i)).all() for i in range(45))
+    half = train.take(np.arange(0, 45, 2))
+    assert (half.sources[3] == train.sources[6]).all() and half.labels[3] == train.labels[6]
+
+
+def test_packed_as_jpeg_takes_less_and_stays_near(tree, tmp_path, capsys, parts):
+    prepare(capsys, tree, tmp_path / "raw")
+    prepare(capsys, tree, tmp_path / "jpeg", "--format", "jpeg")
+    raw, jpeg = load(tmp_path / "raw").train, load(tmp_path / "jpeg").train
+    assert jpeg.sources is None and isinstance(jpeg.images[0], bytes)
+    for i in range(45):
+        difference = np.asarray(data.open_image(jpeg.images[i])).astype(int) - raw.images[i]
+        assert np.abs(difference).mean() < 8
+    sizes = [json.loads((tmp_path / name / "prepared.json").read_text())["splits"]["train"]["bytes"] for name in ("raw", "jpeg")]
+    assert sizes[0] == sum(raw.images[i].nbytes for i in range(45)) > 2 * sizes[1]
+
+
+def test_truncated_images_are_named_or_skipped_and_counted(tmp_path, capsys, parts):
+    cut = write_set(tmp_path / "tree", classes=4, train=45, val=9, side=90, truncated=2)
+    out = tmp_path / "out"
+    said = refused(capsys, tmp_path / "tree", out)
+    assert "2 unreadable image(s)" in said and all(path.name in said for path in cut) and "--skip_bad_images" in said
+    with pytest.raises(data.DataError, match="was interrupted"):
+        data.locate(str(out))
+    said = prepare(capsys, tmp_path / "tree", out, "--skip_bad_images")
+    assert "train: 43 images" in said and "2 skipped" in said and all(path.name in said for path in cut)
+    files, ready = load(tmp_path / "tree").train, load(out).train
+    good = [i for i in range(45) if files.where[i] not in map(str, cut)]
+    assert (ready.labels == files.labels[good]).all() and len(ready.images) == 43
+    assert (ready.images[42] == np.asarray(data.resize_shorter(data.open_image(files.images[good[42]]), 32))).all()
+
+
+def test_interrupted_preparation_goes_on(tree, tmp_path, capsys, parts, monkeypatch):
+    prepare(capsys, tree, tmp_path / "whole")
+    whole = packed.write_part
+    monkeypatch.setattr(packed, "write_part", lambda folder, split, part, *rest: os._exit(1) if part == 2 else whole(folder, split, part, *rest))
+    assert "goes on" in refused(capsys, tree, tmp_path / "out", "--processes", 1)
+    written = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.bin")}
+    assert sorted(written) == ["train-00000.bin", "train-00001.bin"]
+    monkeypatch.setattr(packed, "write_part", whole)
+    assert "size is 16, was 32" in refused(capsys, tree, tmp_path / "out", "--size", 16)
+    assert "2 of 6 parts are there already" in prepare(capsys, tree, tmp_path / "out")
+    for path in (tmp_path / "whole").glob("*.bin"):
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+    assert all((tmp_path / "out" / name).stat().st_mtime_ns == time for name, time in written.items())
+
+
+def test_folder_that_was_not_copied_whole_is_refused(tree, tmp_path, capsys, parts):
+    out = tmp_path / "out"
+    prepare(capsys, tree, out)
+    part = out / "train-00003.bin"
+    part.write_bytes(part.read_bytes()[:-1])
+    with pytest.raises(data.DataError, match="train-00003.bin is missing or cut short"):
+        load(out)
+    part.unlink()
+    with pytest.raises(data.DataError, match="train-00003.bin is missing or cut short"):
+        load(out)
+    (out / "prepared.json").write_text("{")
+    with pytest.raises(data.DataError, match="prepared.json is damaged"):
+        load(out)
+
+
+def test_bad_input_is_one_clear_error(tree, tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").write_text("mine")
+    assert "is not empty" in refused(capsys, tree, tmp_path / "full")
+    assert "no such folder" in refused(capsys, tmp_path / "none", tmp_path / "out")
+    assert "must be a whole number from 8" in refused(capsys, tree, tmp_path / "out", "--size", 2)
+    assert not (tmp_path / "out").exists()
