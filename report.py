@@ -527,6 +527,8 @@ def provenance(folder: Path, runs: list[dict]) -> str:
     calls = read_rows(folder / "sweep.jsonl") if (folder / "sweep.jsonl").exists() else []
     commands = [call_of(call["variables"], call["flags"]) for call in calls] or list(dict.fromkeys(e["command"] for e in measured))
     lines.append("\nCommand, in the project's folder:\n\n" + "\n".join(f"    {command}" for command in commands))
+    if any("PARALLEL_RUNS" in call["variables"] for call in calls):
+        lines.append("\nRuns shared a GPU, so times and images/s compare nothing here.")
     models = sorted({run["settings"]["model_name_or_path"] for run in runs})
     if calls and any(Path(model).name != Path(PUBLISHED_MODEL).name for model in models):
         dataset = runs[-1]["settings"]["dataset"]

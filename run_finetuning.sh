@@ -20,7 +20,7 @@ EPOCH=${EPOCH:-auto}                              # passes over the training ima
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.5}                 # pull of the weights towards zero
 WARMUP_RATIO=${WARMUP_RATIO:-0.3}                 # share of the steps over which the learning rate rises
 GPUNUM=${GPUNUM:-1}                               # processes of each run, one a GPU
-PARALLEL_RUNS=${PARALLEL_RUNS:-auto}              # runs side by side, each on GPUs of its own; all: as many as fit; auto: 1 | up to 4
+PARALLEL_RUNS=${PARALLEL_RUNS:-auto}              # runs side by side, each on its own GPU; more than GPUs: they share; all: one a GPU; auto: 1 | up to 4
 RESULTS=${RESULTS:-./finetuning_results}          # a folder for each run, logs, table.md, table.csv and charts
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh" # which documents INSTALL and LAUNCHER

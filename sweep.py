@@ -30,6 +30,7 @@ import console
 console.silence_libraries()  # before anything imports colossalai
 
 import args as command_lines  # noqa: E402
+import hub  # noqa: E402
 import launch  # noqa: E402
 import report  # noqa: E402
 from args import Parser  # noqa: E402
@@ -58,7 +59,7 @@ def read_arguments(argv: list[str] | None = None):
     for name in COMMON:
         parser.text(f"--{name}", default="auto", help="of every run, as in vit_train_demo.py")
     parser.number("--processes", int, low=1, default=1, help="of each run, one a GPU")
-    parser.text("--parallel_runs", default="auto", help="runs side by side, each on GPUs of its own; all: as many as fit")
+    parser.text("--parallel_runs", default="auto", help="runs side by side, each on GPUs of its own while there are any; all: as many as have their own")
     parser.choice("--launcher", ("colossalai", "torchrun"), default="colossalai", help="what starts a run")
     parser.text("--results", default="./finetuning_results", help="folder of the runs, tables and charts")
     sweep, flags = parser.parse_known_args(argv)
@@ -72,8 +73,9 @@ def read_arguments(argv: list[str] | None = None):
         parser.problems.append(f"PARALLEL_RUNS={sweep.parallel_runs}: must be a number from 1 to 9999, auto or all")
     else:
         sweep.parallel_runs = int(sweep.parallel_runs)
-        if gpus and sweep.parallel_runs > fitting:
-            parser.problems.append(f"PARALLEL_RUNS={sweep.parallel_runs}: {sweep.processes} GPU(s) for each is more than the {gpus} here; set it to at most {fitting}, or all")  # fmt: skip
+    sweep.fitting = fitting  # runs with GPUs of their own
+    if gpus and sweep.processes > gpus:
+        parser.problems.append(f"GPUNUM={sweep.processes}: is more than the {gpus} here")
     for flag in flags:
         if mend := NOT_PASSED_ON.get(flag.partition("=")[0]):
             parser.problems.append(f"{flag}: {mend}")
@@ -114,7 +116,7 @@ class Run:
 
 def plan(sweep, flags: list[str]) -> list[Run]:
     """All runs, every one checked; ends the program with all problems of all of them."""
-    command_lines.hub_answers = functools.cache(command_lines.hub_answers)  # asked once, not once a run
+    hub.answers = functools.cache(hub.answers)  # asked once, not once a run
     runs: dict[str, Run] = {}
     problems: dict[str, list[str]] = {}  # -> the runs that have it
     points = list(itertools.product(*(dict.fromkeys(getattr(sweep, name).split()) for name in GRID)))
@@ -165,7 +167,7 @@ def check(argv: list[str]):
 
 
 class Slot:
-    """A place for one run at a time: GPUs, cores and memory that the slots beside it do not use."""
+    """A place for one run at a time: GPUs (as far as there are enough), cores and memory that the slots beside it do not use."""
 
     def __init__(self, number: int, sweep):
         cores = sorted(os.sched_getaffinity(0))
@@ -174,7 +176,7 @@ class Slot:
         self.flags, self.launcher, self.port = [], sweep.launcher, None
         if gpus := launch.count_gpus():
             visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(map(str, range(gpus)))
-            first = number * sweep.processes
+            first = number % sweep.fitting * sweep.processes
             self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + sweep.processes])
         if sweep.parallel_runs > 1:
             import psutil
@@ -277,11 +279,17 @@ def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 60 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
+def shares_gpus(sweep) -> bool:
+    return launch.count_gpus() > 0 and sweep.parallel_runs > sweep.fitting
+
+
 def record_command(sweep, flags: list[str]) -> None:
     """Add this call to RESULTS/sweep.jsonl, for the report."""
     variables = {variable: getattr(sweep, name) for name, variable in (GRID | COMMON).items()}
     variables |= {"GPUNUM": str(sweep.processes), "RESULTS": sweep.results}
     call = {"variables": variables, "flags": flags}
+    if shares_gpus(sweep):
+        call["variables"]["PARALLEL_RUNS"] = str(sweep.parallel_runs)
     path = Path(sweep.results) / "sweep.jsonl"
     calls = report.read_rows(path) if path.exists() else []
     if call not in calls:
@@ -302,6 +310,8 @@ def main() -> int:
         if sweep.small:
             say(f"no GPU: a small grid, {len(runs)} runs of {sweep.num_epoch} epochs with the embedded vit-demo (MODELS chooses another, for the published grid)")
         side = f", {sweep.parallel_runs} side by side" * (sweep.parallel_runs > 1)
+        if shares_gpus(sweep):
+            say(f"{sweep.parallel_runs} runs share GPUs for {sweep.fitting}: their speeds say nothing about a plugin")
         say(f"{len(runs)} runs{side}; each writes to {logs}/NAME.log")
         return run_all(runs, sweep)
 

@@ -181,7 +181,7 @@ def test_published_grid_with_a_gpu_and_a_small_one_without(monkeypatch):
     found, _ = sweep.read_arguments(["--parallel_runs", "all"])
     assert (found.batch_sizes, found.learning_rates, found.num_epoch, found.parallel_runs) == ("8 16 32", "1e-4 2e-4 5e-4", "5", 4)
     with pytest.raises(SystemExit):
-        sweep.read_arguments(["--parallel_runs", "3", "--processes", "2"])
+        sweep.read_arguments(["--processes", "5"])
     monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 0)
     found, _ = sweep.read_arguments([])
     assert (found.small, found.batch_sizes, found.num_epoch) == (True, "16 32", "2")
@@ -196,6 +196,15 @@ def test_runs_side_by_side_share_nothing(monkeypatch, visible, expected):
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == expected
     if len(os.sched_getaffinity(0)) > 1:
         assert not set(slots[0].cores) & set(slots[1].cores)
+
+
+def test_more_runs_than_gpus_take_them_in_turn(monkeypatch):
+    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    settings, _ = sweep.read_arguments(["--parallel_runs", "3", "--processes", "2"])
+    assert [sweep.Slot(n, settings).environment["CUDA_VISIBLE_DEVICES"] for n in range(3)] == ["0,1", "2,3", "0,1"]
+    assert sweep.shares_gpus(settings)
+    assert not sweep.shares_gpus(sweep.read_arguments(["--parallel_runs", "all"])[0])
 
 
 # ---- end to end: two runs side by side, of which one cannot work at first
