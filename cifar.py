@@ -1,12 +1,11 @@
-"""Small images that live on the device as uint8: read them (CIFAR-10 in any of its forms), augment them there.
+"""CIFAR-10 in torchvision's form, and the augmentation of batches on the device.
 
 A batch is cut and augmented by a few kernels over all its images, each image with its own draw, so no loader can
 hold the GPU back. CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
 import pickle
-from argparse import Namespace
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import data
-from data import IGNORE, DataError, ImageData, Split
+from data import DataError, ImageData, Split
 
 # ---------------------------------------------------------------------------------------------- reading
 
@@ -39,20 +38,16 @@ def batches_folder(name: str) -> Path | None:
     return None
 
 
-def locate(name: str) -> str:
-    """What kind of data set ``name`` is; reads directory entries only.
+def is_folder(name: str) -> bool:
+    """Whether ``name`` is, or holds, torchvision's folder, with all of the training images.
 
     Raises:
-        DataError: it is none, or files of it are missing.
+        DataError: files of it are missing.
     """
-    if folder := batches_folder(name):
-        if missing := [file for file in (*TRAIN_FILES, "batches.meta") if not (folder / file).is_file()]:
-            raise DataError(f"DATA={name}: {folder} lacks {', '.join(missing)}: unpack cifar-10-python.tar.gz again")
-        return FOLDER
-    try:
-        return data.locate(name)
-    except DataError as error:
-        raise DataError(str(error).replace("--dataset ", "DATA=", 1)) from None
+    folder = batches_folder(name)
+    if folder and (missing := [file for file in (*TRAIN_FILES, "batches.meta") if not (folder / file).is_file()]):
+        raise DataError(f"DATA={name}: {folder} lacks {', '.join(missing)}: unpack cifar-10-python.tar.gz again")
+    return folder is not None
 
 
 def _unpickle(path: Path) -> dict:
@@ -78,70 +73,16 @@ def _read_batches(folder: Path) -> tuple[dict[str, Split], list[str]]:
     return splits, list(_unpickle(folder / "batches.meta")["label_names"])
 
 
-def read(name: str, size: int, seed: int, processes: int = 1, skip_bad: bool = False) -> ImageData:
-    """Read and decode ``name``: every split as uint8 (3, size, size), train whole where there is a test split.
-
-    Args:
-        processes: of this launch on this machine; they share its cores and memory.
-        skip_bad: leave out unreadable images, named and counted in the notes.
+def read(name: str, size: int = 32) -> ImageData:
+    """The images of such a folder as uint8 (3, 32, 32); ``test`` is None in a copy without the test batch.
 
     Raises:
-        DataError: anything that a user has to mend.
+        DataError: the folder is damaged, or ``size`` is not that of its images.
     """
-    if locate(name) == FOLDER:
-        splits, labels = _read_batches(batches_folder(name))
-        if size != 32:
-            raise DataError(f"DATA={name}: its images have 32 px, the config's IMG_SIZE is {size}")
-        notes, train = [], splits["train"]
-        if held_out := "test" not in splits:
-            kept, rest = data.stratified(train.labels, 0.1, seed)
-            splits["train"] = replace(train, labels=train.labels[kept], resized=train.resized[kept])
-            splits["validation"] = replace(train, name="validation", labels=train.labels[rest], resized=train.resized[rest])
-            notes.append(f"no test_batch: {len(rest)} training images held out (stratified, seed {seed})")
-        return ImageData(splits["train"], splits.get("validation"), splits.get("test"), labels, notes, held_out)
-    args = Namespace(
-        dataset=name, image_column=None, label_column=None, validation_fraction=0.1, seed=seed, max_train_samples=None,
-        max_eval_samples=None, data_memory=None, skip_bad_images=skip_bad,
-    )  # fmt: skip
-    images, _ = data.decode(data.load_data(args), data.Resize(size), None, args, processes)
-    if any(split.resized is None for split in images.splits()):
-        raise DataError(f"DATA={name}: too large to be kept in memory at {size} px; train.py trains on small images only")
-    if images.test is not None and images.held_out:  # nothing to choose by validation: train on all
-        train, rest = images.train, images.validation
-        whole = replace(train, labels=np.concatenate([train.labels, rest.labels]), resized=train.resized + rest.resized)
-        notes = [note for note in images.notes if not note.startswith("no validation split")]
-        images = replace(images, train=whole, validation=None, notes=notes, held_out=False)
-    return images
-
-
-class Resident:
-    """A split whose images and labels lie on the device."""
-
-    def __init__(self, split: Split, device: torch.device):
-        self.pixels = torch.from_numpy(np.stack(split.resized)).to(device)  # uint8 (N, 3, S, S)
-        self.labels = torch.from_numpy(split.labels).to(device)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of all pixels of each channel, in units of 255."""
-        counts = torch.stack([torch.bincount(channel.flatten().int(), minlength=256) for channel in self.pixels.unbind(1)]).double()
-        levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
-        weights = counts / counts.sum(1, keepdim=True)
-        mean = (weights * levels).sum(1)
-        std = ((weights * levels**2).sum(1) - mean**2).clamp(min=0).sqrt()
-        # a grey or one-coloured set would be divided by 0
-        return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
-
-    def batch(self, pairs: list[tuple[int, int]], augment: "Augment | None" = None) -> dict:
-        """(epoch, image) pairs of one epoch, as data.Schedule deals them, to a batch for the engine."""
-        index = torch.tensor([image for _, image in pairs]).to(self.labels.device, non_blocking=True)
-        padding = index < 0
-        pixels, labels = self.pixels[index.clamp(min=0)], self.labels[index.clamp(min=0)]
-        if augment is not None:
-            pixels = augment(pixels, pairs[0][0], index)
-        return {"pixel_values": pixels, "labels": labels.masked_fill(padding, IGNORE)}
+    splits, labels = _read_batches(batches_folder(name))
+    if size != 32:
+        raise DataError(f"DATA={name}: its images have 32 px, the config's IMG_SIZE is {size}")
+    return ImageData(splits["train"], None, splits.get("test"), labels)
 
 
 # ---------------------------------------------------------------------------------------------- draws
@@ -276,29 +217,33 @@ def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
     return pixels
 
 
-def _magnitude(name: str, bin: int | None, size: int) -> float:
-    """Of the ten magnitudes of an operation (Cubuk et al., 2019, table 6), in its own unit."""
-    if bin is None:
-        return 0.0
+def magnitude_of(name: str, bin: int | None, size: int, bins: int = 10) -> float:
+    """The magnitude number ``bin`` of ``bins`` of an operation in its own unit, as torchvision's AutoAugment and RandAugment have it.
+
+    After Cubuk et al., 2019, table 6, where there are ten.
+    """
+    part = (bin or 0) / (bins - 1)
     if name == "Posterize":
-        return 8 - round(bin / (9 / 4))
+        return 8 - round(4 * part)
     if name == "Solarize":
-        return 255 * (1 - bin / 9)
+        return 255 * (1 - part)
     largest = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * size, "TranslateY": 150 / 331 * size, "Rotate": 30}
-    return largest.get(name, 0.9) * bin / 9
+    largest |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
+    return largest.get(name, 0.0) * part
 
 
 class Augment:
-    """Random crop out of the padded image, random flip, then AutoAugment (Cubuk et al., 2019, arXiv:1805.09501).
+    """Random crop out of the padded image, random flip, then AutoAugment or RandAugment (Cubuk et al., 2019, both).
 
     Args:
         seed: with epoch and image it decides every draw (`uniform`).
         size: of the images.
         padding: black pixels around the image before the crop; 0: no crop.
         policy: torchvision's name of an AutoAugment policy, or None.
+        rand_augment: (layers, magnitude, magnitudes there are) of RandAugment, or None.
     """
 
-    def __init__(self, seed: int, size: int, padding: int = 0, flip: bool = False, policy: str | None = None):
+    def __init__(self, seed: int, size: int, padding: int = 0, flip: bool = False, policy: str | None = None, rand_augment: tuple[int, int, int] | None = None):
         self.seed, self.padding, self.flip, self.policy = seed, padding, flip, policy
         if policy:
             from torchvision.transforms import AutoAugment, AutoAugmentPolicy
@@ -306,11 +251,16 @@ class Augment:
             policies = AutoAugment(AutoAugmentPolicy(policy)).policies  # pairs of (operation, probability, bin)
             self.operations = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in policies])
             self.probabilities = torch.tensor([[probability for _, probability, _ in pair] for pair in policies])
-            self.magnitudes = torch.tensor([[_magnitude(name, bin, size) for name, _, bin in pair] for pair in policies])
+            self.magnitudes = torch.tensor([[magnitude_of(name, bin, size) for name, _, bin in pair] for pair in policies])
+        self.layers = 0
+        if rand_augment:
+            self.layers, bin, bins = rand_augment
+            # all but Invert, with the identity at its place, as -1: torchvision's fourteen
+            self.rand_magnitudes = torch.tensor([magnitude_of(name, bin, size, bins) for name in OPERATIONS])
 
     def __call__(self, pixels: torch.Tensor, epoch: int, index: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, H, W) of the images ``index`` (N,), both on the device -> the same shape"""
-        right, down, mirrored, policy, *chances = uniform(self.seed, epoch, index, 8).unbind(1)
+        right, down, mirrored, policy, *chances = uniform(self.seed, epoch, index, 8 + 2 * self.layers).unbind(1)
         if self.padding or self.flip:
             pixels = self._crop(pixels, right, down, mirrored)
         if self.policy:
@@ -318,11 +268,14 @@ class Augment:
             self.operations, self.probabilities, self.magnitudes = tables
             chosen = (policy * len(self.operations)).long()
             for i in (0, 1):
-                operation, magnitude = self.operations[chosen, i], self.magnitudes[chosen, i]
-                signed = operation <= OPERATIONS.index("Sharpness")
-                magnitude = torch.where(signed & (chances[2 + i] < 0.5), -magnitude, magnitude)
-                operation = torch.where(chances[i] < self.probabilities[chosen, i], operation, -1)
-                pixels = apply(pixels, operation, magnitude)
+                operation = torch.where(chances[i] < self.probabilities[chosen, i], self.operations[chosen, i], -1)
+                pixels = apply(pixels, operation, _signed(operation, self.magnitudes[chosen, i], chances[2 + i]))
+        if self.layers:
+            self.rand_magnitudes = self.rand_magnitudes.to(pixels.device, non_blocking=True)
+            for chosen, sign in zip(chances[4::2], chances[5::2]):
+                operation = (chosen * len(OPERATIONS)).long()
+                magnitude = _signed(operation, self.rand_magnitudes[operation], sign)
+                pixels = apply(pixels, torch.where(operation == OPERATIONS.index("Invert"), -1, operation), magnitude)
         return pixels
 
     def _crop(self, pixels: torch.Tensor, right: torch.Tensor, down: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
@@ -334,3 +287,8 @@ class Augment:
             x = torch.where((mirrored < 0.5).view(-1, 1, 1), width - 1 - x, x)
         x, y = torch.broadcast_tensors(x + shift[0], y + shift[1])
         return _take(pixels, x, y)
+
+
+def _signed(operation: torch.Tensor, magnitude: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
+    """Of operations that go both ways, half of the magnitudes negated."""
+    return torch.where((operation <= OPERATIONS.index("Sharpness")) & (chance < 0.5), -magnitude, magnitude)

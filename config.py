@@ -13,6 +13,7 @@ import enum
 import types
 from pathlib import Path
 
+from args import gpu_count
 from layout import Layout
 
 MODES = ("1d", "2d", "2.5d", "3d")
@@ -59,6 +60,14 @@ def _rgb(value):
     return None if value is None or right else "must be three numbers from 0 to 1 (red, green, blue), or None: measured"
 
 
+def _rand_augment(value):
+    if value is None:
+        return None
+    whole = isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    right = whole and 1 <= value[0] <= 8 and 0 <= value[1] < (value[2] if len(value) == 3 else 31)
+    return None if right else "must be None, or (layers from 1 to 8, magnitude from 0 to 30), or (layers, magnitude, magnitudes there are)"
+
+
 def _dictionary(value):
     return None if value is None or isinstance(value, dict) else "must be a dict or None"
 
@@ -71,7 +80,8 @@ NAMES = {
     "LEARNING_RATE": (REQUIRED, _number(float, above=0)),  # peak, for the whole batch
     "WEIGHT_DECAY": (REQUIRED, _number(float, low=0)),  # of matrices; biases, LayerNorms and embeddings have none
     "NUM_EPOCHS": (REQUIRED, _number(int, low=1)),
-    "WARMUP_EPOCHS": (REQUIRED, _number(float, low=0)),  # linear, then a cosine to zero
+    "WARMUP_EPOCHS": (None, _number(float, low=0, optional=True)),  # linear, then a cosine to zero
+    "WARMUP_STEPS": (None, _number(int, low=0, optional=True)),  # instead of WARMUP_EPOCHS
     "LABEL_SMOOTHING": (0.0, _number(float, low=0, high=0.99)),
     "SEED": (42, _number(int, low=0, high=2**31 - 1)),  # of initial weights, order and augmentation
     # the model
@@ -84,12 +94,20 @@ NAMES = {
     "NUM_CLASSES": (1000, _number(int, low=2)),
     "DROPOUT": (0.0, _number(float, low=0, high=0.99)),
     "ATTENTION_DROPOUT": (0.0, _number(float, low=0, high=0.99)),
-    # augmentation, on the device
+    "POOLING": ("class", _choice("class", "mean")),  # what is classified: a class token, or the mean of the patches (there is no class token then)
+    "POSITIONS": ("learned", _choice("learned", "sincos")),  # sincos: fixed, in two dimensions
+    # the images
+    "RANDOM_RESIZED_CROP": (None, _number(float, above=0, high=1, optional=True)),  # smallest area of a crop; evaluation: shorter side, centre crop
     "RANDOM_CROP_PADDING": (0, _number(int, low=0)),  # pixels; 0: no crop
     "RANDOM_FLIP": (False, _switch),
     "AUTO_AUGMENT": (None, _choice(None, "cifar10", "imagenet", "svhn")),
+    "RAND_AUGMENT": (None, _rand_augment),  # (layers, magnitude) of torchvision's 31 magnitudes, or with their number: (2, 10, 11)
+    "MIXUP": (0.0, _number(float, low=0)),  # alpha; 0: never
+    "CUTMIX": (0.0, _number(float, low=0)),  # alpha; with MIXUP one of the two at random
     "MEAN": (None, _rgb),
     "STD": (None, _rgb),
+    "VALIDATION_FRACTION": (None, _number(float, above=0, high=0.9, optional=True)),  # of train, held out
+    "NUM_WORKERS": (None, _number(int, low=0, high=256, optional=True)),  # processes that decode, of each process; None: by the cores
     # parallelism
     "TENSOR_PARALLEL_SIZE": (None, _number(int, low=1, optional=True)),
     "TENSOR_PARALLEL_MODE": (None, _choice(None, "vanilla", *MODES)),
@@ -100,13 +118,15 @@ NAMES = {
     "bf16": (False, _switch),
     "gradient_accumulation": (1, _number(int, low=1)),
     "clip_grad_norm": (0.0, _number(float, low=0)),
+    "COMPILE": (False, _switch),  # torch.compile each layer
+    "CUDA_GRAPHS": (False, _switch),  # compile the whole model and replay it as CUDA graphs: for small batches
     # the run
     "CHECKPOINT_EPOCHS": (1, _number(int, low=1)),  # epochs from one checkpoint to the next
     "LOG_PATH": (None, _text),  # folder of the result where --output_path names none
 }
 SYNONYMS = {"NUM_LAYERS": "DEPTH"}
 # What may differ between a run and its continuation.
-FREE = ("LOG_PATH", "CHECKPOINT_EPOCHS", "BATCH_SIZE", "gradient_accumulation")
+FREE = ("LOG_PATH", "CHECKPOINT_EPOCHS", "BATCH_SIZE", "gradient_accumulation", "NUM_WORKERS", "COMPILE", "CUDA_GRAPHS")
 
 
 class ConfigError(ValueError):
@@ -211,6 +231,9 @@ def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
             config[name] = fallback if mend else found[name]
             if mend:
                 problems.append(f"{name} = {found[name]!r}: {mend}")
+    if config["WARMUP_EPOCHS"] is None and config["WARMUP_STEPS"] is None:
+        config["WARMUP_EPOCHS"] = 0
+        problems.append("WARMUP_EPOCHS is missing")
     if config["TOTAL_BATCH_SIZE"] is None and config["BATCH_SIZE"] is None:
         config["TOTAL_BATCH_SIZE"] = 0  # divisible by all
         if not {"TOTAL_BATCH_SIZE", "BATCH_SIZE"} & found.keys():
@@ -275,6 +298,8 @@ def resolve(config: dict, problems: list[str]) -> None:
         problems.append(f"fp16 = {fp16!r}: must be dict(mode=AMP_TYPE.TORCH), APEX or NAIVE; all train with fp32 master weights and a loss scale")
     if fp16 is not None and config["bf16"]:
         problems.append("fp16 and bf16: give one of them")
+    if config["RAND_AUGMENT"] and len(config["RAND_AUGMENT"]) == 2:
+        config["RAND_AUGMENT"] = (*config["RAND_AUGMENT"], 31)
     config["precision"] = "bf16" if config["bf16"] else "fp16" if fp16 is not None else "fp32"
 
 
@@ -283,15 +308,15 @@ def layout(config: dict, world: int, rank: int = 0) -> Layout:
 
 
 def model_config(config: dict, labels: list[str] | None = None):
-    """HuggingFace's ViTConfig."""
-    from model import Preset
+    """HuggingFace's config of the model: a ViT, or I-JEPA's form of it, which classifies the mean of the patches."""
+    from model import Preset, mean_pooled
 
     hidden = config["HIDDEN_SIZE"]
     sizes = Preset(config["IMG_SIZE"], config["PATCH_SIZE"], hidden, config["DEPTH"], config["NUM_HEADS"], round(hidden * config["MLP_RATIO"]))
     names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
     vit = sizes.config(config["NUM_CLASSES"], **names)
     vit.hidden_dropout_prob, vit.attention_probs_dropout_prob = config["DROPOUT"], config["ATTENTION_DROPOUT"]
-    return vit
+    return mean_pooled(vit) if config["POOLING"] == "mean" else vit
 
 
 def check(config: dict, world: int) -> list[str]:
@@ -306,10 +331,25 @@ def check(config: dict, world: int) -> list[str]:
         problems.append(f"IMG_SIZE {config['IMG_SIZE']}: is no multiple of PATCH_SIZE {config['PATCH_SIZE']}")
     if hidden % heads:
         problems.append(f"HIDDEN_SIZE {hidden}: is no multiple of NUM_HEADS {heads}")
-    if config["WARMUP_EPOCHS"] > config["NUM_EPOCHS"]:
+    if config["WARMUP_EPOCHS"] is not None and config["WARMUP_STEPS"] is not None:
+        problems.append(f"WARMUP_EPOCHS {config['WARMUP_EPOCHS']} and WARMUP_STEPS {config['WARMUP_STEPS']}: give one of them, the other as None")
+    if (config["WARMUP_EPOCHS"] or 0) > config["NUM_EPOCHS"]:
         problems.append(f"WARMUP_EPOCHS {config['WARMUP_EPOCHS']}: is more than NUM_EPOCHS {config['NUM_EPOCHS']}")
     if (config["MEAN"] is None) != (config["STD"] is None) or (config["STD"] and not all(config["STD"])):
         problems.append("MEAN and STD: give both or neither, and no STD of 0")
+    if config["RANDOM_RESIZED_CROP"] is not None and config["RANDOM_CROP_PADDING"]:
+        problems.append(f"RANDOM_RESIZED_CROP and RANDOM_CROP_PADDING {config['RANDOM_CROP_PADDING']}: give one of them")
+    if config["AUTO_AUGMENT"] and config["RAND_AUGMENT"]:
+        problems.append("AUTO_AUGMENT and RAND_AUGMENT: give one of them")
+    if config["POSITIONS"] == "sincos" and (hidden % 4 or hidden < 8):
+        problems.append(f"POSITIONS 'sincos': needs a HIDDEN_SIZE that is a multiple of 4 from 8, not {hidden}")
+    if config["CUDA_GRAPHS"] and config["gradient_accumulation"] > 1:
+        problems.append(f"CUDA_GRAPHS: a graph runs a whole batch at once, gradient_accumulation is {config['gradient_accumulation']}")
+    if config["CUDA_GRAPHS"] and not gpu_count():
+        problems.append("CUDA_GRAPHS: needs a GPU; leave it out")
+    if tp * pp > 1:
+        alone = {"POOLING": "class", "POSITIONS": "learned", "COMPILE": False, "CUDA_GRAPHS": False}
+        problems += [f"{name} {config[name]!r}: only goes with data parallelism, not with {mode}, pipeline {pp}" for name in alone if config[name] != alone[name]]
     if world % (tp * pp):
         problems.append(
             f"{world} process(es): tensor parallel size {tp} x pipeline {pp} needs a multiple of {tp * pp} (GPUNUM, --nproc_per_node)"

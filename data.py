@@ -99,9 +99,10 @@ class ImageData:
     label_names: list[str]
     notes: list[str] = field(default_factory=list)
     held_out: bool = False  # validation was cut from train here
+    minival: Split | None = None  # cut from train to choose by, beside a split to judge by
 
     def splits(self) -> list[Split]:
-        return [split for split in (self.train, self.validation, self.test) if split is not None]
+        return [split for split in (self.train, self.validation, self.test, self.minival) if split is not None]
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -392,13 +393,17 @@ class Resize:
         pixels = np.asarray(image.resize((self.size, self.size), resample=self.resample))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
+    def processor(self, mean, std):
+        """The same as transformers saves it beside a model; ``mean`` and ``std`` of each channel, in units of 255."""
+        from transformers import ViTImageProcessor
+
+        size = {"height": self.size, "width": self.size}
+        return ViTImageProcessor(size=size, image_mean=list(mean), image_std=list(std), resample=self.resample)
+
 
 @dataclass(frozen=True)
 class ResizeAndCrop:
-    """Preprocessing that keeps the proportions: the shorter side to ``shorter`` pixels, then the middle size x size of it.
-
-    As ImageNet is evaluated (224 of 256), and as transformers' BitImageProcessor does it.
-    """
+    """Preprocessing that keeps the proportions, as ImageNet's is: the shorter side to ``shorter`` pixels, then the middle size x size of it."""
 
     size: int
     shorter: int
@@ -410,6 +415,13 @@ class ResizeAndCrop:
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
         pixels = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+    def processor(self, mean, std):
+        """As `Resize.processor`."""
+        from transformers import BitImageProcessor
+
+        size, crop = {"shortest_edge": self.shorter}, {"height": self.size, "width": self.size}
+        return BitImageProcessor(size=size, crop_size=crop, image_mean=list(mean), image_std=list(std), resample=self.resample)
 
 
 def resize_shorter(image: Image.Image, shorter: int, resample: int = 2) -> Image.Image:

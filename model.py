@@ -185,6 +185,36 @@ def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
             module.dropout = nn.Sequential(module.dropout, StochasticDepth(rate * int(layer[1]) / max(1, layers - 1), "row"))
 
 
+def mean_pooled(config):
+    """The same sizes without a class token, the mean of the patches classified: in transformers that is I-JEPA's ViT (Assran et al., 2023)."""
+    from transformers import IJepaConfig
+
+    return IJepaConfig(**{name: value for name, value in config.to_dict().items() if name not in ("model_type", "encoder_stride", "transformers_version")})
+
+
+def build_vit(config) -> nn.Module:
+    """A classifier with random initial weights from torch's current seed, of the kind that the HuggingFace config names."""
+    from transformers import AutoModelForImageClassification
+
+    return AutoModelForImageClassification.from_config(config)
+
+
+@torch.no_grad()
+def fix_positions(model: nn.Module) -> None:
+    """Sines and cosines of each patch's place as position embeddings, not trained, in place.
+
+    Half of the channels tell x, half y, as in Beyer et al., 2022 (after MoCo v3); a class token has zeros.
+    """
+    positions = model.base_model.embeddings.position_embeddings  # (1, [1 +] patches, hidden)
+    side, quarter = model.config.image_size // model.config.patch_size, positions.shape[-1] // 4
+    frequencies = 10000 ** -(torch.arange(quarter) / (quarter - 1))
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    x, y = (place.flatten()[:, None] * frequencies for place in (x, y))
+    positions.zero_()
+    positions[0, -side * side :] = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
+    positions.requires_grad_(False)
+
+
 def export(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:
     """Write a folder that transformers opens: model.safetensors, config.json, preprocessor_config.json.
 
@@ -192,9 +222,7 @@ def export(state: dict[str, torch.Tensor], config, processor, folder: Path) -> N
         state: full state dict; padded classifier rows are trimmed to the config's labels; saved as fp32, which
             every device can run.
     """
-    from transformers import ViTForImageClassification
-
-    model = ViTForImageClassification(config)
+    model = build_vit(config)
     labels = len(config.id2label)
     state = {name: tensor.float() for name, tensor in state.items()}
     for name in ("classifier.weight", "classifier.bias"):

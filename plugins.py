@@ -357,7 +357,7 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
         model.compile(mode="reduce-overhead", dynamic=False)
     elif args.compile:
         # layer by layer: they are alike, so the first one's kernels serve them all
-        for layer in model.vit.encoder.layer:
+        for layer in model.base_model.encoder.layer:
             layer.compile(dynamic=False)
     adamw = build_optimizer(model, args, layer_decay)
     if args.plugin == "none":

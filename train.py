@@ -4,10 +4,11 @@
     DATA=... python train.py --world_size=W --rank=R --local_rank=L --host=HOST --port=PORT --config=...    each process by itself
     DATA=... CONFIG=... bash run_accuracy.sh
 
-In order: check config and settings, join the processes, read the images onto the device, build the model in its form
-of parallelism, then epoch by epoch train, evaluate and save; at the end the last epoch is exported.
+In order: check config and settings, join the processes, open the images, build the model in its form of parallelism, then
+epoch by epoch train, evaluate and save; at the end the last epoch is exported.
 """
 
+import itertools
 import os
 import sys
 import time
@@ -56,15 +57,15 @@ def parse(argv: list[str] | None = None) -> Namespace:
     problems += found + configs.check(config, world)
     args.dataset = os.environ.get("DATA")
     if not args.dataset:
-        problems.append("DATA: set this environment variable to the data set: cifar-10-batches-py, an image folder or a parquet copy")
+        problems.append("DATA: set this environment variable to the data set: cifar-10-batches-py, an image folder, a prepared folder, a parquet copy, or synthetic")  # fmt: skip
     else:
-        import cifar
+        import feed
 
         try:
-            args.dataset_kind = cifar.locate(args.dataset)
+            args.dataset_kind = feed.locate(args.dataset)
             args.model_name_or_path, args.notes = Path(args.config).stem, []
             check_hub(args, problems)
-        except cifar.DataError as error:
+        except feed.DataError as error:
             problems.append(str(error))
     args.output_path = args.output_path or config["LOG_PATH"] or f"./runs/{Path(args.config).stem}"
     args.eval_only = args.dry_run = False
@@ -87,7 +88,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     args.gradient_accumulation_steps = config["gradient_accumulation"]
     args.num_microbatches = config["NUM_MICRO_BATCHES"] if config["pp"] > 1 else 1
     args.optimizer, args.zero_stage, args.offload_optim_frac = "adamw", 0, 0.0
-    args.grad_checkpoint = args.compile = args.cuda_graphs = False
+    args.grad_checkpoint, args.compile, args.cuda_graphs = False, config["COMPILE"], config["CUDA_GRAPHS"]
     args.values = config
     args.settings = {"dataset": args.dataset} | configs.settings(config)
     return args
@@ -112,16 +113,17 @@ def join_by_hand(args, problems: list[str]) -> None:
 def build(args, labels: list[str]):
     """The config's model in its form of parallelism. -> (Boosted, HuggingFace config). Collective."""
     import torch
-    from transformers import ViTForImageClassification
 
     import plugins
     import tensor_parallel
-    from model import pad_labels
+    from model import build_vit, fix_positions, pad_labels
 
     values, layout = args.values, args.layout
     vit_config = configs.model_config(values, labels)
     torch.manual_seed(values["SEED"])  # the same weights on every process and in every mode
-    model = ViTForImageClassification(vit_config)
+    model = build_vit(vit_config)
+    if values["POSITIONS"] == "sincos":
+        fix_positions(model)
     if args.plugin in MESHES:
         tensor_parallel.start(values["mode"], values["tp"], values["depth"], values["SEED"])  # seeds dropout by rank
         return plugins.boost_mesh(tensor_parallel.build(vit_config, model.state_dict()), args, layout), vit_config
@@ -134,14 +136,13 @@ def build(args, labels: list[str]):
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)  # bad settings end here, before the slow imports
 
-    from transformers import ViTImageProcessor
-
     import checkpoint as ckpt
-    import cifar
     import data
+    import feed
     import model as vit
     import report
-    from engine import Engine, EpochProgress, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
+    from cifar import Augment
+    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
     from plugins import device, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
 
     values, layout, output = args.values, args.layout, Path(args.output_path)
@@ -151,30 +152,29 @@ def main(argv: list[str] | None = None) -> None:
         started = time.perf_counter()
         start_distributed(seed)
 
-        # ---- images, onto the device
+        # ---- images
         try:
-            images = cifar.read(args.dataset, size, seed, local_processes(), args.skip_bad_images)
+            images = feed.open_feeds(args.dataset, values, device(), local_processes(), args.skip_bad_images)
         except (ValueError, OSError) as error:
             fail(str(error).replace("--dataset ", "DATA="))
-        if len(images.label_names) != values["NUM_CLASSES"]:
-            fail(f"NUM_CLASSES {values['NUM_CLASSES']}: DATA={args.dataset} has {len(images.label_names)} classes")
-        held = images.test or images.validation
-        if images.test is None:
-            images.notes.append(f"no test split: evaluating the validation split ({len(held)} images)")
-        train, evaluated = cifar.Resident(images.train, device()), cifar.Resident(held, device())
-        mean, std = (values["MEAN"], values["STD"]) if values["MEAN"] else train.mean_and_std()
-        augment = cifar.Augment(seed, size, values["RANDOM_CROP_PADDING"], values["RANDOM_FLIP"], values["AUTO_AUGMENT"])
+        train, evaluated, labels = images.train, images.evaluated, images.label_names
+        flip = values["RANDOM_FLIP"] and not values["RANDOM_RESIZED_CROP"]  # which flips on the CPU
+        augment = Augment(seed, size, values["RANDOM_CROP_PADDING"], flip, values["AUTO_AUGMENT"], values["RAND_AUGMENT"])
 
         # ---- plan and model
         schedule = data.Schedule(len(train), values["BATCH_SIZE"] // layout.dp, values["gradient_accumulation"], layout, seed)
-        total_steps, warmup_steps = schedule.steps * epochs, round(schedule.steps * values["WARMUP_EPOCHS"])
-        boosted, vit_config = build(args, images.label_names)
-        engine = Engine(boosted, len(images.label_names), Normalize(tuple(mean), tuple(std)), values["LABEL_SMOOTHING"])
+        total_steps = schedule.steps * epochs
+        warmup_steps = round(schedule.steps * values["WARMUP_EPOCHS"]) if values["WARMUP_STEPS"] is None else values["WARMUP_STEPS"]
+        if warmup_steps >= total_steps:
+            images.notes.append(f"the warm-up of {warmup_steps} steps is longer than the {total_steps} steps of the training")
+        boosted, vit_config = build(args, labels)
+        mix = Mix(values["MIXUP"], values["CUTMIX"], len(labels), seed, layout.dp_rank) if values["MIXUP"] or values["CUTMIX"] else None
+        engine = Engine(boosted, len(labels), Normalize(*images.normal), values["LABEL_SMOOTHING"], mix)
         say(f"\n{args.config} on {args.dataset}")
         say(f"  layout    {layout}; {values['mode']}, {args.precision}" + f", depth {values['depth']}" * (values["depth"] > 1)
             + f", {args.num_microbatches} micro-batches" * (layout.pp > 1))  # fmt: skip
-        say(f"  data      train {len(train)}, {held.name} {len(held)} images of {len(images.label_names)} classes, {size} px, on {device().type}; "
-            f"mean {', '.join(f'{v:.3f}' for v in mean)}, std {', '.join(f'{v:.3f}' for v in std)}")  # fmt: skip
+        mean, std = (", ".join(f"{v:.3f}" for v in numbers) for numbers in images.normal)
+        say(f"  data      train {len(train)}, {evaluated.name} {len(evaluated)} images of {len(labels)} classes, {size} px, {images.where}; mean {mean}, std {std}")
         say(f"  schedule  {epochs} epochs x {schedule.steps} steps of {schedule.per_step} images "
             f"(batch {schedule.batch_size} x accumulation {schedule.accumulation} x dp {layout.dp})")  # fmt: skip
         say(f"  learning  rate {args.learning_rate:.3g}, warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {seed}")
@@ -208,12 +208,14 @@ def main(argv: list[str] | None = None) -> None:
             )  # fmt: skip
             checkpoints.save(boosted, meta)
 
-        def steps_of(epoch: int, first: int):
-            dealt = schedule.batches(epoch, first)
-            for _ in range(first, schedule.steps):
-                yield [train.batch(next(dealt), augment) for _ in range(schedule.batches_per_step)]
+        def evaluate(split) -> dict:
+            order = data.evaluation_order(len(split), schedule.rows, layout)
+            return engine.evaluate(split.batches(order), len(split))
 
-        order = data.evaluation_order(len(held), schedule.rows, layout)
+        # a list: drawn from later, when first_step has changed
+        starts = [(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, epochs)]
+        batches = train.batches(itertools.chain.from_iterable(itertools.starmap(schedule.batches, starts)), augment)
+        named = set()  # skipped images
         say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
 
         # ---- train
@@ -221,13 +223,21 @@ def main(argv: list[str] | None = None) -> None:
             for epoch in range(first_epoch, epochs):
                 done = epoch * schedule.steps
                 engine.train_epoch(
-                    steps_of(epoch, first_step), schedule.images_per_step[first_step:], lr_at, first_step=done + first_step,
+                    (list(itertools.islice(batches, schedule.batches_per_step)) for _ in itertools.count()),
+                    schedule.images_per_step[first_step:], lr_at, first_step=done + first_step,
                     progress=progress, label=f"epoch {epoch + 1}/{epochs}", stop=stop,
                 )  # fmt: skip
                 evaluated_at = time.perf_counter()
-                result = engine.evaluate((evaluated.batch(pairs) for pairs in order), len(held))
+                result = evaluate(evaluated)
+                if images.minival:
+                    result |= {f"minival_{name}": value for name, value in evaluate(images.minival).items()}
                 last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
                 row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
+                if args.skip_bad_images:
+                    skipped = sorted(feed.all_skipped(train))
+                    row["skipped_images"] = len(skipped)
+                    if skipped:
+                        say(f"  note      {len(skipped)} unreadable training image(s) skipped: {'; '.join(skipped[:10])}" + "; ..." * (len(skipped) > 10))
                 row["best"] = epoch + 1 == epochs  # the one exported: none is chosen by the split that it is judged by
                 rows.append(row)
                 progress, first_step = EpochProgress(), 0
@@ -237,7 +247,7 @@ def main(argv: list[str] | None = None) -> None:
                     report.write_rows(output / "metrics.jsonl", rows)
                 say(f"Evaluation result for epoch {epoch + 1}: average_loss={row['average_loss']:.4f}, accuracy={row['accuracy']:.4f}."
                     f"  (train loss {row['train_loss']:.4f}, {row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
-                    f"peak memory {row['peak_memory_gib']:.2f} GiB)")  # fmt: skip
+                    f"peak memory {row['peak_memory_gib']:.2f} GiB" + (f", minival accuracy {row['minival_accuracy']:.4f})" if images.minival else ")"))  # fmt: skip
         except Stopped as stopped:
             save(epoch)
             say(f"stopped by signal {stopped.signum}; checkpoint saved: continue with --resume auto")
@@ -247,19 +257,23 @@ def main(argv: list[str] | None = None) -> None:
             stop_distributed()
             fail(f"{error}".replace("--learning_rate", "LEARNING_RATE").replace("--max_norm 1", "clip_grad_norm = 1").replace("--precision ", ""), code=1)
 
+        except data.DataError as error:  # in the middle of an epoch, on one process: torchrun ends the others
+            kept = f". The last checkpoint stays, {checkpoints.all()[-1]}: --resume auto goes on from there" if checkpoints.all() else ""
+            print(f"error: {str(error).strip().rpartition('DataError: ')[2]}{kept}", file=sys.stderr, flush=True)
+            os._exit(1)
+
         # ---- export
         weights = ckpt.full_weights(boosted, output)
         trained = sum(row["seconds"] for row in rows if row["kind"] == "epoch")
         rows.append({"kind": "end", "seconds": time.perf_counter() - started, "training_seconds": trained})
         if rank() == 0:
-            processor = ViTImageProcessor(size={"height": size, "width": size}, image_mean=list(mean), image_std=list(std), resample=2)
-            vit.export(weights, vit_config, processor, output)
+            vit.export(weights, vit_config, images.processor, output)
             report.write_rows(output / "metrics.jsonl", rows)
-            report.epoch_chart(rows, output / "metrics.png", f"{args.model_name_or_path} on {Path(args.dataset).name}, {values['mode']} {args.precision}", held.name)
+            report.epoch_chart(rows, output / "metrics.png", f"{args.model_name_or_path} on {Path(args.dataset).name}, {values['mode']} {args.precision}", evaluated.name)
             settings = {"model_name_or_path": args.model_name_or_path} | args.settings
-            report.write_atomically(output / "README.md", report.model_card(rows, settings, images.label_names, from_scratch=held.name))
+            report.write_atomically(output / "README.md", report.model_card(rows, settings, labels, from_scratch=evaluated.name))
         last = rows[-2]
-        say(f"\n{held.name} accuracy {last['accuracy']:.4f} after {epochs} epochs, {trained:.0f} s of training ({time.perf_counter() - started:.0f} s in all)")
+        say(f"\n{evaluated.name} accuracy {last['accuracy']:.4f} after {epochs} epochs, {trained:.0f} s of training ({time.perf_counter() - started:.0f} s in all)")
         say(f"the model is in {output}/: python vit_predict.py --model {output} IMAGE_OR_FOLDER")
         stop_distributed()
 

@@ -41,12 +41,12 @@ def find_images(paths: list[str]) -> list[Path]:
 def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
     """Yield (path, [(label, probability), ...] best first) or (path, error message), in order."""
     import torch
-    from transformers import AutoImageProcessor, ViTForImageClassification
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     from data import open_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = ViTForImageClassification.from_pretrained(model_path).eval().to(device)
+    model = AutoModelForImageClassification.from_pretrained(model_path).eval().to(device)
     processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
     topk = min(topk, model.config.num_labels)
     for start in range(0, len(images), batch_size):

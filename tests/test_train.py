@@ -1,6 +1,6 @@
-"""train.py, config.py and cifar.py: configs, CIFAR-10 in its forms, augmentation, and whole runs that are the same in every mode.
+"""train.py, config.py, feed.py and cifar.py: configs, CIFAR-10 in its forms, augmentation, and whole runs that are the same in every mode.
 
-    python tests/test_train.py FOLDER      runs the cases, as the fixture `runs` does: libraries are imported once, then forked
+    python tests/test_train.py FOLDER      runs the cases, as the fixture `runs` does
 """
 
 import io
@@ -8,10 +8,8 @@ import json
 import os
 import pickle
 import signal
-import socket
-import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stdout
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
@@ -23,9 +21,10 @@ from PIL import Image
 
 import cifar
 import config as configs
+import feed
 from data import IGNORE, DataError
+from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs" / "cifar10").glob("*.py"))
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -44,6 +43,12 @@ def write_cifar(root: Path, per_file: int = 12, test: int = 23) -> Path:
             (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
     (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES), "num_vis": 3072}, protocol=2))
     return folder
+
+
+def read(folder, size: int = 32, classes: int = 10, skip_bad: bool = False, **values):
+    """feed.read with a config of defaults."""
+    defaults = {name: default for name, (default, _) in configs.NAMES.items()}
+    return feed.read(str(folder), defaults | {"IMG_SIZE": size, "NUM_CLASSES": classes} | values, skip_bad=skip_bad)
 
 
 # ---------------------------------------------------------------------------------------------- configs
@@ -136,6 +141,18 @@ def test_every_problem_is_named_at_once(tmp_path):
         (["fp16={'mode': 'torch'}", "bf16=True"], 4, "give one of them"),
         (["fp16={'mode': 'int8'}"], 4, "AMP_TYPE.TORCH"),
         (["parallel={'pipeline': 8}"], 8, "more stages than the 7 layers"),
+        (["RAND_AUGMENT=(2, 31)"], 4, "RAND_AUGMENT = (2, 31): must be None"),
+        (["RAND_AUGMENT=(2, 9)"], 4, "AUTO_AUGMENT and RAND_AUGMENT: give one"),
+        (["RANDOM_RESIZED_CROP=0.3"], 4, "RANDOM_RESIZED_CROP and RANDOM_CROP_PADDING 4"),
+        (["RANDOM_RESIZED_CROP=0"], 4, "RANDOM_RESIZED_CROP = 0: must be a number > 0"),
+        (["WARMUP_STEPS=100"], 4, "WARMUP_EPOCHS 40 and WARMUP_STEPS 100"),
+        (["WARMUP_EPOCHS=None"], 4, "WARMUP_EPOCHS is missing"),
+        (["POSITIONS=sincos", "HIDDEN_SIZE=30", "NUM_HEADS=2"], 4, "multiple of 4"),
+        (["CUDA_GRAPHS=True"], 4, "CUDA_GRAPHS: needs a GPU"),
+        (["POOLING=mean", "TENSOR_PARALLEL_MODE=1d", "TENSOR_PARALLEL_SIZE=2"], 4, "POOLING 'mean': only goes with data parallelism"),
+        (["POSITIONS=sincos", "TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 4, "POSITIONS 'sincos': only goes with data parallelism"),
+        (["COMPILE=True", "parallel={'pipeline': 2}"], 4, "COMPILE True: only goes with data parallelism"),
+        (["MIXUP=-1"], 4, "MIXUP = -1"),
     ],
 )
 def test_sizes_that_do_not_fit(overrides, world, said):
@@ -161,7 +178,7 @@ def folder(tmp_path_factory) -> Path:
 def test_three_formats_hold_the_same_images(folder, tmp_path):
     import datasets
 
-    ours = cifar.read(str(folder), 32, 0)
+    ours = read(folder)
     assert len(ours.train) == 60 and len(ours.test) == 23 and ours.validation is None
     assert ours.label_names == list(CLASSES) and ours.train.resized[0].shape == (3, 32, 32)
     columns = {}
@@ -180,18 +197,26 @@ def test_three_formats_hold_the_same_images(folder, tmp_path):
         embedded = {"img": [{"bytes": Path(p).read_bytes(), "path": None} for p in column["img"]], "label": column["label"]}
         datasets.Dataset.from_dict(embedded, features).to_parquet(str(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet"))
     for form in ("images", "parquet"):
-        read = cifar.read(str(tmp_path / form), 32, 0)
-        assert read.validation is None and read.label_names == list(CLASSES)
-        for split, expected in ((read.train, ours.train), (read.test, ours.test)):
+        found = read(tmp_path / form)
+        assert found.validation is None and found.label_names == list(CLASSES)
+        for split, expected in ((found.train, ours.train), (found.test, ours.test)):
             # the order is the format's own
             key = lambda s: sorted((int(label), np.asarray(pixels).tobytes()) for pixels, label in zip(s.resized, s.labels))  # noqa: E731
             assert key(split) == key(expected), form
 
 
 def test_without_a_test_split_validation_is_held_out(tmp_path):
-    images = cifar.read(str(write_cifar(tmp_path, test=0).parent), 32, 0)
+    images = read(write_cifar(tmp_path, test=0).parent)
     assert images.test is None and len(images.validation) == 10 and len(images.train) == 50
-    assert "no test_batch" in images.notes[0]
+    assert "validation: 10 training images held out" in images.notes[0]
+
+
+def test_fraction_is_held_out_beside_the_test_split(folder):
+    images = read(folder, VALIDATION_FRACTION=0.2)
+    assert (len(images.train), len(images.minival), len(images.test), images.validation) == (48, 12, 23, None)
+    whole = {np.asarray(pixels).tobytes() for pixels in read(folder).train.resized}
+    parts = [{np.asarray(pixels).tobytes() for pixels in split.resized} for split in (images.train, images.minival)]
+    assert parts[0] | parts[1] == whole and not parts[0] & parts[1]
 
 
 def test_damaged_folders_are_named(tmp_path):
@@ -199,15 +224,15 @@ def test_damaged_folders_are_named(tmp_path):
     whole = (folder / "data_batch_2").read_bytes()
     (folder / "data_batch_2").write_bytes(whole[:1000])
     with pytest.raises(DataError, match="data_batch_2 is damaged"):
-        cifar.read(str(folder), 32, 0)
+        read(folder)
     (folder / "data_batch_2").write_bytes(pickle.dumps(os.getcwd))  # a pickle that would call something
     with pytest.raises(DataError, match="it names"):
-        cifar.read(str(folder), 32, 0)
+        read(folder)
     (folder / "data_batch_2").unlink()
     with pytest.raises(DataError, match="lacks data_batch_2"):
-        cifar.locate(str(folder))
+        feed.locate(str(folder))
     with pytest.raises(DataError, match="^DATA="):
-        cifar.locate(str(tmp_path / "none"))
+        feed.locate(str(tmp_path / "none"))
 
 
 def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
@@ -217,13 +242,13 @@ def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
     broken = folder / "train" / "red" / "002.png"
     broken.write_bytes(broken.read_bytes()[:200])
     with pytest.raises(DataError, match="1 unreadable image.*002.png"):
-        cifar.read(str(folder), 16, 0)
-    images = cifar.read(str(folder), 16, 0, skip_bad=True)
+        read(folder, 16, 3)
+    images = read(folder, 16, 3, skip_bad=True)
     assert len(images.train) == 8 and any("1 unreadable image(s) skipped" in note for note in images.notes)
 
 
 def test_resident_batches_pad_and_measure_mean_and_std(folder):
-    resident = cifar.Resident(cifar.read(str(folder), 32, 0).train, torch.device("cpu"))
+    resident = feed.Resident(read(folder).train, torch.device("cpu"))
     batch = resident.batch([(0, 3), (0, -1), (0, 59)])
     assert batch["labels"].tolist() == [3, IGNORE, 1]
     assert torch.equal(batch["pixel_values"][0], resident.pixels[3])
@@ -254,7 +279,7 @@ def test_operations_equal_torchvisions_on_single_images(pictures, name):
     from torchvision.transforms.autoaugment import _apply_op
 
     for bin in (0, 3, 9):
-        magnitude = cifar._magnitude(name, bin, 32)
+        magnitude = cifar.magnitude_of(name, bin, 32)
         theirs = AutoAugment()._augmentation_space(10, (32, 32))[name][0]
         assert theirs.ndim == 0 or magnitude == pytest.approx(theirs[bin].item(), abs=1e-4)
         for sign in (1, -1) if cifar.OPERATIONS.index(name) < 9 else (1,):
@@ -263,6 +288,43 @@ def test_operations_equal_torchvisions_on_single_images(pictures, name):
             difference = (ours.int() - expected.int()).abs()
             # blends are cut off to whole numbers, where fp32 is just below one or not
             assert difference.max() <= (1 if name in ("Brightness", "Color", "Contrast", "Sharpness") else 0)
+
+
+@pytest.mark.parametrize("bins, bin", [(31, 9), (31, 30), (11, 10)])
+def test_rand_augments_magnitudes_are_torchvisions(bins, bin):
+    from torchvision.transforms import RandAugment
+
+    theirs = RandAugment(2, bin, bins)._augmentation_space(bins, (32, 32))
+    assert set(theirs) == set(cifar.OPERATIONS) - {"Invert"} | {"Identity"}
+    augment = cifar.Augment(0, 32, rand_augment=(2, bin, bins))
+    for name, ours in zip(cifar.OPERATIONS, augment.rand_magnitudes.tolist()):
+        if name != "Invert":
+            magnitudes, signed = theirs[name]
+            assert ours == pytest.approx(magnitudes[bin].item() if magnitudes.ndim else 0.0, abs=1e-4), name
+            assert signed == (cifar.OPERATIONS.index(name) <= cifar.OPERATIONS.index("Sharpness"))
+
+
+def test_rand_augment_draws_layers_of_torchvisions_operations(pictures):
+    """Every image is one of those that torchvision's operations make, each operation as often."""
+    from torchvision.transforms import InterpolationMode, RandAugment
+    from torchvision.transforms.autoaugment import _apply_op
+
+    source, count = pictures[0], 2800
+    ours = cifar.Augment(5, 32, rand_augment=(1, 9, 31))(source.expand(count, -1, -1, -1), 2, torch.arange(count))
+    made = {}
+    for name, (magnitudes, signed) in RandAugment()._augmentation_space(31, (32, 32)).items():
+        magnitude = magnitudes[9].item() if magnitudes.ndim else 0.0
+        made |= {(name, sign): _apply_op(source, name, sign * magnitude, InterpolationMode.NEAREST, None) for sign in ((1, -1) if signed else (1,))}
+    difference = torch.stack([(ours.int() - expected.int()).abs().amax((1, 2, 3)) for expected in made.values()])
+    nearest, which = difference.min(0)
+    assert nearest.max() <= 1
+    found = torch.bincount(which, minlength=len(made)).tolist()
+    times = {name: 0 for name, _ in made}
+    for (name, _), number in zip(made, found):
+        times[name] += number
+    assert all(140 < number < 260 for number in times.values()), times  # of 200
+    both = cifar.Augment(5, 32, rand_augment=(2, 9, 31))(source.expand(100, -1, -1, -1), 2, torch.arange(100))
+    assert (both != ours[:100]).flatten(1).any(1).float().mean() > 0.7  # the first layer's draws are the same, the second changes more
 
 
 def test_each_image_has_its_own_operation_and_both_ways_of_applying_agree(pictures):
@@ -330,93 +392,30 @@ RUNS = {  # name -> config, processes, overrides
 SAME = ["vanilla, accumulated", "1d", "pipeline", "2d", "2.5d"]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def in_processes(processes: int, function, log: Path) -> list[int]:
-    """Exit statuses of ``function(rank, port)`` in forked processes; what they print goes to ``log``."""
-    port, children = free_port(), []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
-                    try:
-                        function(rank, port)
-                        code = 0
-                    except SystemExit as end:
-                        code = end.code or 0
-                    except BaseException:
-                        import traceback
-
-                        traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-
-
 def run_cases(root: Path) -> None:
-    """Every run of `RUNS`, and interrupted ones; exit statuses to statuses.json."""
-    import engine
-    import plugins
-    import train
+    """Every run of `RUNS`, and interrupted ones."""
+    cases = Cases(root)
 
-    torch.set_num_threads(1)
-    plugins.import_libraries()
-    os.environ["DATA"] = str(root / cifar.FOLDER)
-    statuses = {}
-
-    def start(name: str, config: str, processes: int, overrides: list[str], *options: str, stop_in_epoch: int | None = None) -> None:
-        argv = ["--config", str(ROOT / "configs" / "cifar10" / f"vit_lite_7_4_{config}.py"), "--output_path", str(root / name), *options]
-
-        def one(rank: int, port: str) -> None:
-            hand = ["--world_size", processes, "--rank", rank, "--local_rank", rank, "--host", "127.0.0.1", "--port", port]
-            if stop_in_epoch is not None:
-                whole = engine.Engine.train_epoch
-
-                def train_epoch(self, *args, first_step, **kwargs):
-                    if first_step >= 4 * stop_in_epoch and rank == 0:
-                        os.kill(os.getpid(), signal.SIGTERM)  # ends after the first step of this epoch
-                    whole(self, *args, first_step=first_step, **kwargs)
-
-                engine.Engine.train_epoch = train_epoch
-            train.main([*argv, *map(str, hand), "--set", *TINY, *overrides])
-
-        statuses.setdefault(name, []).append(in_processes(processes, one, root / f"{name}.log"))
+    def start(name: str, config: str, processes: int, overrides: list[str], *options: str, **stop) -> None:
+        cases.start(name, f"cifar10/vit_lite_7_4_{config}.py", root / cifar.FOLDER, processes, [*TINY, *overrides], *options, **stop)
 
     for name, case in RUNS.items():
         start(name, *case)
     for config, processes in (("vanilla", 1), ("2d", 4)):
-        start(f"{config} resumed", config, processes, [], stop_in_epoch=1)
+        start(f"{config} resumed", config, processes, [], stop_at_step=4)
         start(f"{config} resumed", config, processes, ["SEED=1"], "--resume", "auto")  # refused
         start(f"{config} resumed", config, processes, [], "--resume", "auto")
-    (root / "statuses.json").write_text(json.dumps(statuses))
 
 
 @pytest.fixture(scope="module")
 def runs(folder) -> Path:
     """The folder of all runs."""
-    said = subprocess.run([sys.executable, __file__, str(folder.parent)], text=True, capture_output=True, timeout=300)
-    assert said.returncode == 0, said.stderr
-    return folder.parent
-
-
-def rows(run: Path, kind: str = "epoch") -> list[dict]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
-
-
-def log_of(run: Path) -> str:
-    return run.with_name(f"{run.name}.log").read_text()
+    return run_all(__file__, folder.parent)
 
 
 @pytest.mark.parametrize("name", list(RUNS))
 def test_run_ends_well_and_learns(runs, name):
-    (codes,) = json.loads((runs / "statuses.json").read_text())[name]
+    (codes,) = statuses(runs / name)
     assert codes == [0] * RUNS[name][1], log_of(runs / name)
     first, last = rows(runs / name)
     assert last["train_loss"] < first["train_loss"] and last["images"] == 23
@@ -454,7 +453,7 @@ def test_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(runs, config):
     from safetensors.torch import load_file
 
     name = f"{config} resumed"
-    stopped, refused, resumed = json.loads((runs / "statuses.json").read_text())[name]
+    stopped, refused, resumed = statuses(runs / name)
     assert set(stopped) == {128 + signal.SIGTERM} and set(refused) == {2} and set(resumed) == {0}, log_of(runs / name)
     assert "SEED is 1, was 42" in log_of(runs / name) and "epoch 2, step 1 of 4" in log_of(runs / name)
     for expected, row in zip(rows(runs / f"{config} straight"), rows(runs / name), strict=True):
@@ -467,7 +466,7 @@ def test_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(runs, config):
 def test_result_opens_in_vit_predict_and_judges_alike(runs, name, tmp_path):
     import vit_predict
 
-    test = cifar.read(str(runs / cifar.FOLDER), 32, 0).test
+    test = read(runs / cifar.FOLDER).test
     for i, pixels in enumerate(test.resized):
         Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{i:02d}.png")
     said = io.StringIO()
@@ -501,5 +500,4 @@ def test_command_line_says_all_that_is_wrong(monkeypatch, capsys, tmp_path):
 
 
 if __name__ == "__main__":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     run_cases(Path(sys.argv[1]))
