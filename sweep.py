@@ -128,10 +128,7 @@ def plan(sweep, flags: list[str]) -> list[Run]:
         argv = [word for name, value in options.items() for word in (f"--{name}", str(value))] + flags
         args, wrong = check([*argv, "--output_path", sweep.results, "--world_size", str(sweep.processes)])
         if args:
-            name = (
-                f"{args.plugin}-{Path(os.path.abspath(args.model_name_or_path)).name}-bs{args.batch_size}"
-                f"-lr{report.short(args.learning_rate)}{f'-px{args.image_size}' * bool(args.image_size)}-seed{args.seed}"
-            )
+            name = run_name(args)
             folder = Path(sweep.results) / name
             run = Run(name, folder, [*argv, "--output_path", str(folder)], settings_of(args), str(args.layout))
             wrong = run.problems()
@@ -144,6 +141,15 @@ def plan(sweep, flags: list[str]) -> list[Run]:
         # what every run has needs no run named
         fail(*(p + ("" if len(at) == len(points) else f" ({len(at)} of {len(points)} runs, first {at[0]})") for p, at in problems.items()))
     return list(runs.values())
+
+
+def run_name(args) -> str:
+    """What sets a run apart from others that may lie in one folder with it."""
+    model = Path(os.path.abspath(args.model_name_or_path)).name
+    words = [args.plugin, model, f"bs{args.batch_size}", f"lr{report.short(args.learning_rate)}", f"px{args.image_size}" * bool(args.image_size)]
+    words += [f"{axis}{size}" for axis, size in (("dp", args.layout.dp), ("tp", args.layout.tp), ("pp", args.layout.pp)) if size > 1]
+    words += ["augment" * bool(args.augment)] + [f"{name}{getattr(args, name):g}" for name, off in command_lines.RECIPE.items() if getattr(args, name) != off]
+    return "-".join(filter(None, [*words, f"seed{args.seed}"]))
 
 
 def check(argv: list[str]):

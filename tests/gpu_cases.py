@@ -34,6 +34,7 @@ def cases(world: int) -> dict[str, dict]:
     found = {}
     for precision in ("fp32", "fp16", "bf16"):
         found[f"none {precision}"] = dict(plugin="none", precision=precision)
+    found["none fp32 recipe"] = found["none fp32"] | dict(recipe=True)
     for plugin, precision in (
         ("torch_ddp", "fp32"), ("torch_ddp", "bf16"), ("torch_ddp_fp16", "fp16"), ("low_level_zero", "fp32"),
         ("low_level_zero", "fp16"), ("low_level_zero", "bf16"), ("gemini", "fp16"), ("gemini", "bf16"),
@@ -41,9 +42,11 @@ def cases(world: int) -> dict[str, dict]:
     ):  # fmt: skip
         stage = 1 if plugin == "low_level_zero" else 0
         found[f"{plugin} {precision}"] = dict(plugin=plugin, precision=precision, zero_stage=stage)
+        found[f"{plugin} {precision} recipe"] = found[f"{plugin} {precision}"] | dict(recipe=True)
         found[f"{plugin} {precision} checkpointed"] = found[f"{plugin} {precision}"] | dict(grad_checkpoint=True)
         if plugin == "gemini":
             found[f"{plugin} {precision} offloaded"] = found[f"{plugin} {precision}"] | dict(offload_optim_frac=1.0)
+            found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} offloaded"] | dict(recipe=True)
         elif precision == "bf16" and torch.cuda.is_available():
             found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
             found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | dict(cuda_graphs=True)
@@ -55,7 +58,8 @@ def cases(world: int) -> dict[str, dict]:
     return found
 
 
-def run(tp: int = 1, pp: int = 1, **changes) -> list[float]:
+def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
+    """Losses of the steps, and of an evaluation. ``recipe``: layer decay, averaged weights, label smoothing."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
@@ -64,7 +68,10 @@ def run(tp: int = 1, pp: int = 1, **changes) -> list[float]:
         num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     layout = Layout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
-    engine = Engine(plugins.boost(ViTForImageClassification(config), Namespace(**BASE | changes), layout), 3, Normalize((0.5,) * 3, (0.5,) * 3))
+    boosted = plugins.boost(ViTForImageClassification(config), Namespace(**BASE | changes), layout, layer_decay=0.7 if recipe else 1.0)
+    if recipe:
+        boosted.keep_average(0.8)
+    engine = Engine(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), label_smoothing=0.1 if recipe else 0.0)
     engine.model.train()
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)

@@ -198,6 +198,15 @@ def test_runs_side_by_side_share_nothing(monkeypatch, visible, expected):
         assert not set(slots[0].cores) & set(slots[1].cores)
 
 
+def test_a_run_is_named_by_what_sets_it_apart(model_folder, image_folder):
+    base = ["--model_name_or_path", str(model_folder), "--dataset", str(image_folder), "--plugin", "hybrid_parallel", "--batch_size", "4",
+            "--learning_rate", "2e-4", "--world_size", "8"]  # fmt: skip
+    flags = ["--tp_size", "2", "--pp_size", "2", "--augment", "--mixup", "0.2", "--layer_decay", "0.75", "--seed", "7"]
+    args, problems = sweep.check([*base, *flags])
+    assert not problems
+    assert sweep.run_name(args) == "hybrid_parallel-model-bs4-lr2e-4-dp2-tp2-pp2-augment-layer_decay0.75-mixup0.2-seed7"
+
+
 def test_more_runs_than_gpus_take_them_in_turn(monkeypatch):
     monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

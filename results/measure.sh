@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Measure again what lies in this folder, on a machine with GPUs:
+#
+#   bash results/measure.sh                                   names the sections
+#   bash results/measure.sh published fast                    the benchmark needs no files
+#   MODEL=/models/vit-tiny-patch16-224 BEANS=/data/beans bash results/measure.sh plugins grid
+#
+# What is measured already is skipped; OUT=/elsewhere starts anew.
+
+set -euo pipefail
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+OUT=${OUT:-results}
+MODEL=${MODEL:-google/vit-base-patch16-224}   # the tables here: ImageNet-pretrained ViT-Tiny/16
+BEANS=${BEANS:-AI-Lab-Makerere/beans}
+ANIMALS=${ANIMALS:-lewtun/dog_food}           # the table here: results/three_animals/make_images.py
+CIFAR=${CIFAR:-}                              # any form that train.py reads; the table here: 45,000 training, 5,000 validation images
+SIDE=${SIDE:-8}                               # fine-tuning runs side by side
+ALL="torch_ddp torch_ddp_fp16 low_level_zero gemini hybrid_parallel"
+COMPILED="torch_ddp:bf16:compile low_level_zero:bf16:compile hybrid_parallel:bf16:compile none:bf16:compile"
+
+benchmark() { RESULTS=$OUT/benchmark_h200 bash run_benchmark.sh "$@"; }
+finetune() { PARALLEL_RUNS=$SIDE WEIGHT_DECAY=${WEIGHT_DECAY:-0.05} bash run_finetuning.sh "$@"; }
+
+# ---- speed and memory, synthetic images
+published() { PRESET=published BATCH_SIZES="8 32" benchmark; }
+fast() {
+  PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$ALL none:bf16 $COMPILED" benchmark
+  PRESET=fast BATCH_SIZES="8 32" PLUGINS="torch_ddp torch_ddp_fp16 low_level_zero hybrid_parallel none:bf16" benchmark --cuda_graphs
+}
+large() {
+  PRESET=fast MODEL=google/vit-base-patch16-384 BATCH_SIZES="32 128" PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark
+  PRESET=fast MODEL=google/vit-large-patch16-224 BATCH_SIZES=128 PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark
+}
+scaling() { # two and four GPUs
+  local gpus
+  for gpus in 2 4; do
+    GPUNUM=$gpus PRESET=fast BATCH_SIZES=256 PLUGINS="$ALL none:bf16" benchmark
+    GPUNUM=$gpus PRESET=fast BATCH_SIZES=$((256 * gpus)) PLUGINS=hybrid_parallel TP_SIZE=$gpus benchmark
+    GPUNUM=$gpus PRESET=fast BATCH_SIZES=$((256 * gpus)) PLUGINS=hybrid_parallel PP_SIZE=$gpus benchmark --num_microbatches $((4 * gpus))
+  done
+  GPUNUM=4 PRESET=fast BATCH_SIZES=1024 PLUGINS=hybrid_parallel TP_SIZE=2 PP_SIZE=2 benchmark --num_microbatches 8
+}
+
+# ---- accuracy on Beans
+plugins() { # three seeds of the published setting at two sizes
+  local size
+  for size in 224 384; do
+    RESULTS=$OUT/beans_plugins_$size DATASET=$BEANS PLUGINS=$ALL BS=32 LR=1e-4 EPOCH=3 SEEDS="42 43 44" finetune --image_size $size
+  done
+}
+layouts() { # four GPUs: the same training by every form of parallelism; 6 heads, random initial weights
+  local run=(finetune --precision fp32 --no-scale_lr)
+  export RESULTS=$OUT/beans_layouts PLUGINS=hybrid_parallel MODELS=vit-small-patch16-224 DATASET=$BEANS PRESET=fast
+  export LR=1e-4 EPOCH=3 SEEDS="42 43 44" SIDE=3
+  GPUNUM=1 BS=32 "${run[@]}"
+  GPUNUM=2 BS=16 "${run[@]}"
+  GPUNUM=2 BS=32 "${run[@]}" --tp_size 2
+  GPUNUM=4 BS=32 "${run[@]}" --tp_size 2 --pp_size 2
+}
+grid() { RESULTS=$OUT/beans_grid DATASET=$BEANS WEIGHT_DECAY=0.5 finetune; }
+animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
+
+# ---- from scratch
+cifar() { # three seeds, one after the other: the time counts
+  local seed
+  for seed in 42 43 44; do
+    DATA=$CIFAR CONFIG=configs/cifar10/vit_lite_7_4_vanilla.py bash run_accuracy.sh --set SEED=$seed --output_path "$OUT/cifar10/seed$seed"
+  done
+}
+
+[ $# -gt 0 ] || { grep -oE '^[a-z]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|finetune' | paste -sd' '; exit 2; }
+export MODELS=$MODEL
+for section in "$@"; do
+  [[ $(type -t "$section") = function ]] || { echo "there is no section $section" >&2; exit 2; }
+  (
+    case $section in published | fast | large | scaling) unset MODEL MODELS ;; esac # ViT-B/16 by its name, random weights
+    "$section"
+  )
+done
