@@ -197,23 +197,17 @@ FAMILIES = ((_move, OPERATIONS[:5]), (_blend, OPERATIONS[5:9]), (_map_levels, OP
 def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """One operation on each image of a batch, as torchvision's AutoAugment does it on one.
 
-    On a GPU all images go through all kernels, most of them unchanged: picking out those concerned would make the CPU
-    wait for the GPU. On a CPU they are picked out.
-
     Args:
         pixels: uint8 (N, 3, H, W).
-        operation: (N,) index into `OPERATIONS`; -1: none.
-        magnitude: (N,) in the operation's own unit (Posterize: bits kept).
+        operation: (N,) index into `OPERATIONS`; -1: none. On the CPU, which thus knows what to do without waiting for a GPU.
+        magnitude: (N,) in the operation's own unit (Posterize: bits kept). On the CPU.
     """
     for change, names in FAMILIES:
-        if pixels.is_cuda:
-            pixels = change(pixels, _Asked(operation, magnitude))
-            continue
         first = OPERATIONS.index(names[0])
         chosen = ((operation >= first) & (operation < first + len(names))).nonzero()[:, 0]
         if len(chosen):
-            changed = change(pixels[chosen], _Asked(operation[chosen], magnitude[chosen]))
-            pixels = pixels.index_copy(0, chosen, changed)
+            there, *asked = (part.to(pixels.device, non_blocking=True) for part in (chosen, operation[chosen], magnitude[chosen]))
+            pixels = pixels.index_copy(0, there, change(pixels[there], _Asked(*asked)))
     return pixels
 
 
@@ -259,19 +253,16 @@ class Augment:
             self.rand_magnitudes = torch.tensor([magnitude_of(name, bin, size, bins) for name in OPERATIONS])
 
     def __call__(self, pixels: torch.Tensor, epoch: int, index: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) of the images ``index`` (N,), both on the device -> the same shape"""
+        """uint8 (N, 3, H, W), on the device, of the images ``index`` (N,), on the CPU -> the same shape"""
         right, down, mirrored, policy, *chances = uniform(self.seed, epoch, index, 8 + 2 * self.layers).unbind(1)
         if self.padding or self.flip:
-            pixels = self._crop(pixels, right, down, mirrored)
+            pixels = self._crop(pixels, *(draws.to(pixels.device, non_blocking=True) for draws in (right, down, mirrored)))
         if self.policy:
-            tables = [table.to(pixels.device, non_blocking=True) for table in (self.operations, self.probabilities, self.magnitudes)]
-            self.operations, self.probabilities, self.magnitudes = tables
             chosen = (policy * len(self.operations)).long()
             for i in (0, 1):
                 operation = torch.where(chances[i] < self.probabilities[chosen, i], self.operations[chosen, i], -1)
                 pixels = apply(pixels, operation, _signed(operation, self.magnitudes[chosen, i], chances[2 + i]))
         if self.layers:
-            self.rand_magnitudes = self.rand_magnitudes.to(pixels.device, non_blocking=True)
             for chosen, sign in zip(chances[4::2], chances[5::2]):
                 operation = (chosen * len(OPERATIONS)).long()
                 magnitude = _signed(operation, self.rand_magnitudes[operation], sign)

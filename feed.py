@@ -127,11 +127,12 @@ class Resident:
 
     def batch(self, pairs: list[tuple[int, int]], augment: cifar.Augment | None = None) -> dict:
         """(epoch, image) pairs of one epoch, as data.Schedule deals them, to a batch for the engine."""
-        index = torch.tensor([image for _, image in pairs]).to(self.labels.device, non_blocking=True)
-        pixels, labels = self.pixels[index.clamp(min=0) % len(self.pixels)], self.labels[index.clamp(min=0)]
+        index = torch.tensor([image for _, image in pairs])
+        there = index.to(self.labels.device, non_blocking=True)
+        pixels, labels = self.pixels[there.clamp(min=0) % len(self.pixels)], self.labels[there.clamp(min=0)]
         if augment is not None:
             pixels = augment(pixels, pairs[0][0], index)
-        return {"pixel_values": pixels, "labels": labels.masked_fill(index < 0, IGNORE)}
+        return {"pixel_values": pixels, "labels": labels.masked_fill(there < 0, IGNORE)}
 
     def batches(self, order: Iterable[list[tuple[int, int]]], augment: cifar.Augment | None = None) -> Iterator[dict]:
         return (self.batch(pairs, augment) for pairs in order)
@@ -169,8 +170,7 @@ class Streamed:
             self.skipped += batch["skipped"]
             pixels = batch["pixel_values"].to(self.device, non_blocking=True)
             if augment is not None:
-                index = torch.tensor([image for _, image in pairs]).to(self.device, non_blocking=True)
-                pixels = augment(pixels, pairs[0][0], index)
+                pixels = augment(pixels, pairs[0][0], torch.tensor([image for _, image in pairs]))
             yield {"pixel_values": pixels, "labels": batch["labels"].to(self.device, non_blocking=True)}
 
 
