@@ -34,7 +34,7 @@ def parse(argv=None) -> Namespace:
     parser.add_argument("data", metavar="DATA", help="the data set: an image folder, parquet or arrow files, a hub name")
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder that is written")
     parser.add_argument("--size", type=int, default=256, help="pixels of the shorter side (default 256, which 224 px are evaluated at)")
-    parser.add_argument("--format", choices=("raw", "jpeg"), default="raw", help="raw: uint8 RGB, nothing left to decode; jpeg: an eighth of the disk")
+    parser.add_argument("--format", choices=("raw", "jpeg"), default="raw", help="raw: uint8 RGB, nothing left to decode; jpeg: about a tenth of the disk")
     parser.add_argument("--quality", type=int, default=90, help="of --format jpeg")
     parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one for each core")
     parser.add_argument("--skip_bad_images", action="store_true", help="leave out unreadable images, named and counted")
@@ -98,7 +98,7 @@ def check_out(args, about: dict) -> None:
 def main(argv=None) -> None:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the other processes too
-    asked = Namespace(dataset=args.data, image_column=None, label_column=None, max_train_samples=None, max_eval_samples=None, seed=0)
+    asked = Namespace(dataset=args.data, image_column=None, label_column=None, fold=None, max_train_samples=None, max_eval_samples=None, seed=0)
     try:
         images = data.load_data(asked, hold_out=False)
         splits = {split.name: split for split in images.splits()}

@@ -4,9 +4,10 @@
 #
 #   DATA=/path/to/cifar-10-batches-py bash run_accuracy.sh
 #   CONFIG=configs/cifar10/vit_lite_7_4_2d.py GPUNUM=4 DATA=... bash run_accuracy.sh --set NUM_EPOCHS=10
+#   CONFIG=configs/imagenet/vit_s_16_vanilla.py GPUNUM=8 DATA=/path/to/imagenet bash run_accuracy.sh
 
 CONFIG=${CONFIG:-configs/cifar10/vit_lite_7_4_vanilla.py} # the experiment: model, recipe, form of parallelism
-DATA=${DATA:-}                                            # cifar-10-batches-py, an image folder, parquet or a hub copy
+DATA=${DATA:-}                                            # cifar-10-batches-py, an image folder (ImageNet's), what prepare_images.py wrote, parquet, synthetic
 OUTPUT_PATH=${OUTPUT_PATH:-auto}                          # the trained model and its report; auto: runs/ and the config's name
 GPUNUM=${GPUNUM:-auto}                                    # processes, one a GPU; all: every GPU; auto: 1, or 2 without GPUs
 

@@ -142,8 +142,24 @@ def main(argv: list[str] | None = None) -> None:
     import model as vit
     import report
     from cifar import Augment
-    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
-    from plugins import device, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
+    from engine import (
+        Engine,
+        EpochProgress,
+        Mix,
+        NonFiniteLoss,
+        Normalize,
+        SignalFlag,
+        Stopped,
+        learning_rate,
+    )
+    from plugins import (
+        device,
+        import_libraries,
+        local_processes,
+        peak_memory,
+        start_distributed,
+        stop_distributed,
+    )
 
     values, layout, output = args.values, args.layout, Path(args.output_path)
     seed, size, epochs = values["SEED"], values["IMG_SIZE"], values["NUM_EPOCHS"]
@@ -215,7 +231,6 @@ def main(argv: list[str] | None = None) -> None:
         # a list: drawn from later, when first_step has changed
         starts = [(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, epochs)]
         batches = train.batches(itertools.chain.from_iterable(itertools.starmap(schedule.batches, starts)), augment)
-        named = set()  # skipped images
         say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
 
         # ---- train

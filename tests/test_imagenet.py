@@ -18,12 +18,12 @@ import pytest
 import torch
 from imagenet_shape import wnid, write_set
 from test_train import problems_of, read, refused
+from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
 
 import config as configs
 import data
 import feed
 import model
-from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
 
 CONFIGS = sorted((ROOT / "configs" / "imagenet").glob("*.py"))
 
@@ -229,8 +229,9 @@ def test_synthetic_run_says_that_its_accuracy_means_nothing(runs):
 
 @pytest.mark.parametrize("name, kind", [("whole", "IJepaForImageClassification"), ("serial", "ViTForImageClassification")])
 def test_result_opens_with_transformers_alone_and_judges_alike(runs, name, kind):
-    import vit_predict
     from transformers import pipeline
+
+    import vit_predict
 
     said = io.StringIO()
     with redirect_stdout(said):

@@ -21,7 +21,7 @@ def tree(tmp_path_factory):
 
 
 def load(folder) -> data.ImageData:
-    asked = Namespace(dataset=str(folder), image_column=None, label_column=None, max_train_samples=None, max_eval_samples=None, seed=0)
+    asked = Namespace(dataset=str(folder), image_column=None, label_column=None, fold=None, max_train_samples=None, max_eval_samples=None, seed=0)
     return data.load_data(asked, hold_out=False)
 
 

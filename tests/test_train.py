@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
 
 import cifar
 import config as configs
 import feed
 from data import IGNORE, DataError
-from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
 
 CONFIGS = sorted((ROOT / "configs" / "cifar10").glob("*.py"))
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
