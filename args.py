@@ -5,12 +5,13 @@ All bad settings are reported together, each with its flag, its value and a mend
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
 import hub
 from console import fail
-from data import DRAWN, DataError, locate
+from data import DRAWN, POLICIES, DataError, locate
 from layout import Layout
 from model import PRESETS, known_architecture, read_config
 
@@ -34,7 +35,7 @@ RECIPES = {
     "demo": dict(batch_size=32, learning_rate=5e-4, num_epoch=8, weight_decay=0.05, warmup_ratio=0.3, augment=False),
 }
 # What the published setting leaves out, with the value that means so.
-RECIPE = dict(label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
+RECIPE = dict(auto_augment=None, label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
 
 
 class Parser(argparse.ArgumentParser):
@@ -147,6 +148,7 @@ def finetune_parser() -> Parser:
     parser.number("--seed", int, low=0, high=2**31 - 1, default=42, help="of initial weights, order and augmentation")
     parser.number("--image_size", int, low=8, help="pixels; position embeddings are interpolated (default: the model's)")
     parser.switch("--augment", default=None, help="random resized crop and flip (default: off, as published)")
+    parser.choice("--auto_augment", tuple(POLICIES), help="with --augment: torchvision's TrivialAugmentWide or RandAugment after the crop")  # fmt: skip
     parser.number("--label_smoothing", float, low=0, high=0.99, default=0.0, help="part of each label spread over all classes in training")  # fmt: skip
     parser.number("--layer_decay", float, above=0, high=1, default=1.0, help="learning rate of a layer over that of the layer above it")  # fmt: skip
     parser.number("--drop_path", float, low=0, high=0.99, default=0.0, help="chance that an image skips the last layer's branches in training; falls linearly to 0 at the first")  # fmt: skip
@@ -156,6 +158,7 @@ def finetune_parser() -> Parser:
     parser.text("--image_column", help="column of the images (default: found by its type)")
     parser.text("--label_column", help="column of the labels (default: found by its type)")
     parser.number("--validation_fraction", float, above=0, high=0.9, default=0.1, help="held out of train where there is no validation split")  # fmt: skip
+    parser.text("--fold", metavar="K/N", help="validate on part K of N equal parts of the training split, and use no other split: to choose settings by")  # fmt: skip
     parser.switch("--skip_bad_images", default=False, help="leave out unreadable images, named and counted")
     parser.number("--max_train_samples", int, low=1, help="train on this many images")
     parser.number("--max_eval_samples", int, low=1, help="evaluate on this many images of each split")
@@ -197,6 +200,11 @@ def parse_finetune(argv: list[str] | None = None) -> argparse.Namespace:
     resolve_parallel(args, problems, gpus)
     if args.layer_decay < 1 and args.zero_stage and args.pp_size > 1:
         problems.append(f"--layer_decay {args.layer_decay}: the library's ZeRO wants a part of every parameter group on each pipeline stage; use --zero_stage 0 or PP_SIZE=1")  # fmt: skip
+    if args.auto_augment and not args.augment:
+        problems.append(f"--auto_augment {args.auto_augment}: follows the random crop; add --augment")
+    fold = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.fold or "1/2")
+    if not fold or not 2 <= int(fold[2]) <= 100 or int(fold[1]) > int(fold[2]):
+        problems.append(f"--fold {args.fold}: must be K/N, part K of N from 2 to 100, such as 1/5")
     check_model(args, problems)
     check_data(args, problems)
     check_hub(args, problems)

@@ -4,6 +4,7 @@ Every image becomes RGB uint8. Its size, and for training its random crop and fl
 conversion to floats happens on the device (engine.Normalize).
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -142,6 +143,12 @@ def load_data(args, hold_out: bool = True) -> ImageData:
                 raise DataError(f"--dataset {name}: {int((splits[split].labels < 0).sum())} training images have no label")
             notes.append(f"split {split!r} is not used: its labels are hidden")
             del splits[split]
+    if args.fold:
+        number, count = map(int, args.fold.split("/"))
+        keep, rest = stratified_fold(splits["train"].labels, number, count)
+        train = splits["train"]
+        splits = {"train": train.take(keep), "validation": replace(train.take(rest), name="validation")}
+        notes.append(f"fold {args.fold} of the training split is the validation split; the others are not used")
     train = splits["train"]
     held_out = hold_out and "validation" not in splits
     if held_out:
@@ -349,6 +356,16 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
+def stratified_fold(labels: np.ndarray, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split indices into (kept, held out), where the held out are part ``number``, from 1, of ``count`` equal parts.
+
+    Each part has the class proportions of ``labels``. No seed: parts compare runs, and so are the same in all of them.
+    """
+    rng = np.random.default_rng(0)
+    held_out = np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == label))[number - 1 :: count] for label in np.unique(labels)]))
+    return np.setdiff1d(np.arange(len(labels)), held_out), held_out
+
+
 # ---------------------------------------------------------------------------------------------- decoding
 
 
@@ -445,6 +462,7 @@ class Augment:
     resample: int = 2
     smallest_crop: float = 0.35  # of the image's area
     flip: bool = True
+    policy: str | None = None  # a key of POLICIES: what else happens to the crop
 
     def shrink(self, image: Image.Image) -> Image.Image:
         """What later crops are taken from: at most twice the model's size on the shorter side."""
@@ -475,7 +493,21 @@ class Augment:
             crop = np.array(source.crop((left, top, left + width, top + height)))
         mode = {0: "nearest-exact", 3: "bicubic"}.get(self.resample, "bilinear")
         pixels = F.interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], (self.size,) * 2, mode=mode, antialias=mode[0] == "b")[0]
-        return pixels.flip(-1) if mirrored else pixels
+        pixels = pixels.flip(-1) if mirrored else pixels
+        if self.policy:
+            with drawn_from(self.seed, epoch, index, 1):
+                pixels = _policy(self.policy)(pixels)
+        return pixels
+
+
+POLICIES = {"trivial": "TrivialAugmentWide", "rand": "RandAugment"}  # Mueller and Hutter, 2021; Cubuk et al., 2020; in torchvision
+
+
+@functools.cache
+def _policy(name: str):
+    from torchvision.transforms import v2
+
+    return getattr(v2, POLICIES[name])()
 
 
 @contextmanager

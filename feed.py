@@ -64,7 +64,7 @@ def read(name: str, values: dict, processes: int = 1, skip_bad: bool = False) ->
     """
     resize, augment = transforms(values)
     args = Namespace(
-        dataset=name, image_column=None, label_column=None, seed=values["SEED"], max_train_samples=None,
+        dataset=name, image_column=None, label_column=None, fold=None, seed=values["SEED"], max_train_samples=None,
         max_eval_samples=None, data_memory=None, skip_bad_images=skip_bad,
     )  # fmt: skip
     images = cifar.read(name, values["IMG_SIZE"]) if cifar.is_folder(name) else data.load_data(args, hold_out=False)

@@ -395,18 +395,19 @@ def summarize(run: dict) -> dict:
 
 
 def sweep_groups(runs: list[dict]) -> list[dict]:
-    """The finished runs, those that differ only in their seed together: mean and spread of each number."""
+    """The finished runs, those that differ only in their seed or fold together: mean and spread of each number."""
     groups: dict[tuple, dict] = {}
     for run in runs:
         if run["status"] == "finished":
-            key = tuple((name, value) for name, value in run["settings"].items() if name != "seed")
+            key = tuple((name, value) for name, value in run["settings"].items() if name not in ("seed", "fold"))
             groups.setdefault(key, {"settings": run["settings"], "runs": []})["runs"].append(run)
     for group in groups.values():
         summaries = [summarize(run) for run in group["runs"]]
         group["values"] = {name: [summary[name] for summary in summaries] for name in summaries[0]}
         group["mean"] = {name: mean(values) for name, values in group["values"].items()}
-        group["seeds"] = [run["settings"]["seed"] for run in group["runs"]]
-        group["images"] = group["runs"][0]["epochs"][-1]["images"]
+        group["seeds"] = list(dict.fromkeys(run["settings"]["seed"] for run in group["runs"]))
+        folds = {run["settings"].get("fold"): run["epochs"][-1]["images"] for run in group["runs"]}
+        group["images"], group["folds"] = sum(folds.values()), len(folds)
     best = max((group["mean"] for group in groups.values()), key=quality, default=None)
     for group in groups.values():
         group["to_best"] = "best" if group["mean"] is best else "worse"
@@ -441,7 +442,7 @@ def sweep_report(folder: Path) -> None:
     runs = [run for run in runs if run["status"] != "absent"]
     if not runs:
         fail(f"{folder}: holds no runs of run_finetuning.sh")
-    order = lambda s: (s["model_name_or_path"], s["dataset"], s["image_size"] or 0, list(PLUGINS).index(s["plugin"]), s["batch_size"], s["learning_rate"], s["seed"])  # noqa: E731
+    order = lambda s: (s["model_name_or_path"], s["dataset"], s["image_size"] or 0, list(PLUGINS).index(s["plugin"]), s["batch_size"], s["learning_rate"], s.get("fold") or "", s["seed"])  # noqa: E731
     runs.sort(key=lambda run: order(run["settings"]))
     groups, others = sweep_groups(runs), [run for run in runs if run["status"] != "finished"]
 
@@ -449,7 +450,7 @@ def sweep_report(folder: Path) -> None:
     named = {"plugin": "plugin", "model_name_or_path": "model", "batch_size": "batch size", "learning_rate": "learning rate"}
     settings = [run["settings"] for run in runs]
     for name in settings[0]:
-        if name not in (*named, "seed", "zero_stage") and len({s.get(name) for s in settings}) > 1:
+        if name not in (*named, "seed", "fold", "zero_stage") and len({s.get(name) for s in settings}) > 1:
             named[name] = name.replace("_", " ")
     forms = {"model_name_or_path": lambda name: Path(name).name, "learning_rate": short, "image_size": lambda size: str(size or "default")}
 
@@ -494,9 +495,10 @@ def sweep_table(groups: list[dict], others: list[dict], header: list[str], cells
         sizes = sorted({group["images"] for group in groups})
         images = " or ".join(f"{n} validation images: one is {100 / n:.2f} points" for n in sizes)
         parts.append(
-            f"{images}. Loss and accuracy are those after the last epoch, and rank the rows (accuracy, then loss; the best in bold); "
+            f"{images}. " + "They are those of all folds of the training split; accuracies are means over the folds. " * (max(g["folds"] for g in groups) > 1)
+            + f"Loss and accuracy are those after the last epoch, and rank the rows (accuracy, then loss; the best in bold); "
             f"the best epoch was picked on the same images, which flatters it. {NOISE} "
-            + "± is the standard deviation over the seeds. " * any(len(group["seeds"]) > 1 for group in groups)
+            + "± is the standard deviation over the runs. " * any(len(group["runs"]) > 1 for group in groups)
             + "Time is training and evaluation without start-up; images/s is training; memory is the process's own where there is no GPU.\n"
         )
     return "\n".join(parts)
@@ -544,8 +546,8 @@ def provenance(folder: Path, runs: list[dict]) -> str:
 
 
 def call_of(variables: dict[str, str], flags: list[str]) -> str:
-    """The shell command of a sweep; what is auto is left out."""
-    assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value != "auto"]
+    """The shell command of a sweep; what is auto or none is left out."""
+    assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value not in ("auto", "none")]
     return " ".join([*assignments, "bash run_finetuning.sh", *([shlex.join(flags)] if flags else [])])
 
 
@@ -558,7 +560,7 @@ def write_sweep_csv(folder: Path, groups: list[dict], others: list[dict], named:
             row |= {name: mean(values), f"{name}_sd": stdev(values) if len(values) > 1 else ""}
         table.append(row | {"images": group["images"], "to_best": group["to_best"]})
         for run in group["runs"]:
-            epochs += [{"run": run["name"]} | {n: run["settings"].get(n) for n in (*named, "seed")} | row for row in run["epochs"]]
+            epochs += [{"run": run["name"]} | {n: run["settings"].get(n) for n in (*named, "fold", "seed")} | row for row in run["epochs"]]
     for run in others:
         table.append({name: run["settings"].get(name) for name in named} | {"seeds": run["settings"]["seed"], "status": run["status"]})
     for name, rows in (("table.csv", table), ("epochs.csv", epochs)):
@@ -612,7 +614,7 @@ def heat_maps(folder: Path, groups: list[dict]) -> list[str]:
     """Accuracy and loss over batch size x learning rate, one file for each grid of both; -> their names."""
     grids: dict[tuple, list[dict]] = {}
     for group in groups:
-        key = tuple((n, v) for n, v in group["settings"].items() if n not in ("batch_size", "learning_rate", "seed"))
+        key = tuple((n, v) for n, v in group["settings"].items() if n not in ("batch_size", "learning_rate", "seed", "fold"))
         grids.setdefault(key, []).append(group)
     found = []
     for members in grids.values():

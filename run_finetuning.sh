@@ -13,6 +13,8 @@ PLUGINS=${PLUGINS:-${PLUGIN:-auto}}               # training strategies, names i
 MODELS=${MODELS:-${MODEL:-auto}}                  # hub names, folders or presets; auto: google/vit-base-patch16-224 | vit-demo
 BATCH_SIZES=${BATCH_SIZES:-${BS:-auto}}           # images per step and data-parallel group; auto: 8 16 32 | 16 32
 LEARNING_RATES=${LEARNING_RATES:-${LR:-auto}}     # peaks; auto: 1e-4 2e-4 5e-4 | 5e-4 1e-3
+RECIPES=${RECIPES:-none}                          # further flags to compare, between bars: "none | --augment | --augment --ema 0.99"
+FOLDS=${FOLDS:-none}                              # "1/5 2/5 3/5 4/5 5/5": validate on these parts of train, to choose by; none: the validation split
 SEEDS=${SEEDS:-${SEED:-42}}                       # several: the table has their mean and spread
 DATASET=${DATASET:-auto}                          # hub name, image folder or drawn; auto: AI-Lab-Makerere/beans | drawn
 PRESET=${PRESET:-auto}                            # precision and memory: published, fast or cpu; auto: published | cpu
@@ -33,6 +35,8 @@ exec "$PYTHON" "$HERE/sweep.py" \
   --models "$MODELS" \
   --batch_sizes "$BATCH_SIZES" \
   --learning_rates "$LEARNING_RATES" \
+  --recipes "$RECIPES" \
+  --folds "$FOLDS" \
   --seeds "$SEEDS" \
   --dataset "$DATASET" \
   --preset "$PRESET" \

@@ -38,13 +38,16 @@ from checkpoint import settings_of  # noqa: E402
 from console import fail, say  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
-GRID = {"models": "MODELS", "plugins": "PLUGINS", "batch_sizes": "BATCH_SIZES", "learning_rates": "LEARNING_RATES", "seeds": "SEEDS"}
+GRID = {
+    "models": "MODELS", "plugins": "PLUGINS", "batch_sizes": "BATCH_SIZES", "learning_rates": "LEARNING_RATES", "recipes": "RECIPES",
+    "folds": "FOLDS", "seeds": "SEEDS",
+}  # fmt: skip
 COMMON = {"dataset": "DATASET", "preset": "PRESET", "num_epoch": "EPOCH", "weight_decay": "WEIGHT_DECAY", "warmup_ratio": "WARMUP_RATIO"}
 PUBLISHED = {"batch_sizes": "8 16 32", "learning_rates": "1e-4 2e-4 5e-4", "num_epoch": "5"}
 SMALL = {"batch_sizes": "16 32", "learning_rates": "5e-4 1e-3", "num_epoch": "2"}  # minutes on two cores
 NOT_PASSED_ON = {
     "--model_name_or_path": "set MODELS", "--plugin": "set PLUGINS", "--batch_size": "set BATCH_SIZES",
-    "--learning_rate": "set LEARNING_RATES", "--seed": "set SEEDS", "--output_path": "set RESULTS",
+    "--learning_rate": "set LEARNING_RATES", "--seed": "set SEEDS", "--fold": "set FOLDS", "--output_path": "set RESULTS",
     "--resume": "interrupted runs resume by themselves", "--overwrite_output": "remove the folders of the runs to repeat",
     "--eval_only": "a sweep trains", "--dry_run": "a sweep trains",
     "--push_to_hub": "upload the best run's folder afterwards with `huggingface-cli upload`",
@@ -55,7 +58,8 @@ def read_arguments(argv: list[str] | None = None):
     """-> settings of the sweep, flags for vit_train_demo.py"""
     parser = Parser(prog="sweep.py", description="Fine-tune with every combination of the lists.")
     for name in GRID:
-        parser.text(f"--{name}", default="42" if name == "seeds" else "auto", help="values between blanks")
+        default = {"seeds": "42", "recipes": "none", "folds": "none"}.get(name, "auto")
+        parser.text(f"--{name}", default=default, help="flags between bars" if name == "recipes" else "values between blanks")
     for name in COMMON:
         parser.text(f"--{name}", default="auto", help="of every run, as in vit_train_demo.py")
     parser.number("--processes", int, low=1, default=1, help="of each run, one a GPU")
@@ -76,18 +80,25 @@ def read_arguments(argv: list[str] | None = None):
     sweep.fitting = fitting  # runs with GPUs of their own
     if gpus and sweep.processes > gpus:
         parser.problems.append(f"GPUNUM={sweep.processes}: is more than the {gpus} here")
-    for flag in flags:
+    for flag in [*flags, *sweep.recipes.replace("|", " ").split()]:
         if mend := NOT_PASSED_ON.get(flag.partition("=")[0]):
             parser.problems.append(f"{flag}: {mend}")
     for name, value in (SMALL if sweep.small else PUBLISHED).items():
         if getattr(sweep, name) == "auto":
             setattr(sweep, name, value)
     for name, variable in GRID.items():
-        if not getattr(sweep, name).split():
+        if not values(sweep, name):
             parser.problems.append(f"{variable}: is empty; name one value or more")
     if parser.problems:
         fail(*parser.problems)
     return sweep, flags
+
+
+def values(sweep, name: str) -> list[str]:
+    """Of one list of the grid, each once. A recipe is a text of flags; `none`, and the text without any, is the published one."""
+    text = getattr(sweep, name)
+    found = [" ".join(flags.split()) for flags in text.split("|")] if name == "recipes" else text.split()
+    return list(dict.fromkeys("" if name == "recipes" and value == "none" else value for value in found))
 
 
 # ---------------------------------------------------------------------------------------------- plan
@@ -119,13 +130,14 @@ def plan(sweep, flags: list[str]) -> list[Run]:
     hub.answers = functools.cache(hub.answers)  # asked once, not once a run
     runs: dict[str, Run] = {}
     problems: dict[str, list[str]] = {}  # -> the runs that have it
-    points = list(itertools.product(*(dict.fromkeys(getattr(sweep, name).split()) for name in GRID)))
-    for model, plugin, batch_size, learning_rate, seed in points:
+    points = list(itertools.product(*(values(sweep, name) for name in GRID)))
+    for model, plugin, batch_size, learning_rate, recipe, fold, seed in points:
         options = {
             "model_name_or_path": model, "plugin": plugin, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
             **{name: getattr(sweep, name) for name in COMMON}, "keep_checkpoints": 0, "resume": "auto",
         }  # fmt: skip
-        argv = [word for name, value in options.items() for word in (f"--{name}", str(value))] + flags
+        argv = [word for name, value in options.items() for word in (f"--{name}", str(value))] + recipe.split() + flags
+        argv += ["--fold", fold] * (fold != "none")
         args, wrong = check([*argv, "--output_path", sweep.results, "--world_size", str(sweep.processes)])
         if args:
             name = run_name(args)
@@ -136,7 +148,7 @@ def plan(sweep, flags: list[str]) -> list[Run]:
                 wrong.append(f"MODELS: two of them are called {name.split('-bs')[0].removeprefix(args.plugin + '-')}; rename a folder")
             runs[name] = run
         for problem in wrong:
-            problems.setdefault(problem, []).append(f"{plugin} {model} BS {batch_size} LR {learning_rate} seed {seed}")
+            problems.setdefault(problem, []).append(f"{plugin} {model} BS {batch_size} LR {learning_rate} {recipe} seed {seed}".replace("  ", " "))
     if problems:
         # what every run has needs no run named
         fail(*(p + ("" if len(at) == len(points) else f" ({len(at)} of {len(points)} runs, first {at[0]})") for p, at in problems.items()))
@@ -148,7 +160,8 @@ def run_name(args) -> str:
     model = Path(os.path.abspath(args.model_name_or_path)).name
     words = [args.plugin, model, f"bs{args.batch_size}", f"lr{report.short(args.learning_rate)}", f"px{args.image_size}" * bool(args.image_size)]
     words += [f"{axis}{size}" for axis, size in (("dp", args.layout.dp), ("tp", args.layout.tp), ("pp", args.layout.pp)) if size > 1]
-    words += ["augment" * bool(args.augment)] + [f"{name}{getattr(args, name):g}" for name, off in command_lines.RECIPE.items() if getattr(args, name) != off]
+    words += ["augment" * bool(args.augment)] + [f"{name}_{getattr(args, name)}" for name, off in command_lines.RECIPE.items() if getattr(args, name) != off]
+    words += [f"fold_{args.fold.replace('/', '_of_')}"] if args.fold else []
     return "-".join(filter(None, [*words, f"seed{args.seed}"]))
 
 

@@ -44,7 +44,7 @@ def main() -> None:
             torch.manual_seed(args.seed)
             loaded = vit.load_model(args.model_name_or_path, images.label_names, layout.tp, args.image_size)
             resize = data.Resize(loaded.processor.size["height"], int(loaded.processor.resample))
-            augment = data.Augment(resize.size, args.seed, resize.resample) if args.augment else None
+            augment = data.Augment(resize.size, args.seed, resize.resample, policy=args.auto_augment) if args.augment else None
             images, decoded_bytes = data.decode(images, resize, augment, args, local_processes())
         except (ValueError, OSError) as error:
             fail(str(error))
@@ -219,7 +219,7 @@ def print_plan(args, schedule, images, size: int, decoded: int, parameters: int,
     say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images")
     say(f"            = batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x dp {layout.dp}")
     say(f"  learning  rate {peak_lr:.3g}{scaled}, warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {args.seed}")
-    recipe = [f"{name} {getattr(args, name):g}" for name, off in RECIPE.items() if getattr(args, name) != off]
+    recipe = [f"{name} {getattr(args, name)}" for name, off in RECIPE.items() if getattr(args, name) != off]
     if recipe or args.augment:
         say(f"  recipe    {', '.join([*['random resized crop and flip'] * bool(args.augment), *recipe])}")
     say(f"  model     {parameters / 1e6:.1f} M parameters")

@@ -64,6 +64,11 @@ BAD = [
     ("--mixup -1", {}, "--mixup -1: must be a number >= 0"),
     ("--layer_decay 0", {}, "--layer_decay 0: must be a number > 0 and <= 1"),
     ("--drop_path 1", {}, "--drop_path 1: must be a number >= 0 and <= 0.99"),
+    ("--auto_augment trivial", {}, "--auto_augment trivial: follows the random crop; add --augment"),
+    ("--augment --auto_augment all", {}, "--auto_augment all: must be one of trivial, rand"),
+    ("--fold 6/5", {}, "--fold 6/5: must be K/N"),
+    ("--fold 0/5", {}, "--fold 0/5: must be K/N"),
+    ("--fold 1", {}, "--fold 1: must be K/N"),
     ("--push_to_hub beans", {}, "--push_to_hub beans: must be OWNER/NAME"),
     # layouts
     ("--plugin hybrid_parallel --pp_size 2 --zero_stage 1 --precision bf16 --layer_decay 0.7", dict(world=4), "--layer_decay 0.7: the library's ZeRO wants a part"),

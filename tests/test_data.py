@@ -449,6 +449,17 @@ def test_padding_is_marked_in_the_batch(image_folder):
     assert batch["pixel_values"][0].any() and not batch["pixel_values"][1].any()
 
 
+def test_folds_part_the_training_split_and_leave_the_others_alone(image_folder):
+    whole, parts = load(image_folder), [load(image_folder, "--fold", f"{i}/3", "--seed", i) for i in (1, 2, 3)]
+    assert sorted(path for part in parts for path in part.validation.where) == sorted(whole.train.where)
+    for part in parts:
+        assert part.test is None and not set(part.validation.where) & set(whole.validation.where)
+        assert sorted([*part.train.where, *part.validation.where]) == sorted(whole.train.where)
+        counts = np.bincount(part.validation.labels)
+        assert counts.min() >= 2 and counts.max() <= 3  # of 22 images in 3 classes
+        assert part.notes == [f"fold {parts.index(part) + 1}/3 of the training split is the validation split; the others are not used"]
+
+
 # ---------------------------------------------------------------------------------------------- augmentation
 
 
@@ -468,6 +479,23 @@ def test_augmentation_is_the_same_for_any_worker_count_and_order_and_kept_or_not
     assert torch.equal(augmented(images.train, 1), expected)  # decoded by the worker
     torch.manual_seed(0)  # other random numbers drawn before change nothing
     assert torch.equal(augmented(kept.train, 0, order=list(range(22))[::-1]).flip(0), expected)
+
+
+@pytest.mark.parametrize("policy", data.POLICIES)
+def test_policies_change_crops_by_seed_epoch_and_image_alone(policy):
+    rng = np.random.default_rng(0)
+    sources = rng.integers(0, 256, (30, 20, 20, 3), dtype=np.uint8)
+    plain, changing = data.Augment(16, 42), data.Augment(16, 42, policy=policy)
+
+    def all_of(augment, epoch):
+        return torch.stack([augment(source, epoch, i) for i, source in enumerate(sources)])
+
+    first = all_of(changing, 0)
+    torch.manual_seed(3)
+    assert torch.equal(all_of(changing, 0), first) and first.dtype == torch.uint8 and first.shape == (30, 3, 16, 16)
+    assert not torch.equal(all_of(changing, 1), first)
+    changed = (first != all_of(plain, 0)).flatten(1).any(1)
+    assert 0.5 < changed.float().mean() <= 1
 
 
 def test_augmentation_follows_epoch_seed_and_image(image_folder):

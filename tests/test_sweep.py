@@ -38,7 +38,7 @@ def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **set
             "images_per_second": 100.0, "evaluation_seconds": 0.5, "peak_memory_gib": 1.0 + i,
         })  # fmt: skip
     rows += [{"kind": "test", "epoch": 1, "average_loss": 9.0, "accuracy": 0.0}, {"kind": "end", "seconds": 9.0}] * ended
-    name = f"{settings['plugin']}-bs{settings['batch_size']}-lr{settings['learning_rate']}-px{settings['image_size']}-seed{settings['seed']}"
+    name = f"{settings['plugin']}-bs{settings['batch_size']}-lr{settings['learning_rate']}-px{settings['image_size']}-fold{settings.get('fold')}-seed{settings['seed']}".replace("/", "_")
     (folder / name).mkdir(parents=True)
     report.write_rows(folder / name / "metrics.jsonl", rows)
     return folder / name
@@ -138,6 +138,24 @@ def test_several_seeds_are_one_row_with_mean_and_spread_in_the_published_order(t
     assert not (tmp_path / "heatmap.png").exists()
 
 
+def test_folds_are_one_row_over_all_their_images(tmp_path):
+    for fold, right in (("1/2", 90), ("2/2", 100)):
+        for seed in (1, 2):
+            store(tmp_path, [right / 100], [0.1], images=100, fold=fold, seed=seed, mixup=0.2)
+            store(tmp_path, [(right - 5) / 100], [0.2], images=100, fold=fold, seed=seed, batch_size=16, mixup=0.0)
+    report.sweep_report(tmp_path)
+    header, rows = table(tmp_path)
+    found = [dict(zip(header, row)) for row in rows]
+    assert len(found) == 2 and "fold" not in header and [row["mixup"] for row in found] == ["0.2", "0.0"]
+    assert found[0]["seed"] == "1 2" and found[0]["accuracy"].startswith("**0.9500 ± ")
+    # 5 points of 200 images are just within two standard errors, of 100 they would be well within
+    assert found[1]["to the best"] == "within noise" and report.noise(0.95, 0.9, 200) == pytest.approx(0.0524, abs=1e-3)
+    text = (tmp_path / "table.md").read_text()
+    assert "200 validation images: one is 0.50 points. They are those of all folds" in text
+    with open(tmp_path / "epochs.csv") as file:
+        assert {row["fold"] for row in csv.DictReader(file)} == {"1/2", "2/2"}
+
+
 # ---- bad settings, and what falls to each run
 
 
@@ -165,9 +183,21 @@ def test_all_bad_grid_points_are_refused_together_before_the_first_run(refusal):
 
 
 def test_flags_that_the_sweep_itself_sets_are_refused(refusal):
-    said = refusal("--batch_size=8", "--dry_run", "--parallel_runs", "0", "--seeds", " ")
+    said = refusal("--batch_size=8", "--dry_run", "--parallel_runs", "0", "--seeds", " ", "--recipes", "none | --seed 3")
+    assert "--seed: set SEEDS" in said
     assert "--batch_size=8: set BATCH_SIZES" in said and "--dry_run: a sweep trains" in said
     assert "PARALLEL_RUNS=0" in said and "SEEDS: is empty" in said
+
+
+def test_recipes_and_folds_are_runs_of_their_own(model_folder, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--models", str(model_folder), "--dataset", str(image_folder), "--plugins", "torch_ddp", "--batch_sizes", "8", "--learning_rates", "1e-3"]
+    settings, flags = sweep.read_arguments([*words, "--folds", "1/2 2/2", "--recipes", "none | --augment --ema 0.9 | --mixup 0.2"])
+    runs = sweep.plan(settings, flags)
+    assert len(runs) == len({run.folder for run in runs}) == 6
+    assert [(run.settings["augment"], run.settings["ema"], run.settings["mixup"], run.settings["fold"]) for run in runs] == [
+        (augment, ema, mixup, fold) for augment, ema, mixup in ((False, 0, 0), (True, 0.9, 0), (False, 0, 0.2)) for fold in ("1/2", "2/2")
+    ]
 
 
 def test_two_models_of_one_name_are_refused(refusal, model_folder, tmp_path_factory):
@@ -204,7 +234,7 @@ def test_a_run_is_named_by_what_sets_it_apart(model_folder, image_folder):
     flags = ["--tp_size", "2", "--pp_size", "2", "--augment", "--mixup", "0.2", "--layer_decay", "0.75", "--seed", "7"]
     args, problems = sweep.check([*base, *flags])
     assert not problems
-    assert sweep.run_name(args) == "hybrid_parallel-model-bs4-lr2e-4-dp2-tp2-pp2-augment-layer_decay0.75-mixup0.2-seed7"
+    assert sweep.run_name(args) == "hybrid_parallel-model-bs4-lr2e-4-dp2-tp2-pp2-augment-layer_decay_0.75-mixup_0.2-seed7"
 
 
 def test_more_runs_than_gpus_take_them_in_turn(monkeypatch):
