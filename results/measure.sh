@@ -58,6 +58,11 @@ layouts() { # four GPUs: the same training by every form of parallelism; 6 heads
   GPUNUM=4 BS=32 "${run[@]}" --tp_size 2 --pp_size 2
 }
 grid() { RESULTS=$OUT/beans_grid DATASET=$BEANS WEIGHT_DECAY=0.5 finetune; }
+recipe() { # which flags help, by five folds of the training split
+  export RESULTS=$OUT/beans_recipe FOLDS="1/5 2/5 3/5 4/5 5/5" DATASET=$BEANS PLUGINS=torch_ddp PRESET=fast BS=32 LR=${LR:-1e-4} EPOCH=${EPOCH:-10}
+  RECIPES="none | --augment | --augment --auto_augment trivial | --augment --layer_decay 0.75 | --augment --label_smoothing 0.1
+    | --augment --mixup 0.2 | --augment --cutmix 1 | --augment --drop_path 0.1 | --augment --ema 0.98" finetune
+}
 animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
 
 # ---- from scratch
