@@ -142,24 +142,8 @@ def main(argv: list[str] | None = None) -> None:
     import model as vit
     import report
     from cifar import Augment
-    from engine import (
-        Engine,
-        EpochProgress,
-        Mix,
-        NonFiniteLoss,
-        Normalize,
-        SignalFlag,
-        Stopped,
-        learning_rate,
-    )
-    from plugins import (
-        device,
-        import_libraries,
-        local_processes,
-        peak_memory,
-        start_distributed,
-        stop_distributed,
-    )
+    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
+    from plugins import device, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
 
     values, layout, output = args.values, args.layout, Path(args.output_path)
     seed, size, epochs = values["SEED"], values["IMG_SIZE"], values["NUM_EPOCHS"]

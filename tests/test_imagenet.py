@@ -120,6 +120,19 @@ def test_validation_folder_is_evaluated_and_a_part_of_train_is_held_out(tree):
     assert not set(images.train.where) & set(images.minival.where)
 
 
+def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, monkeypatch):
+    values = {name: default for name, (default, _) in configs.NAMES.items()} | {"IMG_SIZE": 32, "NUM_CLASSES": 8}
+    small = feed.open_feeds(str(tree), values, torch.device("cpu"))
+    assert isinstance(small.train, feed.Resident) and small.normal != ((0.5,) * 3, (0.5,) * 3)
+    monkeypatch.setattr(data, "LARGE", 50)
+    large = feed.open_feeds(str(tree), values, torch.device("cpu"))
+    assert isinstance(large.train, feed.Streamed) and isinstance(large.evaluated, feed.Resident)
+    assert large.normal == ((0.5,) * 3, (0.5,) * 3) and any("MEAN and STD: 0.5" in note for note in large.notes)
+    order = [[(0, i) for i in range(40)]]
+    (expected,), (batch,) = small.train.batches(order), large.train.batches(order)
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"]) and torch.equal(batch["labels"], expected["labels"])
+
+
 def test_synthetic_images_need_no_files(monkeypatch, capsys):
     assert feed.locate("synthetic") == feed.locate("synthetic:300") == "synthetic"
     said = refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="synthetic:many")

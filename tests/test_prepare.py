@@ -77,6 +77,18 @@ def test_augmentation_takes_prepared_images_as_they_lie(tree, tmp_path, capsys, 
     assert (half.sources[3] == train.sources[6]).all() and half.labels[3] == train.labels[6]
 
 
+def test_fine_tuning_reads_a_prepared_folder_too(tree, tmp_path, capsys, parts):
+    from helpers import settings
+
+    prepare(capsys, tree, tmp_path / "out")
+    args = settings("--dataset", tmp_path / "out")
+    images = data.load_data(args)
+    augmented, kept = data.decode(images, data.Resize(16), data.Augment(16, 0), args, 1)
+    assert augmented.train.sources is images.train.sources and kept == 9 * 3 * 16 * 16  # train stays where it is
+    plain, kept = data.decode(images, data.Resize(16), None, args, 1)
+    assert kept == 54 * 3 * 16 * 16 and (plain.train.resized[7] == data.Resize(16)(data.open_image(images.train.images[7]))).all()
+
+
 def test_packed_as_jpeg_takes_less_and_stays_near(tree, tmp_path, capsys, parts):
     prepare(capsys, tree, tmp_path / "raw")
     prepare(capsys, tree, tmp_path / "jpeg", "--format", "jpeg")
