@@ -35,7 +35,7 @@ exec "$PYTHON" "$HERE/sweep.py" \
   --models "$MODELS" \
   --batch_sizes "$BATCH_SIZES" \
   --learning_rates "$LEARNING_RATES" \
-  --recipes "$RECIPES" \
+  --recipes="$RECIPES" \
   --folds "$FOLDS" \
   --seeds "$SEEDS" \
   --dataset "$DATASET" \
