@@ -64,7 +64,8 @@ def _rand_augment(value):
     if value is None:
         return None
     whole = isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-    right = whole and 1 <= value[0] <= 8 and 0 <= value[1] < (value[2] if len(value) == 3 else 31)
+    layers, magnitude, bins = (*value, 31)[:3] if whole else (0, 0, 0)
+    right = 1 <= layers <= 8 and 0 <= magnitude < bins and bins > 1
     return None if right else "must be None, or (layers from 1 to 8, magnitude from 0 to 30), or (layers, magnitude, magnitudes there are)"
 
 

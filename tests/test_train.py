@@ -142,6 +142,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         (["fp16={'mode': 'int8'}"], 4, "AMP_TYPE.TORCH"),
         (["parallel={'pipeline': 8}"], 8, "more stages than the 7 layers"),
         (["RAND_AUGMENT=(2, 31)"], 4, "RAND_AUGMENT = (2, 31): must be None"),
+        (["RAND_AUGMENT=(2, 0, 1)"], 4, "RAND_AUGMENT = (2, 0, 1): must be None"),
         (["RAND_AUGMENT=(2, 9)"], 4, "AUTO_AUGMENT and RAND_AUGMENT: give one"),
         (["RANDOM_RESIZED_CROP=0.3"], 4, "RANDOM_RESIZED_CROP and RANDOM_CROP_PADDING 4"),
         (["RANDOM_RESIZED_CROP=0"], 4, "RANDOM_RESIZED_CROP = 0: must be a number > 0"),
