@@ -564,11 +564,12 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
         sample = list(pool.map(decode_one, range(0, len(split), max(1, len(split) // 32))))
         sizes = [item.nbytes for item in sample if not isinstance(item, str)]
         kept = not sizes or np.mean(sizes) * len(split) <= budget
-        if not kept and not skip_bad:
+        if not kept and not skip_bad and split.name == "train":
             return split, 0, []
 
         def decode_or_check(i: int):
-            # beyond the budget, images are read once to find the bad ones: every count and batch is exact from the start
+            # beyond the budget, images are read once to find the bad ones: every count and batch is exact from the start,
+            # and no epoch is trained to fail in its evaluation
             result = decode_one(i)
             return result if kept or isinstance(result, str) else None
 

@@ -365,6 +365,14 @@ def test_images_beyond_the_memory_budget_are_decoded_later_with_the_same_pixels(
             assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
 
 
+def test_unreadable_image_is_found_before_training_in_what_is_evaluated(tmp_path):
+    images = load(write_folder(tmp_path, {"train": 6, "validation": 3}))
+    for split in ("validation", "train"):
+        (tmp_path / split / "red" / "002.png").write_text("broken")
+        with pytest.raises(data.DataError, match="validation/red/002.png"):
+            decoded(images, "--data_memory", 1e-9)
+
+
 def test_splits_that_fit_the_budget_are_kept_and_others_are_not(image_folder):
     size = 3 * 16 * 16 / 2**30
     kept, _ = decoded(load(image_folder), "--data_memory", (13 + 7 + 1) * size)
