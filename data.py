@@ -217,24 +217,33 @@ def locate(name: str) -> str:
     return "hub"
 
 
-def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
-    """``root/<split>/<class>/**/image``; or ``root/<class>/**/image`` as a train split."""
+def class_folders(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
+    """Of ``root/<split>/<class>/**/image``, or ``root/<class>/**/image``: -> (split -> its folder, split -> its classes).
+
+    Raises:
+        DataError: there is no train split, it has no classes, or another split has classes that it lacks.
+    """
     folders = {SPLIT_NAMES[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in SPLIT_NAMES}
     if not folders:
         folders = {"train": root}
     classes = {split: _subfolders(folder) for split, folder in folders.items()}
     if "train" not in classes:
         raise DataError(f"--dataset {root} has no train folder; it has: {', '.join(folders)}")
-    labels = classes["train"]
-    if not labels:
+    if not classes["train"]:
         raise DataError(f"--dataset {root}: {folders['train']} holds no class folders (expected <class>/*.jpg)")
-    splits = {}
     for split, folder in folders.items():
-        if strangers := sorted(set(classes[split]) - set(labels)):
+        if strangers := sorted(set(classes[split]) - set(classes["train"])):
             raise DataError(
                 f"--dataset {root}: class {', '.join(strangers)} is in {folder.name}/ but not in {folders['train'].name}/: "
                 "rename or remove the folder, or add training images of it"
             )
+    return folders, classes
+
+
+def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
+    folders, classes = class_folders(root)
+    splits, labels = {}, classes["train"]
+    for split, folder in folders.items():
         found = [sorted(_image_paths(folder / name)) for name in labels]
         if not any(found):
             flat = any(_is_image(entry.name) for entry in folder.iterdir())

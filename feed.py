@@ -8,6 +8,7 @@ import itertools
 from argparse import Namespace
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,11 +22,11 @@ SYNTHETIC = "synthetic"
 RATIO = 256 / 224  # shorter side before the centre crop, over the size, in evaluation
 
 
-def locate(name: str) -> str:
+def locate(name: str, classes: int) -> str:
     """What kind of data set ``name`` is; reads directory entries only.
 
     Raises:
-        DataError: it is none, or files of it are missing.
+        DataError: it is none, or folders of it are missing, or it has not so many classes.
     """
     if name.partition(":")[0] == SYNTHETIC:
         count = name.partition(":")[2] or "1"
@@ -35,9 +36,28 @@ def locate(name: str) -> str:
     if cifar.is_folder(name):
         return cifar.FOLDER
     try:
-        return data.locate(name)
+        kind = data.locate(name)
+        if kind == "imagefolder":
+            _, folders = data.class_folders(Path(name))
+            check_count(name, folders["train"], classes)
+            for split in ("test", "validation"):
+                if folders.get(split):
+                    check_complete(name, split, folders[split], folders["train"])
+        return kind
     except DataError as error:
         raise DataError(str(error).replace("--dataset ", "DATA=", 1)) from None
+
+
+def check_count(name: str, labels: list[str], classes: int) -> None:
+    if len(labels) != classes:
+        raise DataError(f"--dataset {name} has {len(labels)} classes, NUM_CLASSES is {classes}: complete the set, or change the config")
+
+
+def check_complete(name: str, split: str, present: list[str], labels: list[str]) -> None:
+    """A class without images to judge it by is a half-extracted set."""
+    if absent := sorted(set(labels) - set(present)):
+        named = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
+        raise DataError(f"--dataset {name}: the {split} split has no images of class {named}: unpack the set whole")
 
 
 def transforms(values: dict) -> tuple[data.Resize | data.ResizeAndCrop, data.Augment | None]:
@@ -68,15 +88,14 @@ def read(name: str, values: dict, processes: int = 1, skip_bad: bool = False) ->
         max_eval_samples=None, data_memory=None, skip_bad_images=skip_bad,
     )  # fmt: skip
     images = cifar.read(name, values["IMG_SIZE"]) if cifar.is_folder(name) else data.load_data(args, hold_out=False)
-    if len(images.label_names) != values["NUM_CLASSES"]:
-        raise DataError(f"--dataset {name} has {len(images.label_names)} classes, NUM_CLASSES is {values['NUM_CLASSES']}: complete the set, or change the config")
+    check_count(name, images.label_names, values["NUM_CLASSES"])
     evaluated = images.test or images.validation
     if images.test:
         images = replace(images, validation=None)
     elif evaluated:
         images.notes.append(f"no test split: evaluating the validation split ({len(evaluated)} images)")
     if evaluated:
-        check_complete(name, evaluated, images.label_names)
+        check_complete(name, evaluated.name, [images.label_names[i] for i in np.unique(evaluated.labels)], images.label_names)
     fraction = values["VALIDATION_FRACTION"] or (0.0 if evaluated else 0.1)
     if fraction:
         kept, rest = data.stratified(images.train.labels, fraction, values["SEED"])
@@ -85,14 +104,6 @@ def read(name: str, values: dict, processes: int = 1, skip_bad: bool = False) ->
         images = replace(images, train=images.train.take(kept), held_out=not evaluated, **{kind: cut})
         images.notes.append(f"{kind}: {len(rest)} training images held out (stratified, seed {values['SEED']})")
     return data.decode(images, resize, augment, args, processes)[0]
-
-
-def check_complete(name: str, split: Split, labels: list[str]) -> None:
-    """A class without images to judge it by is a half-extracted set."""
-    absent = [labels[i] for i in np.flatnonzero(np.bincount(split.labels, minlength=len(labels)) == 0)]
-    if absent:
-        named = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
-        raise DataError(f"--dataset {name}: the {split.name} split has no images of class {named}: unpack the set whole")
 
 
 class Resident:
@@ -197,7 +208,7 @@ def open_feeds(name: str, values: dict, device: torch.device, processes: int = 1
     size, classes = values["IMG_SIZE"], values["NUM_CLASSES"]
     resize, augment = transforms(values)
     normal, half = (values["MEAN"], values["STD"]) if values["MEAN"] else None, ((0.5,) * 3, (0.5,) * 3)
-    if locate(name) == SYNTHETIC:
+    if locate(name, classes) == SYNTHETIC:
         train = Synthetic(int(name.partition(":")[2] or 100 * values["TOTAL_BATCH_SIZE"]), size, classes, device)
         judged = Synthetic(values["TOTAL_BATCH_SIZE"], size, classes, device)
         notes = ["synthetic images, noise with random labels: they measure speed, and the accuracy means nothing"]

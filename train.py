@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         import feed
 
         try:
-            args.dataset_kind = feed.locate(args.dataset)
+            args.dataset_kind = feed.locate(args.dataset, config["NUM_CLASSES"])
             args.model_name_or_path, args.notes = Path(args.config).stem, []
             check_hub(args, problems)
         except feed.DataError as error:

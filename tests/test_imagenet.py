@@ -113,6 +113,15 @@ def test_set_that_is_not_whole_is_one_clear_error(tree, tmp_path):
     assert "move each into the folder of its class" in error(flatten)
 
 
+def test_missing_class_folders_are_said_before_anything_starts(tree, tmp_path, monkeypatch, capsys):
+    broken = shutil.copytree(tree, tmp_path / "tree")
+    argv = ("--config", str(CONFIGS[-1]), "--output_path", str(tmp_path / "out"), "--set", "NUM_CLASSES=8")
+    shutil.rmtree(broken / "val" / wnid(3))
+    assert f"DATA={broken}: the validation split has no images of class {wnid(3)}" in refused(monkeypatch, capsys, *argv, data=str(broken))
+    shutil.rmtree(broken / "train" / wnid(3))
+    assert f"DATA={broken} has 7 classes, NUM_CLASSES is 8" in refused(monkeypatch, capsys, *argv, data=str(broken))
+
+
 def test_validation_folder_is_evaluated_and_a_part_of_train_is_held_out(tree):
     images = streamed(tree, VALIDATION_FRACTION=0.1)
     assert (len(images.train), len(images.minival), len(images.validation), images.test) == (104, 16, 24, None)
@@ -134,7 +143,7 @@ def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, mon
 
 
 def test_synthetic_images_need_no_files(monkeypatch, capsys):
-    assert feed.locate("synthetic") == feed.locate("synthetic:300") == "synthetic"
+    assert feed.locate("synthetic", 5) == feed.locate("synthetic:300", 5) == "synthetic"
     said = refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="synthetic:many")
     assert "DATA=synthetic:many: must be synthetic, or synthetic:N" in said
     split = feed.Synthetic(3000, 8, 5, torch.device("cpu"))

@@ -231,9 +231,9 @@ def test_damaged_folders_are_named(tmp_path):
         read(folder)
     (folder / "data_batch_2").unlink()
     with pytest.raises(DataError, match="lacks data_batch_2"):
-        feed.locate(str(folder))
+        feed.locate(str(folder), 10)
     with pytest.raises(DataError, match="^DATA="):
-        feed.locate(str(tmp_path / "none"))
+        feed.locate(str(tmp_path / "none"), 10)
 
 
 def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
