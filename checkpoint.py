@@ -69,6 +69,11 @@ def _masters(boosted: Boosted) -> list[torch.Tensor]:
     return [param.data for param in params if id(param) not in own]
 
 
+def _randomizers(boosted: Boosted) -> list:
+    """The random states of hybrid_parallel's dropout layers: their own, so that slices draw different masks."""
+    return [module.randomizer for module in boosted.model.modules() if hasattr(module, "randomizer")]
+
+
 def local_state(boosted: Boosted) -> dict:
     """Everything this process holds of model and optimizer, between two steps."""
     scaler = _scaler(boosted.optimizer)
@@ -153,7 +158,7 @@ class Checkpoints:
         dist.barrier()
         if is_sharded(boosted) or boosted.layout.dp_rank == 0:
             _write(local_state(boosted), partial / f"state_{shard_name(boosted, boosted.layout.dp_rank)}.pt")
-        random = {"cpu": torch.get_rng_state()}
+        random = {"cpu": torch.get_rng_state(), "layers": [own.device_rng_state for own in _randomizers(boosted)]}
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
         _write(random, partial / f"random_{rank()}.pt")
@@ -266,6 +271,8 @@ def load(path: Path, boosted: Boosted, meta: dict) -> None:
     if random_path.exists() and meta["processes"] == boosted.layout.world:
         random = torch.load(random_path, map_location="cpu", weights_only=True)
         torch.set_rng_state(random["cpu"])
+        for own, state in zip(_randomizers(boosted), random["layers"], strict=True):
+            own.device_rng_state = state
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
     dist.barrier()
