@@ -95,6 +95,8 @@ NAMES = {
     "NUM_CLASSES": (1000, _number(int, low=2)),
     "DROPOUT": (0.0, _number(float, low=0, high=0.99)),
     "ATTENTION_DROPOUT": (0.0, _number(float, low=0, high=0.99)),
+    "DROP_PATH": (0.0, _number(float, low=0, high=0.99)),  # chance that an image skips the last layer's branches; falls to 0 at the first
+    "EMA": (0.0, _number(float, low=0, high=0.99999)),  # decay of the weights' moving average, which is evaluated and exported; 0: the weights
     "POOLING": ("class", _choice("class", "mean")),  # what is classified: a class token, or the mean of the patches (there is no class token then)
     "POSITIONS": ("learned", _choice("learned", "sincos")),  # sincos: fixed, in two dimensions
     # the images
@@ -363,6 +365,8 @@ def check(config: dict, world: int) -> list[str]:
     if mode in ("2d", "2.5d", "3d"):
         import tensor_parallel
 
+        if config["DROP_PATH"]:
+            problems.append(f"DROP_PATH {config['DROP_PATH']}: goes with 1d and vanilla; in {mode} the slices of an image would not be skipped together")
         if pp > 1:
             problems.append(f"pipeline {pp}: goes with 1d and vanilla, not with {mode}")
         problems += tensor_parallel.problems(mode, tp, depth, model_config(config), rows)

@@ -116,7 +116,7 @@ def build(args, labels: list[str]):
 
     import plugins
     import tensor_parallel
-    from model import build_vit, fix_positions, pad_labels
+    from model import add_drop_path, build_vit, fix_positions, pad_labels
 
     values, layout = args.values, args.layout
     vit_config = configs.model_config(values, labels)
@@ -129,6 +129,8 @@ def build(args, labels: list[str]):
         return plugins.boost_mesh(tensor_parallel.build(vit_config, model.state_dict()), args, layout), vit_config
     pad_labels(model, layout.tp)
     boosted = plugins.boost(model, args, layout)
+    if values["DROP_PATH"]:
+        add_drop_path(boosted.model, values["DROP_PATH"], values["DEPTH"])
     torch.manual_seed(values["SEED"] + layout.dp_rank)  # of dropout: other images, other masks
     return boosted, vit_config
 
@@ -168,6 +170,8 @@ def main(argv: list[str] | None = None) -> None:
         if warmup_steps >= total_steps:
             images.notes.append(f"the warm-up of {warmup_steps} steps is longer than the {total_steps} steps of the training")
         boosted, vit_config = build(args, labels)
+        if values["EMA"]:
+            boosted.keep_average(values["EMA"])
         mix = Mix(values["MIXUP"], values["CUTMIX"], len(labels), seed, layout.dp_rank) if values["MIXUP"] or values["CUTMIX"] else None
         engine = Engine(boosted, len(labels), Normalize(*images.normal), values["LABEL_SMOOTHING"], mix)
         say(f"\n{args.config} on {args.dataset}")

@@ -134,6 +134,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 6, "6 process(es)"),
         (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "NUM_HEADS=1"], 4, "number of heads 1"),
         (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "parallel={'pipeline': 2}"], 8, "goes with 1d and vanilla"),
+    (["TENSOR_PARALLEL_SIZE=4", "TENSOR_PARALLEL_MODE=2d", "DROP_PATH=0.1"], 4, "DROP_PATH 0.1: goes with 1d and vanilla"),
         (["TENSOR_PARALLEL_MODE=4d"], 4, "must be one of"),
         (["TENSOR_PARALLEL_SIZE=2"], 4, "needs a mode"),
         (["parallel={'data': 2}"], 4, "data parallelism follows"),
@@ -379,6 +380,7 @@ TINY = ["PATCH_SIZE=8", "HIDDEN_SIZE=16", "DEPTH=2", "NUM_HEADS=2", "TOTAL_BATCH
         "LEARNING_RATE=0.01", "clip_grad_norm=0.8"]  # fmt: skip
 PLAIN = ["RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None"]
 TWO = "TENSOR_PARALLEL_SIZE=2"
+DRAWN = ["DROPOUT=0.1", "DROP_PATH=0.3", "EMA=0.8", "MIXUP=0.2"]  # each process draws, and must go on drawing alike after a resume
 RUNS = {  # name -> config, processes, overrides
     "vanilla": ("vanilla", 1, PLAIN),
     "vanilla, accumulated": ("vanilla", 2, [*PLAIN, "gradient_accumulation=2"]),
@@ -388,8 +390,10 @@ RUNS = {  # name -> config, processes, overrides
     "2.5d": ("2p5d", 4, PLAIN),
     "2d fp16": ("2d", 4, [*PLAIN, "fp16={'mode': 'torch'}"]),
     "vanilla straight": ("vanilla", 1, []),
-    "2d straight": ("2d", 4, []),
+    "2d straight": ("2d", 4, ["EMA=0.8"]),
+    "1d straight": ("1d", 2, [TWO, *DRAWN]),
 }
+STRAIGHT = {name.split()[0]: run for name, run in RUNS.items() if name.endswith(" straight")}
 SAME = ["vanilla, accumulated", "1d", "pipeline", "2d", "2.5d"]
 
 
@@ -402,10 +406,10 @@ def run_cases(root: Path) -> None:
 
     for name, case in RUNS.items():
         start(name, *case)
-    for config, processes in (("vanilla", 1), ("2d", 4)):
-        start(f"{config} resumed", config, processes, [], stop_at_step=4)
-        start(f"{config} resumed", config, processes, ["SEED=1"], "--resume", "auto")  # refused
-        start(f"{config} resumed", config, processes, [], "--resume", "auto")
+    for config, (_, processes, overrides) in STRAIGHT.items():
+        start(f"{config} resumed", config, processes, overrides, stop_at_step=4)
+        start(f"{config} resumed", config, processes, [*overrides, "SEED=1"], "--resume", "auto")  # refused
+        start(f"{config} resumed", config, processes, overrides, "--resume", "auto")
 
 
 @pytest.fixture(scope="module")
@@ -449,7 +453,12 @@ def test_modes_augment_alike(runs):
     assert rows(runs / "vanilla straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla")[0]["train_loss"], abs=1e-4)
 
 
-@pytest.mark.parametrize("config", ["vanilla", "2d"])
+def test_draws_and_averages_change_the_result(runs):
+    assert rows(runs / "1d straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla straight")[0]["train_loss"], abs=1e-3)
+    assert rows(runs / "2d straight")[1]["average_loss"] != pytest.approx(rows(runs / "vanilla straight")[1]["average_loss"], abs=1e-3)
+
+
+@pytest.mark.parametrize("config", list(STRAIGHT))
 def test_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(runs, config):
     from safetensors.torch import load_file
 
