@@ -13,7 +13,7 @@ import hub
 from console import fail
 from data import DRAWN, POLICIES, DataError, locate
 from layout import Layout
-from model import PRESETS, known_architecture, read_config
+from model import FAMILIES, PRESETS, known_architecture, read_config
 
 PLUGINS = {  # plugin -> the precisions it can do, its published one first
     "torch_ddp": ("fp32", "bf16"),
@@ -335,8 +335,10 @@ def check_model(args, problems: list[str]) -> None:
         config = read_config(Path(name))
         if not config:
             problems.append(f"--model_name_or_path {name}: the folder has no readable config.json")
-        elif config.get("model_type") != "vit":
+        elif config.get("model_type") not in FAMILIES:
             problems.append(f"--model_name_or_path {name}: is a {config.get('model_type')!r} model; this example trains ViTs")
+        elif config["model_type"] == "ijepa" and args.plugin == "hybrid_parallel":
+            problems.append(f"--plugin hybrid_parallel: the library cannot cut {name}, which averages its patches; use another plugin")
         # what the config leaves out has the library's default
         heads, layers = config.get("num_attention_heads", 12), config.get("num_hidden_layers", 12)
         patch = config.get("patch_size", 16)

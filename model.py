@@ -54,6 +54,10 @@ PRESETS = {
 }
 
 
+# model_type of a HuggingFace config: a ViT with a class token, and one whose patches are averaged (`mean_pooled`)
+FAMILIES = ("vit", "ijepa")
+
+
 def known_architecture(name: str) -> Preset | None:
     """The preset behind a name, with or without its hub owner: ``google/vit-base-patch16-224-in21k`` -> ViT-B/16."""
     return PRESETS.get(preset_name(name))
@@ -92,7 +96,7 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
     Raises:
         ValueError: the folder or hub model is not a ViT, or ``image_size`` is no multiple of the patch size.
     """
-    from transformers import AutoConfig, AutoImageProcessor, ViTForImageClassification, ViTImageProcessor
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
 
     notes = []
     id2label = dict(enumerate(labels))
@@ -106,10 +110,10 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
         notes.append(f"{name}: random initial weights")
     else:
         config = AutoConfig.from_pretrained(name)
-        if config.model_type != "vit":
+        if config.model_type not in FAMILIES:
             raise ValueError(f"--model_name_or_path {name} is a {config.model_type!r} model; this example trains ViTs")
         trained = [config.id2label[i] for i in range(config.num_labels)]
-        model, loading = ViTForImageClassification.from_pretrained(
+        model, loading = AutoModelForImageClassification.from_pretrained(
             name,
             num_labels=len(labels),
             id2label=id2label,
@@ -141,16 +145,17 @@ def resize_positions(model: nn.Module, image_size: int) -> None:
 
     As in fine-tuning at higher resolution (Dosovitskiy et al., 2021, section 3.2).
     """
-    embeddings, patch = model.vit.embeddings, model.config.patch_size
+    embeddings, patch = model.base_model.embeddings, model.config.patch_size
     if image_size % patch:
         raise ValueError(f"--image_size {image_size} is no multiple of the model's patch size {patch}")
-    old = embeddings.position_embeddings  # (1, 1 + patches, hidden)
-    grid = round((old.shape[1] - 1) ** 0.5)
-    patches = old[:, 1:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    old = embeddings.position_embeddings  # (1, [1 +] patches, hidden)
+    grid = int(old.shape[1] ** 0.5)
+    extra = old.shape[1] - grid * grid  # the class token, where there is one
+    patches = old[:, extra:].reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
     side = image_size // patch
     patches = nn.functional.interpolate(patches, (side, side), mode="bicubic", align_corners=False)
     patches = patches.permute(0, 2, 3, 1).reshape(1, side * side, -1)
-    embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :1], patches], dim=1))
+    embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :extra], patches], dim=1))
     embeddings.patch_embeddings.image_size = (image_size, image_size)
     embeddings.patch_embeddings.num_patches = side * side
     model.config.image_size = image_size

@@ -108,6 +108,12 @@ BAD = [
 ]  # fmt: skip
 
 
+def test_model_that_averages_its_patches_is_not_cut(problems, tmp_path):
+    (tmp_path / "mean").mkdir()
+    (tmp_path / "mean" / "config.json").write_text('{"model_type": "ijepa"}')
+    assert problems(f"--model_name_or_path {tmp_path}/mean --plugin hybrid_parallel")[0].startswith("--plugin hybrid_parallel: the library cannot cut")
+
+
 @pytest.mark.parametrize("line, machine, message", BAD, ids=[line for line, _, _ in BAD])
 def test_bad_setting_is_named_with_a_mend(problems, tmp_path, line, machine, message):
     for folder in ("full", "bert"):

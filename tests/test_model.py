@@ -43,6 +43,24 @@ def test_preset_is_found_behind_a_hub_name():
     assert vit.known_architecture("google/other") is None
 
 
+def test_model_that_averages_its_patches_is_fine_tuned_and_exported_like_the_others(tmp_path):
+    from transformers import AutoModelForImageClassification, ViTImageProcessor
+
+    torch.manual_seed(0)
+    whole = vit.build_vit(vit.mean_pooled(tiny_vit(5).config))
+    whole.save_pretrained(tmp_path / "trained")
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "trained")
+    loaded = vit.load_model(str(tmp_path / "trained"), LABELS, tp=1, image_size=24)
+    assert "fresh classifier for 3 labels" in loaded.notes[0]
+    pixels = torch.randn(2, 3, 24, 24)
+    with torch.no_grad():
+        expected = whole.base_model(pixels, interpolate_pos_encoding=True).last_hidden_state
+        assert torch.allclose(loaded.model.base_model(pixels).last_hidden_state, expected, atol=1e-5)
+        vit.export(loaded.model.state_dict(), loaded.model.config, loaded.processor, tmp_path / "tuned")
+        again = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
+        assert torch.equal(again.eval()(pixels).logits, loaded.model.eval()(pixels).logits)
+
+
 # ---------------------------------------------------------------------------------------------- drop path
 
 
