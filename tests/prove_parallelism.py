@@ -337,8 +337,7 @@ def compare(row: dict, references: dict[str, dict]) -> dict:
         "reference": reference,
         "loss_20": difference(row["loss"][:SHORT], serial["loss"]),
     }
-    if "norm" in row:  # the first rows kept the deviations of the norms alone
-        row |= {"norm_1": relative(row["norm"][:1], serial["norm"]), "norms": relative(row["norm"], serial["norm"])}
+    row |= {"norm_1": relative(row["norm"][:1], serial["norm"]), "norms": relative(row["norm"], serial["norm"])}
     if len(row["loss"]) > SHORT:
         row["loss_50"] = difference(row["loss"], serial["loss"])
     return row | {"pass": passes(row)} if row["kind"] == "case" else row
@@ -530,7 +529,7 @@ ViT-Lite-7/4 from the same weights on the same {IMAGES} training images of CIFAR
 {IMAGES % BATCH}), learning rate {PEAK:g} after {warmup} steps of warm-up, label smoothing {SMOOTHING}, gradients clipped to norm {MAX_NORM:g}, weight decay {DECAY}, no dropout,
 no augmentation; on a CPU, over gloo. The serial run is HuggingFace's model with torch's AdamW and `clip_grad_norm_` on one process,
 written out in the script. The others go through `train.parse`, `train.build`, `Engine`, `checkpoint` and `model.export` with the
-config files. The losses of every step are in `rows.jsonl`, with the gradient norms in the rows that have `norm`.
+config files. Losses and gradient norms of every step are in `rows.jsonl`.
 
 ![losses](losses.png)
 

@@ -89,6 +89,6 @@ def test_processes_of_one_group_mix_alike_and_groups_otherwise(one, two, name):
     whole = [0, 1, 3, 4]  # the last of three steps an epoch is padded, and so not mixed
     assert all(abs(plain[i] - alone[i]) > 1e-3 for i in whole)
     if name == "hybrid dp2":
-        assert max(abs(mixed[i] - alone[i]) for i in whole) > 1e-2
+        assert max(abs(mixed[i] - alone[i]) for i in whole) > 1e-3
     else:
         assert mixed == pytest.approx(alone, abs=2e-5)

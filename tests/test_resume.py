@@ -158,7 +158,7 @@ def save_and_die(folder, steps: list[int], at: int) -> None:
     for step in steps:
         checkpoint.local_state = lambda boosted: {"of": step}
         layout = SimpleNamespace(tp_rank=0, pp_rank=0, dp_rank=0)
-        boosted = SimpleNamespace(plugin="torch_ddp", zero_stage=0, layout=layout)
+        boosted = SimpleNamespace(plugin="torch_ddp", zero_stage=0, layout=layout, model=torch.nn.Module())
         meta = {"step": step, "epoch": step, "progress": {"images": 0}, "best_epoch": None}
         checkpoint.Checkpoints(folder, 1).save(boosted, meta)
 
