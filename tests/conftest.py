@@ -16,6 +16,7 @@ VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_gpu.py, which 
 _caches = tempfile.TemporaryDirectory(prefix="vit-tests-")
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HOME=f"{_caches.name}/hf", XDG_CACHE_HOME=f"{_caches.name}/xdg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCH_WARM_POOL", "0")  # no compiler processes beside the tests: plugins.import_libraries
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 
