@@ -372,10 +372,9 @@ def check_hub(args, problems: list[str]) -> None:
         wanted.append(("model", name, "models"))
     if args.dataset_kind == "hub":
         wanted.append(("dataset", args.dataset, "datasets"))
-    if not wanted and not vars(args).get("push_to_hub"):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local: no library shall look for updates
-        return
     if not wanted:
+        if not vars(args).get("push_to_hub"):
+            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local: no library shall look for updates
         return
     reachable = os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false") and hub.answers()
     if reachable:

@@ -143,13 +143,12 @@ def load_data(args, hold_out: bool = True) -> ImageData:
                 raise DataError(f"--dataset {name}: {int((splits[split].labels < 0).sum())} training images have no label")
             notes.append(f"split {split!r} is not used: its labels are hidden")
             del splits[split]
+    train = splits["train"]
     if args.fold:
         number, count = map(int, args.fold.split("/"))
-        keep, rest = stratified_fold(splits["train"].labels, number, count)
-        train = splits["train"]
+        keep, rest = stratified_fold(train.labels, number, count)
         splits = {"train": train.take(keep), "validation": replace(train.take(rest), name="validation")}
         notes.append(f"fold {args.fold} of the training split is the validation split; the others are not used")
-    train = splits["train"]
     held_out = hold_out and "validation" not in splits
     if held_out:
         keep, rest = stratified(train.labels, args.validation_fraction, args.seed)
@@ -560,6 +559,11 @@ def decode(images: ImageData, resize: Resize, augment: Augment | None, args, pro
     return replace(images, notes=images.notes + notes, **kept), total
 
 
+def first_ten(names: list[str]) -> str:
+    """For a message: ten of the names, and how many more there are."""
+    return "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
+
+
 def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, skip_bad: bool) -> tuple[Split, int, list[str]]:
     """`decode` of one split; ``keep`` makes the array that is kept in the field ``slot``. -> (split, bytes kept, notes)"""
 
@@ -585,7 +589,7 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
         results = list(pool.map(decode_or_check, range(len(split))))
     bad = [i for i, item in enumerate(results) if isinstance(item, str)]
     if bad:
-        named = "; ".join(results[i] for i in bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        named = first_ten([results[i] for i in bad])
         if not skip_bad:
             raise DataError(f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or use --skip_bad_images")
         if len(bad) == len(split):

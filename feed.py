@@ -136,11 +136,15 @@ class Resident:
         # a grey or one-coloured set would be divided by 0
         return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
 
+    def pixels_of(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.pixels[rows]
+
     def batch(self, pairs: list[tuple[int, int]], augment: cifar.Augment | None = None) -> dict:
         """(epoch, image) pairs of one epoch, as data.Schedule deals them, to a batch for the engine."""
         index = torch.tensor([image for _, image in pairs])
         there = index.to(self.labels.device, non_blocking=True)
-        pixels, labels = self.pixels[there.clamp(min=0) % len(self.pixels)], self.labels[there.clamp(min=0)]
+        rows = there.clamp(min=0)
+        pixels, labels = self.pixels_of(rows), self.labels[rows]
         if augment is not None:
             pixels = augment(pixels, pairs[0][0], index)
         return {"pixel_values": pixels, "labels": labels.masked_fill(there < 0, IGNORE)}
@@ -159,6 +163,9 @@ class Synthetic(Resident):
         generator = torch.Generator().manual_seed(0)
         self.pixels = torch.randint(0, 256, (min(images, self.POOL), 3, size, size), generator=generator, dtype=torch.uint8).to(device)
         self.labels = torch.randint(0, classes, (images,), generator=generator).to(device)
+
+    def pixels_of(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.pixels[rows % len(self.pixels)]
 
 
 class Streamed:

@@ -1,5 +1,6 @@
 """The HuggingFace hub, and a copy of a part of it in the cache: whether it can be had, and what goes to it."""
 
+import functools
 import os
 import re
 import threading
@@ -21,6 +22,7 @@ def is_name(name: str) -> bool:
     return NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
+@functools.cache  # asked once, whatever the number of settings or runs that need to know
 def answers(seconds: float = 6) -> bool:
     """Whether the hub answers HTTP at all, within ``seconds`` (name resolution included)."""
     heard = []

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data import PREPARED, DataError, Split
+from report import write_atomically
 
 VERSION = 1  # raise when the format changes
 COLUMNS = {"offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32, "label": np.int64}
@@ -80,9 +81,7 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def write_about(folder: Path, about: dict) -> None:
-    beside = folder / f"{PREPARED}.writing"
-    beside.write_text(json.dumps({"version": VERSION} | about, indent=1))
-    os.replace(beside, folder / PREPARED)
+    write_atomically(folder / PREPARED, json.dumps({"version": VERSION} | about, indent=1))
 
 
 def read_about(folder: Path) -> dict:

@@ -135,8 +135,7 @@ def main(argv=None) -> None:
             raise
     bar.close()
     if unreadable and not args.skip_bad_images:
-        named = "; ".join(sorted(unreadable)[:10]) + (f"; and {len(unreadable) - 10} more" if len(unreadable) > 10 else "")
-        fail(f"{len(unreadable)} unreadable image(s): {named}. Mend or remove them, or use --skip_bad_images; all other parts are written")
+        fail(f"{len(unreadable)} unreadable image(s): {data.first_ten(sorted(unreadable))}. Mend or remove them, or use --skip_bad_images; all other parts are written")
 
     written = {}
     for name, count in counts.items():

@@ -12,7 +12,6 @@ there says what is to do, so that the same call goes on after any interruption (
 
 import contextlib
 import fcntl
-import functools
 import io
 import itertools
 import json
@@ -30,7 +29,6 @@ import console
 console.silence_libraries()  # before anything imports colossalai
 
 import args as command_lines  # noqa: E402
-import hub  # noqa: E402
 import launch  # noqa: E402
 import report  # noqa: E402
 from args import Parser  # noqa: E402
@@ -127,7 +125,6 @@ class Run:
 
 def plan(sweep, flags: list[str]) -> list[Run]:
     """All runs, every one checked; ends the program with all problems of all of them."""
-    hub.answers = functools.cache(hub.answers)  # asked once, not once a run
     runs: dict[str, Run] = {}
     problems: dict[str, list[str]] = {}  # -> the runs that have it
     points = list(itertools.product(*(values(sweep, name) for name in GRID)))
