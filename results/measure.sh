@@ -3,6 +3,7 @@
 #
 #   bash results/measure.sh                                   names the sections
 #   bash results/measure.sh published fast                    the benchmark needs no files
+#   GPUS=2 bash results/measure.sh scaling
 #   MODEL=/models/vit-tiny-patch16-224 BEANS=/data/beans bash results/measure.sh plugins grid
 #
 # What is measured already is skipped; OUT=/elsewhere starts anew.
@@ -23,22 +24,19 @@ finetune() { PARALLEL_RUNS=$SIDE WEIGHT_DECAY=${WEIGHT_DECAY:-0.05} bash run_fin
 
 # ---- speed and memory, synthetic images
 published() { PRESET=published BATCH_SIZES="8 32" benchmark; }
-fast() {
-  PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$ALL none:bf16 $COMPILED" benchmark
-  PRESET=fast BATCH_SIZES="8 32" PLUGINS="torch_ddp torch_ddp_fp16 low_level_zero hybrid_parallel none:bf16" benchmark --cuda_graphs
-}
-large() {
-  PRESET=fast MODEL=google/vit-base-patch16-384 BATCH_SIZES="32 128" PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark
-  PRESET=fast MODEL=google/vit-large-patch16-224 BATCH_SIZES=128 PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark
-}
-scaling() { # two and four GPUs
-  local gpus
-  for gpus in 2 4; do
-    GPUNUM=$gpus PRESET=fast BATCH_SIZES=256 PLUGINS="$ALL none:bf16" benchmark
-    GPUNUM=$gpus PRESET=fast BATCH_SIZES=$((256 * gpus)) PLUGINS=hybrid_parallel TP_SIZE=$gpus benchmark
-    GPUNUM=$gpus PRESET=fast BATCH_SIZES=$((256 * gpus)) PLUGINS=hybrid_parallel PP_SIZE=$gpus benchmark --num_microbatches $((4 * gpus))
-  done
-  GPUNUM=4 PRESET=fast BATCH_SIZES=1024 PLUGINS=hybrid_parallel TP_SIZE=2 PP_SIZE=2 benchmark --num_microbatches 8
+fast() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$ALL none:bf16" benchmark; }
+compiled() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$COMPILED" benchmark; }
+graphs() { PRESET=fast BATCH_SIZES="8 32" PLUGINS="torch_ddp torch_ddp_fp16 low_level_zero hybrid_parallel none:bf16" benchmark --cuda_graphs; }
+size384() { PRESET=fast MODEL=google/vit-base-patch16-384 BATCH_SIZES="32 128" PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
+vit_large() { PRESET=fast MODEL=google/vit-large-patch16-224 BATCH_SIZES=128 PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
+scaling() { # GPUS=2, GPUS=4
+  local gpus=${GPUS:-4}
+  export GPUNUM=$gpus PRESET=fast
+  PLUGINS="$ALL none:bf16" BATCH_SIZES=256 benchmark
+  export PLUGINS=hybrid_parallel BATCH_SIZES=$((256 * gpus)) # as many images a GPU
+  TP_SIZE=$gpus benchmark
+  PP_SIZE=$gpus benchmark --num_microbatches $((4 * gpus))
+  [ "$gpus" != 4 ] || TP_SIZE=2 PP_SIZE=2 benchmark --num_microbatches 8
 }
 
 # ---- accuracy on Beans
@@ -73,12 +71,12 @@ cifar() { # three seeds, one after the other: the time counts
   done
 }
 
-[ $# -gt 0 ] || { grep -oE '^[a-z]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|finetune' | paste -sd' '; exit 2; }
+[ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|finetune' | paste -sd' '; exit 2; }
 export MODELS=$MODEL
 for section in "$@"; do
   [[ $(type -t "$section") = function ]] || { echo "there is no section $section" >&2; exit 2; }
   (
-    case $section in published | fast | large | scaling) unset MODEL MODELS ;; esac # ViT-B/16 by its name, random weights
+    case $section in published | fast | compiled | graphs | size384 | vit_large | scaling) unset MODEL MODELS ;; esac # ViT-B/16 by its name, random weights
     "$section"
   )
 done
