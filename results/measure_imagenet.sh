@@ -92,14 +92,15 @@ run() { # name DATA overrides...
 FAST="bf16=True COMPILE=True"
 CONFIG=vit_s_16_better_baseline
 run synthetic synthetic:210000 $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
-run synthetic_plain synthetic:210000 $FAST RAND_AUGMENT=None MIXUP=0 TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100 # what RandAugment and mixup cost
 run prepared_raw "$SETS/prepared_raw" $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
 run prepared_jpeg "$SETS/prepared_jpeg" $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
 run tree "$SETS/tree" $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
-CONFIG=vit_s_16_vanilla # fp16 as published; and the fast form
-run synthetic_published synthetic:105000 WARMUP_EPOCHS=1
+CONFIG=vit_s_16_vanilla # the fast form; and fp16, as published
 run synthetic synthetic:210000 $FAST fp16=None WARMUP_EPOCHS=1
 run prepared_raw "$SETS/prepared_raw" $FAST fp16=None WARMUP_EPOCHS=1
+run synthetic_published synthetic:105000 WARMUP_EPOCHS=1
+CONFIG=vit_s_16_better_baseline
+run synthetic_plain synthetic:210000 $FAST RAND_AUGMENT=None MIXUP=0 TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100 # what RandAugment and mixup cost
 
 "$PYTHON" - "$OUT" <<'PY'
 import json, sys
