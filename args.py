@@ -35,7 +35,13 @@ RECIPES = {
     "demo": dict(batch_size=32, learning_rate=5e-4, num_epoch=8, weight_decay=0.05, warmup_ratio=0.3, augment=False),
 }
 # What the published setting leaves out, with the value that means so.
-RECIPE = dict(auto_augment=None, label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
+RECIPE = dict(augment=False, auto_augment=None, label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
+
+
+def recipe_of(settings: dict) -> str:
+    """The recipe's flags as they are typed: `--augment --mixup 0.2`; `none` of the published setting."""
+    flags = {name: settings.get(name, off) for name, off in RECIPE.items()}
+    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in flags.items() if value != RECIPE[name]) or "none"
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import hub
+from args import PLUGINS, RECIPE, recipe_of
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -375,6 +376,7 @@ def read_run(folder: Path) -> dict:
         "settings": first.get("settings", {}) | {"layout": first.get("layout")},
         "environment": {name: first.get(name) for name in ("date", "hardware", "python", "versions", "command")} if rows else None,
         "epochs": [row for row in rows if row["kind"] == "epoch"],
+        "test": next((row for row in rows if row["kind"] == "test"), None),
         "exit_status": failed.get("exit_status"),
         "last_lines": failed.get("last_lines", []),
     }
@@ -435,14 +437,15 @@ def with_spread(values: list[float], form: str) -> str:
 
 def sweep_report(folder: Path) -> None:
     """table.md, table.csv, epochs.csv and charts of the runs in ``folder``."""
-    from args import PLUGINS
     from console import fail
 
     runs = [read_run(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     runs = [run for run in runs if run["status"] != "absent"]
     if not runs:
         fail(f"{folder}: holds no runs of run_finetuning.sh")
-    order = lambda s: (s["model_name_or_path"], s["dataset"], s["image_size"] or 0, list(PLUGINS).index(s["plugin"]), s["batch_size"], s["learning_rate"], s.get("fold") or "", s["seed"])  # noqa: E731
+    for run in runs:
+        run["settings"]["recipe"] = recipe_of(run["settings"])  # one column for its flags
+    order = lambda s: (s["model_name_or_path"], s["dataset"], s["image_size"] or 0, list(PLUGINS).index(s["plugin"]), s.get("tp_size", 1), s.get("pp_size", 1), s["batch_size"], s["learning_rate"], s["recipe"], s.get("fold") or "", s["seed"])  # noqa: E731
     runs.sort(key=lambda run: order(run["settings"]))
     groups, others = sweep_groups(runs), [run for run in runs if run["status"] != "finished"]
 
@@ -450,7 +453,7 @@ def sweep_report(folder: Path) -> None:
     named = {"plugin": "plugin", "model_name_or_path": "model", "batch_size": "batch size", "learning_rate": "learning rate"}
     settings = [run["settings"] for run in runs]
     for name in settings[0]:
-        if name not in (*named, "seed", "fold", "zero_stage") and len({s.get(name) for s in settings}) > 1:
+        if name not in (*named, *RECIPE, "seed", "fold", "zero_stage") and len({s.get(name) for s in settings}) > 1:
             named[name] = name.replace("_", " ")
     forms = {"model_name_or_path": lambda name: Path(name).name, "learning_rate": short, "image_size": lambda size: str(size or "default")}
 
@@ -460,6 +463,8 @@ def sweep_report(folder: Path) -> None:
     text = ["# Sweep\n", sweep_table(groups, others, [*named.values()], cells)]
     if groups:
         text.append(epoch_table(groups, [*named.values()], cells))
+    if len(groups) == 1 and all(run["test"] for run in groups[0]["runs"]):
+        text.append(test_table(groups[0]["runs"]))  # of several it would tempt to choose by it
     text.append(provenance(folder, runs))
     write_atomically(folder / "table.md", "\n".join(text))
     write_sweep_csv(folder, groups, others, [*named])
@@ -516,6 +521,27 @@ def epoch_table(groups: list[dict], header: list[str], cells) -> str:
             body.append(row + [""] * (len(header) + longest - len(row)))
         parts.append(f"## {name} after each epoch\n\n" + markdown_table([*header, *(f"epoch {i + 1}" for i in range(longest))], body))
     return "\n".join(parts)
+
+
+def test_table(runs: list[dict]) -> str:
+    """Validation and test split of one configuration's runs, apart and together, with the interval of their mean."""
+    body, together = [], {"last": [], "kept": []}
+    for run in runs:
+        kept, test = next(row for row in run["epochs"] if row["epoch"] == run["test"]["epoch"]), run["test"]
+        images = kept["images"] + test["images"]
+        for name, epoch in (("last", run["epochs"][-1]), ("kept", kept)):
+            together[name].append((epoch["accuracy"] * epoch["images"] + test["accuracy"] * test["images"]) / images)
+        numbers = [run["epochs"][-1]["accuracy"], kept["accuracy"], test["accuracy"], together["last"][-1], together["kept"][-1]]
+        body.append([run["settings"]["seed"], kept["epoch"], *(f"{number:.4f}" for number in numbers)])
+    columns = list(zip(*(map(float, row[2:]) for row in body)))
+    body.append(["mean", "", *(f"**{with_spread(list(values), '.4f')}**" for values in columns)])
+    header = ["seed", "epoch kept", "validation: last epoch", "validation: epoch kept", "test: epoch kept", "together: last epoch's validation", "together: epoch kept"]
+    p = mean(together["last"])
+    return (
+        "## Test split\n\n" + markdown_table(header, body) + f"\n*Together*: the validation and test images as one set of {images}. The epoch was "
+        f"kept for its validation accuracy, which flatters that number; the last epoch's is fair. The 95 % interval of a mean on {images} images is "
+        f"about ± {100 * 1.96 * (p * (1 - p) / images) ** 0.5:.1f} points (more seeds see the same images).\n"
+    )
 
 
 def provenance(folder: Path, runs: list[dict]) -> str:
@@ -587,7 +613,7 @@ def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None
         return "" if coloured is None else label[coloured], tuple(label[i] for i in telling if i != coloured)
 
     colours, styles = (list(dict.fromkeys(parts)) for parts in zip(*map(look, labels)))
-    words = {"batch_size": "BS ", "learning_rate": "LR ", "image_size": "size "}
+    words = {"batch_size": "BS ", "learning_rate": "LR ", "image_size": "size ", "tp_size": "tp ", "pp_size": "pp "}
     figure, (loss, accuracy) = _axes(11, max(4, 0.22 * len(groups) + 1), columns=2)
     for group, label in zip(groups, labels):
         colour, style = (parts.index(part) for parts, part in zip((colours, styles), look(label)))

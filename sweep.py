@@ -157,7 +157,7 @@ def run_name(args) -> str:
     model = Path(os.path.abspath(args.model_name_or_path)).name
     words = [args.plugin, model, f"bs{args.batch_size}", f"lr{report.short(args.learning_rate)}", f"px{args.image_size}" * bool(args.image_size)]
     words += [f"{axis}{size}" for axis, size in (("dp", args.layout.dp), ("tp", args.layout.tp), ("pp", args.layout.pp)) if size > 1]
-    words += ["augment" * bool(args.augment)] + [f"{name}_{getattr(args, name)}" for name, off in command_lines.RECIPE.items() if getattr(args, name) != off]
+    words += [name if value is True else f"{name}_{value}" for name, off in command_lines.RECIPE.items() if (value := getattr(args, name)) != off]
     words += [f"fold_{args.fold.replace('/', '_of_')}"] if args.fold else []
     return "-".join(filter(None, [*words, f"seed{args.seed}"]))
 

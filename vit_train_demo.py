@@ -14,7 +14,7 @@ import console
 
 console.silence_libraries()  # before anything imports colossalai or transformers
 
-from args import RECIPE, command_line, parse_finetune  # noqa: E402
+from args import command_line, parse_finetune, recipe_of  # noqa: E402
 from console import fail, rank, say  # noqa: E402
 
 
@@ -219,9 +219,8 @@ def print_plan(args, schedule, images, size: int, decoded: int, parameters: int,
     say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images")
     say(f"            = batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x dp {layout.dp}")
     say(f"  learning  rate {peak_lr:.3g}{scaled}, warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {args.seed}")
-    recipe = [f"{name} {getattr(args, name)}" for name, off in RECIPE.items() if getattr(args, name) != off]
-    if recipe or args.augment:
-        say(f"  recipe    {', '.join([*['random resized crop and flip'] * bool(args.augment), *recipe])}")
+    if (recipe := recipe_of(vars(args))) != "none":
+        say(f"  recipe    {recipe}")
     say(f"  model     {parameters / 1e6:.1f} M parameters")
     for note in args.notes:
         say(f"  note      {note}")

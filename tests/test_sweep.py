@@ -37,7 +37,7 @@ def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **set
             "kind": "epoch", "epoch": i + 1, "average_loss": loss, "accuracy": accuracy, "images": images, "train_loss": loss, "seconds": seconds,
             "images_per_second": 100.0, "evaluation_seconds": 0.5, "peak_memory_gib": 1.0 + i,
         })  # fmt: skip
-    rows += [{"kind": "test", "epoch": 1, "average_loss": 9.0, "accuracy": 0.0}, {"kind": "end", "seconds": 9.0}] * ended
+    rows += [{"kind": "test", "epoch": 1, "average_loss": 9.0, "accuracy": 0.0, "images": 67}, {"kind": "end", "seconds": 9.0}] * ended
     name = f"{settings['plugin']}-bs{settings['batch_size']}-lr{settings['learning_rate']}-px{settings['image_size']}-fold{settings.get('fold')}-seed{settings['seed']}".replace("/", "_")
     (folder / name).mkdir(parents=True)
     report.write_rows(folder / name / "metrics.jsonl", rows)
@@ -146,7 +146,7 @@ def test_folds_are_one_row_over_all_their_images(tmp_path):
     report.sweep_report(tmp_path)
     header, rows = table(tmp_path)
     found = [dict(zip(header, row)) for row in rows]
-    assert len(found) == 2 and "fold" not in header and [row["mixup"] for row in found] == ["0.2", "0.0"]
+    assert len(found) == 2 and "fold" not in header and [row["recipe"] for row in found] == ["--mixup 0.2", "none"]
     assert found[0]["seed"] == "1 2" and found[0]["accuracy"].startswith("**0.9500 ± ")
     # 5 points of 200 images are just within two standard errors, of 100 they would be well within
     assert found[1]["to the best"] == "within noise" and report.noise(0.95, 0.9, 200) == pytest.approx(0.0524, abs=1e-3)
@@ -154,6 +154,21 @@ def test_folds_are_one_row_over_all_their_images(tmp_path):
     assert "200 validation images: one is 0.50 points. They are those of all folds" in text
     with open(tmp_path / "epochs.csv") as file:
         assert {row["fold"] for row in csv.DictReader(file)} == {"1/2", "2/2"}
+
+
+def test_the_test_split_is_told_where_there_is_nothing_to_choose(tmp_path):
+    for seed, (first, last) in ((1, (1.0, 0.9)), (2, (0.98, 0.96))):
+        store(tmp_path, [first, last], [0.1, 0.1], seed=seed)  # the first epoch was kept; 0 of 67 test images are right
+    report.sweep_report(tmp_path)
+    header, rows = table(tmp_path, 3)
+    assert header[:2] == ["seed", "epoch kept"] and [row[:2] for row in rows] == [["1", "1"], ["2", "1"], ["mean", ""]]
+    assert rows[0][2:] == ["0.9000", "1.0000", "0.0000", f"{0.9 * 133 / 200:.4f}", "0.6650"]
+    assert rows[2][5] == f"**{(0.9 + 0.96) / 2 * 133 / 200:.4f} ± 0.0282**"
+    text = (tmp_path / "table.md").read_text()
+    assert "one set of 200" in text and "± 6.7 points" in text
+    store(tmp_path, [0.9], [0.1], batch_size=16)  # something to choose from
+    report.sweep_report(tmp_path)
+    assert "Test split" not in (tmp_path / "table.md").read_text()
 
 
 # ---- bad settings, and what falls to each run
