@@ -310,6 +310,16 @@ def _section(cases: list[dict]) -> str:
     return "\n".join(parts)
 
 
+def _legible(cases: list[dict]) -> list[list[dict]]:
+    """The cases of one chart; of several, eager, compiled and CUDA graphs apart, where one would hold too many colours."""
+    if len({case_name(row) for row in cases}) <= 10:
+        return [cases] if cases else []
+    forms: dict[tuple, list[dict]] = {}
+    for row in cases:
+        forms.setdefault((row["compile"], row["cuda_graphs"]), []).append(row)
+    return list(forms.values())
+
+
 def _bars(sections: list, column: str, label: str, path: Path) -> None:
     """One row of bars per section: groups are batch sizes, colours are plugins."""
     import matplotlib
@@ -317,14 +327,13 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sections = [(key, [row for row in cases if row["status"] == "ok"]) for key, cases in sections]
-    sections = [(key, cases) for key, cases in sections if cases]
+    sections = [(key, part) for key, cases in sections for part in _legible([row for row in cases if row["status"] == "ok"])]
     if not sections:
         return
     figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
     for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
         names = list(dict.fromkeys(case_name(row) for row in cases))
-        colours = dict(zip(names, pyplot.get_cmap("tab20").colors if len(names) > 10 else pyplot.get_cmap("tab10").colors))
+        colours = dict(zip(names, pyplot.get_cmap("tab20" if len(names) > 10 else "tab10").colors))
         batch_sizes = sorted({row["batch_size"] for row in cases})
         width = 0.85 / max(sum(row["batch_size"] == size for row in cases) for size in batch_sizes)
         for x, batch_size in enumerate(batch_sizes):
