@@ -19,6 +19,7 @@ import data
 from data import IGNORE, DataError, ImageData, Split
 
 SYNTHETIC = "synthetic"
+TOGETHER = 2**25  # bytes of pixels that are augmented at once
 RATIO = 256 / 224  # shorter side before the centre crop, over the size, in evaluation
 
 
@@ -150,7 +151,14 @@ class Resident:
         return {"pixel_values": pixels, "labels": labels.masked_fill(there < 0, IGNORE)}
 
     def batches(self, order: Iterable[list[tuple[int, int]]], augment: cifar.Augment | None = None) -> Iterator[dict]:
-        return (self.batch(pairs, augment) for pairs in order)
+        """The batches of ``order``. Several are made together, since small ones cost a GPU's time to start kernels, not to run them."""
+        for _, epoch in itertools.groupby(order, key=lambda pairs: pairs[0][0]):
+            for first in epoch:
+                together = TOGETHER // (len(first) * self.pixels[0].nbytes) if augment else 0
+                taken = [first, *itertools.islice(epoch, max(0, together - 1))]
+                whole = self.batch(list(itertools.chain(*taken)), augment)
+                for parts in zip(*(whole[name].split(len(first)) for name in whole)):
+                    yield dict(zip(whole, parts))
 
 
 class Synthetic(Resident):

@@ -57,9 +57,16 @@ layouts() { # four GPUs: the same training by every form of parallelism; 6 heads
 }
 grid() { RESULTS=$OUT/beans_grid DATASET=$BEANS WEIGHT_DECAY=0.5 finetune; }
 recipe() { # which flags help, by five folds of the training split
-  export RESULTS=$OUT/beans_recipe FOLDS="1/5 2/5 3/5 4/5 5/5" DATASET=$BEANS PLUGINS=torch_ddp PRESET=fast BS=32 LR=${LR:-1e-4} EPOCH=${EPOCH:-10}
-  RECIPES="none | --augment | --augment --auto_augment trivial | --augment --layer_decay 0.75 | --augment --label_smoothing 0.1
-    | --augment --mixup 0.2 | --augment --cutmix 1 | --augment --drop_path 0.1 | --augment --ema 0.98" finetune
+  local trivial="--augment --auto_augment trivial --mixup 0.2"
+  export FOLDS="1/5 2/5 3/5 4/5 5/5" DATASET=$BEANS PLUGINS=torch_ddp PRESET=fast BS=32
+  RESULTS=$OUT/beans_recipe LR=1e-4 EPOCH=10 RECIPES="none | --augment | --augment --auto_augment trivial | --augment --layer_decay 0.75
+    | --augment --label_smoothing 0.1 | --augment --mixup 0.2 | --augment --cutmix 1 | --augment --drop_path 0.1 | --augment --ema 0.98" finetune
+  RESULTS=$OUT/beans_recipe_20_epochs LEARNING_RATES="1e-4 2e-4" EPOCH=20 RECIPES="$trivial | --augment --mixup 0.2 | $trivial --image_size 384" finetune
+}
+chosen() { # the best of them, and the published setting: validation and test
+  export DATASET=$BEANS PLUGINS=torch_ddp BS=32 SEEDS="42 43 44 45 46"
+  RESULTS=$OUT/beans_published LR=1e-4 EPOCH=3 finetune
+  RESULTS=$OUT/beans_chosen LR=2e-4 EPOCH=20 PRESET=fast RECIPES="--augment --auto_augment trivial --mixup 0.2 --image_size 384" finetune
 }
 animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
 
@@ -67,7 +74,7 @@ animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=
 cifar() { # three seeds, one after the other: the time counts
   local seed
   for seed in 42 43 44; do
-    DATA=$CIFAR CONFIG=configs/cifar10/vit_lite_7_4_vanilla.py bash run_accuracy.sh --set SEED=$seed --output_path "$OUT/cifar10/seed$seed"
+    DATA=$CIFAR CONFIG=configs/cifar10/vit_lite_7_4_vanilla.py bash run_accuracy.sh --set SEED=$seed bf16=True CUDA_GRAPHS=True --output_path "$OUT/cifar10/seed$seed"
   done
 }
 

@@ -105,14 +105,31 @@ run synthetic_plain synthetic:210000 $FAST RAND_AUGMENT=None MIXUP=0 TOTAL_BATCH
 "$PYTHON" - "$OUT" <<'PY'
 import json, sys
 from pathlib import Path
+sys.path.insert(0, ".")
+from report import markdown_table, read_rows
+out, body, notes = Path(sys.argv[1]), [], {}
+DATA = {"synthetic": "synthetic", "synthetic_plain": "synthetic, without RandAugment and mixup", "synthetic_published": "synthetic, fp16",
+        "prepared_raw": "prepared, raw", "prepared_jpeg": "prepared, JPEG", "tree": "JPEG files"}  # fmt: skip
 found = {}
-for path in sorted(Path(sys.argv[1]).rglob("metrics.jsonl")):
-    epochs = [row for row in map(json.loads, path.read_text().splitlines()) if row["kind"] == "epoch"]
-    found[f"{path.parent.parent.name}/{path.parent.name}"] = epochs[-1]["images_per_second"]
-    print(f"{path.parent.parent.name}/{path.parent.name}: {epochs[-1]['images_per_second']:.0f} images/s, {epochs[-1]['peak_memory_gib']:.1f} GiB; epochs {[round(row['images_per_second']) for row in epochs]}")
-for config in ("vit_s_16_better_baseline", "vit_s_16_vanilla"):
-    synthetic = found.get(f"{config}/synthetic")
-    for name in ("prepared_raw", "prepared_jpeg", "tree"):
-        if synthetic and (rate := found.get(f"{config}/{name}")):
-            print(f"{config}: {name} is {rate / synthetic:.1%} of synthetic")
+for path in out.glob("*/*/metrics.jsonl"):
+    rows = read_rows(path)
+    if rows[-1]["kind"] == "end":
+        found[path.parent.parent.name, path.parent.name] = rows
+for (config, name), rows in sorted(found.items(), key=lambda item: (item[0][0], list(DATA).index(item[0][1]))):
+    run, last = rows[0], [row for row in rows if row["kind"] == "epoch"][-1]
+    rate, alone = last["images_per_second"], found.get((config, "synthetic"))
+    share = f"{rate / [r for r in alone if r['kind'] == 'epoch'][-1]['images_per_second']:.1%}" if alone else ""
+    gpus = int(run["hardware"].split()[0])
+    hours = [f"{epochs * 1_281_167 / (8 * rate / gpus) / 3600:.1f} h" for epochs in (90, 300)]
+    body.append([config, DATA[name], f"{rate:.0f}", share, f"{last['peak_memory_gib']:.1f}", *hours])
+    notes[f"{run['date'][:10]} on {run['hardware']}; {', '.join(f'{n} {v}' for n, v in run['versions'].items())}"] = None
+    notes[f"    {run['command']}"] = None
+header = ["config", "data", "images/s", "of synthetic", "peak GiB", "90 epochs", "300 epochs"]
+text = ["# Speed of training ViT-S/16", markdown_table(header, body),
+        "images/s is the second epoch's (the first one compiles) on a generated set of ImageNet's shape, whose files are in memory. "
+        "The hours are an **extrapolation** to ImageNet's 1,281,167 images on eight such GPUs, training alone; nothing of that length was run.",
+        "Made by `bash results/measure_imagenet.sh`; the commands it ran:", "\n".join(notes)]  # fmt: skip
+(out / "table.md").write_text("\n\n".join(text) + "\n")
+print("\n\n".join(text[:2]))
 PY
+find "$OUT" -mindepth 3 -type f ! -name metrics.jsonl -delete

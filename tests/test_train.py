@@ -260,6 +260,18 @@ def test_resident_batches_pad_and_measure_mean_and_std(folder):
     assert std == pytest.approx(scaled.transpose(0, 1).flatten(1).std(1, unbiased=False).tolist())
 
 
+@pytest.mark.parametrize("together", [0, 3 * 7 * 32 * 32 * 3, 2**25])
+def test_batches_augmented_together_are_those_augmented_alone(folder, monkeypatch, together):
+    resident, augment = feed.Resident(read(folder).train, torch.device("cpu")), cifar.Augment(5, 32, padding=4, policy="cifar10")
+    order = [[(epoch, i) for i in range(first, first + 6)] + [(epoch, -1)] for epoch in (0, 1) for first in range(0, 48, 6)]
+    monkeypatch.setattr(feed, "TOGETHER", together)
+    batches = list(resident.batches(order[3:], augment))  # from the middle of an epoch, as after a resume
+    assert len(batches) == len(order) - 3
+    for pairs, batch in zip(order[3:], batches):
+        alone = resident.batch(pairs, augment)
+        assert torch.equal(batch["pixel_values"], alone["pixel_values"]) and torch.equal(batch["labels"], alone["labels"])
+
+
 # ---------------------------------------------------------------------------------------------- augmentation
 
 

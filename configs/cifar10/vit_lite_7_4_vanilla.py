@@ -2,11 +2,13 @@
 
 Model     7 layers, 4 heads, hidden 256, MLP 512, 4 px patches (Hassani et al., 2021, arXiv:2104.05704); class token
 Recipe    random crop with padding 4, AutoAugment's CIFAR policy (Cubuk et al., 2019, arXiv:1805.09501), label
-          smoothing 0.1, AdamW 2e-3 with weight decay 0.03, 40 warm-up epochs of 200, cosine, batch 512
+          smoothing 0.1, AdamW 2e-3 with weight decay 0.03, 40 warm-up epochs of 200, cosine, batch 512; dropout 0.1, which
+          the published text leaves out but its model has by default
 Command   DATA=/path/to/cifar-10-batches-py torchrun --nproc_per_node=1 train.py --config=configs/cifar10/vit_lite_7_4_vanilla.py
           any number of processes that divides 512
 Published about 90.5 % top-1 in about 16 minutes on eight A100s
-Measured  not measured yet
+Measured  not measured yet in this form. Without dropout 86.8 % (seed 42) on 5,000 images held out of the 50,000, trained on the
+          others: 274 s on one H200 (2026-11-21, --set DROPOUT=0 bf16=True CUDA_GRAPHS=True; images re-encoded as JPEG)
 """
 
 # the model
@@ -17,6 +19,7 @@ DEPTH = 7
 NUM_HEADS = 4
 MLP_RATIO = 2
 NUM_CLASSES = 10
+DROPOUT = 0.1
 
 # the recipe
 TOTAL_BATCH_SIZE = 512
