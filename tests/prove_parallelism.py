@@ -69,7 +69,7 @@ PER_EPOCH = math.ceil(IMAGES / BATCH)
 STEPS, SHORT = EPOCHS * PER_EPOCH, 20  # the short bounds hold over the first 20
 SAVED = 10  # resumed from here to step 20
 SETTINGS = [f"TOTAL_BATCH_SIZE={BATCH}", f"LEARNING_RATE={PEAK}", f"NUM_EPOCHS={EPOCHS}", f"WARMUP_EPOCHS={WARMUP_EPOCHS}",
-            f"clip_grad_norm={MAX_NORM}", "RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None"]  # fmt: skip
+            f"clip_grad_norm={MAX_NORM}", "RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None", "DROPOUT=0"]  # fmt: skip
 PRECISIONS = {"fp32": [], "bf16": ["bf16=True"]}
 
 NOISE = 1e-6  # gradients below are rounding noise, of which Adam's first step makes lr times any sign

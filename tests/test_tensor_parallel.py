@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import tensor_parallel as tp
+from plugins import INITIAL_SCALE
 
 SCRIPT = Path(__file__).with_name("tensor_parallel_cases.py")
 QUICK = ["2d", "2.5d", "2.5d depth 2", "3d", "2d x data parallel"]
@@ -96,7 +97,7 @@ class TestMode:
         assert case["bf16"]["loss"] != case["loss"][: len(case["bf16"]["loss"])]  # it did compute in bf16
 
     def test_an_overflow_in_one_slice_skips_the_step_in_all(self, seen, name):
-        assert seen[name]["overflow"] == [[2.0**15, False], [2.0**15, True]]  # of 2**16, halved once
+        assert seen[name]["overflow"] == [[INITIAL_SCALE / 2, False], [INITIAL_SCALE / 2, True]]  # halved once
 
     def test_refusals(self, seen, name):
         state, images, again, size = seen[name]["refusals"]
