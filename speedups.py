@@ -31,11 +31,54 @@ def remove_waits(optimizer, clips: bool) -> None:
                         yield from (grad for grad in store.get_working_grads_by_group_id(group) if grad is not None)
 
             mixin.check_local_overflow = lambda: not all_finite(list(zero_gradients()))
+        start_fewer_kernels(optimizer)
         return
     mixin = getattr(optimizer, "mixed_precision", None)
     if hasattr(mixin, "check_local_overflow"):
         # amp/naive_amp/mixed_precision_optimizer.py, check_local_overflow: one wait per gradient
         mixin.check_local_overflow = lambda: not all_finite([p.grad for p in mixin.params if p.grad is not None])
+
+
+def start_fewer_kernels(optimizer) -> None:
+    """Let a LowLevelZeroOptimizer scale gradients and spread new weights by a few kernels, not by three for each parameter."""
+    import colossalai.zero.low_level.low_level_optim as library
+
+    def unscale_and_clip(gradients: list[torch.Tensor], norm: float) -> None:
+        # zero/low_level/low_level_optim.py, _unscale_and_clip_grads
+        scale = optimizer.mixed_precision_mixin.get_grad_div_scale() if optimizer.mixed_precision_mixin is not None else 1.0
+        limit = optimizer._clip_grad_norm
+        if limit > 0:
+            scale *= max(1.0, (norm / scale + 1e-6) / limit)
+        if scale != 1 and gradients:
+            torch._foreach_mul_([gradient.data for gradient in gradients], 1 / scale)
+
+    optimizer._unscale_and_clip_grads = unscale_and_clip
+    if library.TensorBucket.__module__ != __name__:
+        library.TensorBucket = _bucket_of_few_kernels(library)  # each step makes new ones by this name
+
+
+def _bucket_of_few_kernels(library):
+    class TensorBucket(library.TensorBucket):
+        def all_gather(self, group=None, fp8_communication: bool = False) -> None:
+            # zero/low_level/bookkeeping/tensor_bucket.py, all_gather
+            whole = [self._write_back_pairs[part].data for part in self._bucket]
+            if fp8_communication or not all(weight.is_contiguous() for weight in whole):
+                return super().all_gather(group, fp8_communication)
+            mine = self.flatten()
+            world = library.get_nd_world_size(group)
+            gathered = mine.new_empty(world * mine.numel())
+            library.all_gather_into_flat_tensor_nd(gathered, mine, group=group)
+            targets, sources, offset = [], [], 0
+            for part, weight in zip(self._bucket, whole):
+                # each process has an equal part of the weight; the last ones may end in padding
+                pieces = weight.view(-1).split(part.numel())
+                targets += pieces
+                sources += [gathered[rank * mine.numel() + offset :][: piece.numel()] for rank, piece in enumerate(pieces)]
+                offset += part.numel()
+            torch._foreach_copy_(targets, sources)
+            self.empty()
+
+    return TensorBucket
 
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
