@@ -5,7 +5,6 @@ hold the GPU back. CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features f
 """
 
 import pickle
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -125,73 +124,86 @@ def _take(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     return pixels.flatten(2).gather(2, flat).view_as(pixels) * inside[:, None]
 
 
-@dataclass
-class _Asked:
-    """Which operation is asked for on each image of a batch, and how strongly."""
-
-    operation: torch.Tensor  # (N,) index into OPERATIONS; -1: none
-    magnitude: torch.Tensor  # (N,)
-
-    def meant(self, name: str) -> torch.Tensor:
-        """(N, 1, 1), bool"""
-        return (self.operation == OPERATIONS.index(name)).view(-1, 1, 1)
-
-    def amount(self, name: str) -> torch.Tensor:
-        """(N, 1, 1): the magnitude where that operation is meant, else 0"""
-        return torch.where(self.meant(name), self.magnitude.view(-1, 1, 1), 0.0)
-
-
-def _move(pixels: torch.Tensor, asked: _Asked) -> torch.Tensor:
-    """Shear, translate and rotate, to the nearest pixel."""
+def _move(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+    """Shear, translate and rotate, to the nearest pixel. ``operation`` (N,) is an index into `OPERATIONS`."""
     height, width = pixels.shape[-2:]
+
+    def amount(name: str) -> torch.Tensor:
+        return torch.where(operation == OPERATIONS.index(name), magnitude, 0.0).view(-1, 1, 1)
+
     # centres of the pixels, from the top left corner
     y, x = torch.meshgrid(torch.arange(height, device=pixels.device) + 0.5, torch.arange(width, device=pixels.device) + 0.5, indexing="ij")
-    angle = asked.amount("Rotate").deg2rad()
+    angle = amount("Rotate").deg2rad()
     cos, sin = angle.cos(), angle.sin()
-    from_x = cos * (x - width / 2) - sin * (y - height / 2) + width / 2 + asked.amount("ShearX") * y - asked.amount("TranslateX").trunc()
-    from_y = sin * (x - width / 2) + cos * (y - height / 2) + height / 2 + asked.amount("ShearY") * x - asked.amount("TranslateY").trunc()
+    from_x = cos * (x - width / 2) - sin * (y - height / 2) + width / 2 + amount("ShearX") * y - amount("TranslateX").trunc()
+    from_y = sin * (x - width / 2) + cos * (y - height / 2) + height / 2 + amount("ShearY") * x - amount("TranslateY").trunc()
     return _take(pixels, from_x.floor().long(), from_y.floor().long())
 
 
-def _blend(pixels: torch.Tensor, asked: _Asked) -> torch.Tensor:
-    """Brightness, colour, contrast and sharpness: away from, or towards, black, grey, the mean grey, a blurred image."""
-    image = pixels.float()
+def _grey(image: torch.Tensor) -> torch.Tensor:
     red, green, blue = image.unbind(1)
-    grey = (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
+    return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
+
+
+def _away_from(image: torch.Tensor, other: torch.Tensor | float, magnitude: torch.Tensor) -> torch.Tensor:
+    """Further from ``other`` by a magnitude above 0, nearer to it by one below; both are floats."""
+    factor = 1 + magnitude.view(-1, 1, 1, 1)
+    return (factor * image + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
+
+
+def _brightness(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
+    return _away_from(pixels.float(), 0.0, magnitude)
+
+
+def _color(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
+    image = pixels.float()
+    return _away_from(image, _grey(image), magnitude)
+
+
+def _contrast(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
+    image = pixels.float()
+    return _away_from(image, _grey(image).mean((2, 3), keepdim=True), magnitude)
+
+
+def _sharpness(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
+    image = pixels.float()
     kernel = torch.ones(3, 1, 3, 3, device=pixels.device)
     kernel[:, :, 1, 1] = 5
     blurred = image.clone()
     blurred[..., 1:-1, 1:-1] = F.conv2d(image, kernel / 13, groups=3).round()  # the border stays
-    other = torch.zeros_like(image)
-    for name, value in (("Color", grey), ("Contrast", grey.mean((2, 3), keepdim=True)), ("Sharpness", blurred)):
-        other = torch.where(asked.meant(name)[..., None], value, other)
-    factor = 1 + sum(asked.amount(name) for name in ("Brightness", "Color", "Contrast", "Sharpness"))[..., None]
-    return (factor * image + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
+    return _away_from(image, blurred, magnitude)
 
 
-def _map_levels(pixels: torch.Tensor, asked: _Asked) -> torch.Tensor:
-    """Posterize, solarize, autocontrast, equalize and invert: each maps a channel's 256 levels to others."""
+def _posterize(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
+    return pixels & ~((1 << (8 - magnitude.int())) - 1).to(torch.uint8).view(-1, 1, 1, 1)
+
+
+def _solarize(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
+    return torch.where(pixels >= magnitude.view(-1, 1, 1, 1), 255 - pixels, pixels)
+
+
+def _autocontrast(pixels: torch.Tensor, *_) -> torch.Tensor:
+    low, high = pixels.amin((2, 3), keepdim=True), pixels.amax((2, 3), keepdim=True)
+    stretched = ((pixels - low) * (255 / (high - low).clamp(min=1))).clamp(0, 255).to(torch.uint8)
+    return torch.where(high > low, stretched, pixels)
+
+
+def _equalize(pixels: torch.Tensor, *_) -> torch.Tensor:
     levels = pixels.flatten(2).long()
-    identity = torch.arange(256, device=pixels.device).expand(*levels.shape[:2], 256)
-    low, high = levels.amin(2, keepdim=True), levels.amax(2, keepdim=True)
-    stretched = ((identity - low) * (255 / (high - low).clamp(min=1))).clamp(0, 255).long()
-    counts = torch.zeros(identity.shape, dtype=torch.long, device=pixels.device).scatter_add_(2, levels, torch.ones_like(levels))
+    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.long, device=pixels.device).scatter_add_(2, levels, torch.ones_like(levels))
     # as PIL: the brightest level's pixels are left out of the step
-    step = (counts.sum(2, keepdim=True) - counts.gather(2, high)) // 255
+    step = (counts.sum(2, keepdim=True) - counts.gather(2, levels.amax(2, keepdim=True))) // 255
     flat = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
-    table = identity
-    for name, mapped in (
-        ("Posterize", identity & ~((1 << (8 - asked.amount("Posterize").long())) - 1)),
-        ("Solarize", torch.where(identity >= asked.amount("Solarize"), 255 - identity, identity)),
-        ("AutoContrast", torch.where(high > low, stretched, identity)),
-        ("Equalize", torch.where(step > 0, flat, identity)),
-        ("Invert", 255 - identity),
-    ):
-        table = torch.where(asked.meant(name), mapped, table)
-    return table.gather(2, levels).view_as(pixels).to(torch.uint8)
+    flat = torch.where(step > 0, flat, torch.arange(256, device=pixels.device))
+    return flat.gather(2, levels).view_as(pixels).to(torch.uint8)
 
 
-FAMILIES = ((_move, OPERATIONS[:5]), (_blend, OPERATIONS[5:9]), (_map_levels, OPERATIONS[9:]))
+def _invert(pixels: torch.Tensor, *_) -> torch.Tensor:
+    return 255 - pixels
+
+
+# Each image goes through its own operation only; those that move pixels are one.
+CHANGES = (*[_move] * 5, _brightness, _color, _contrast, _sharpness, _posterize, _solarize, _autocontrast, _equalize, _invert)
 
 
 def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
@@ -202,12 +214,12 @@ def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
         operation: (N,) index into `OPERATIONS`; -1: none. On the CPU, which thus knows what to do without waiting for a GPU.
         magnitude: (N,) in the operation's own unit (Posterize: bits kept). On the CPU.
     """
-    for change, names in FAMILIES:
-        first = OPERATIONS.index(names[0])
-        chosen = ((operation >= first) & (operation < first + len(names))).nonzero()[:, 0]
+    for change in dict.fromkeys(CHANGES):
+        meant = torch.tensor([i for i, own in enumerate(CHANGES) if own is change])
+        chosen = torch.isin(operation, meant).nonzero()[:, 0]
         if len(chosen):
             there, *asked = (part.to(pixels.device, non_blocking=True) for part in (chosen, operation[chosen], magnitude[chosen]))
-            pixels = pixels.index_copy(0, there, change(pixels[there], _Asked(*asked)))
+            pixels = pixels.index_copy(0, there, change(pixels[there], *asked))
     return pixels
 
 

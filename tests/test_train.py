@@ -347,10 +347,6 @@ def test_each_image_has_its_own_operation(pictures):
     mixed = cifar.apply(pictures, operation, magnitude)
     alone = [cifar.apply(pictures[i : i + 1], operation[i : i + 1], magnitude[i : i + 1]) for i in range(5)]
     assert torch.equal(mixed, torch.cat(alone)) and torch.equal(mixed[2], pictures[2])
-    everything = pictures  # a kernel leaves the images of others as they are
-    for change, _ in cifar.FAMILIES:
-        everything = change(everything, cifar._Asked(operation, magnitude))
-    assert torch.equal(everything, mixed)
 
 
 def test_augmentation_follows_seed_epoch_and_image_alone(pictures):
