@@ -4,6 +4,8 @@ All bad settings are reported together, each with its flag, its value and a mend
 """
 
 import argparse
+import json
+import math
 import os
 import re
 import sys
@@ -63,7 +65,7 @@ class Parser(argparse.ArgumentParser):
                 value = None
             bad = (
                 value is None
-                or value != value
+                or not math.isfinite(value)
                 or (low is not None and value < low)
                 or (high is not None and value > high)
                 or (above is not None and value <= above)
@@ -304,10 +306,13 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
         if args.gradient_accumulation_steps > 1 or args.pp_size > 1 or args.grad_checkpoint:
             problems.append("--cuda_graphs: a graph runs a whole batch at once; without accumulation, pipeline and --grad_checkpoint (PRESET=fast)")  # fmt: skip
     if args.compile or args.cuda_graphs:
+        flag = "--cuda_graphs" if args.cuda_graphs else "--compile"
         if args.plugin == "gemini":
-            problems.append("--compile: gemini swaps parameter storage under the compiler; use another plugin")
+            problems.append(f"{flag}: gemini swaps parameter storage under the compiler; use another plugin")
         elif args.tp_size > 1:
-            problems.append("--compile: tensor parallelism is not proved with it; use TP_SIZE=1")
+            problems.append(f"{flag}: tensor parallelism is not proved with it; use TP_SIZE=1")
+        elif args.pp_size > 1 and args.compile:
+            problems.append(f"{flag}: pipeline parallelism is not proved with it; use PP_SIZE=1")
 
     if args.pp_size > 1:
         if args.num_microbatches is None:
@@ -322,7 +327,7 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
             if args.num_microbatches < args.pp_size:
                 problems.append(f"--num_microbatches {args.num_microbatches}: fewer than the {args.pp_size} stages would leave some idle; use {args.pp_size} or more")  # fmt: skip
             if args.batch_size % args.num_microbatches:
-                problems.append(f"--num_microbatches {args.num_microbatches}: does not divide --batch_size {args.batch_size}")
+                problems.append(f"--num_microbatches {args.num_microbatches}: does not divide --batch_size {args.batch_size}; leave it out for the best fit")
     else:
         args.num_microbatches = 1
 
@@ -333,6 +338,12 @@ def _bf16() -> bool:
     return torch.cuda.get_device_capability()[0] >= 8
 
 
+def _divisors(number: int) -> str:
+    """`1, 2 or 3` of 6, without 6 itself where there are many."""
+    *found, last = [str(n) for n in range(1, number + 1) if number % n == 0]
+    return f"{', '.join(found)} or {last}" if found else last
+
+
 def check_model(args, problems: list[str]) -> None:
     """The model's name, and what its architecture must divide into, as far as it is known without the hub."""
     name = args.model_name_or_path
@@ -340,9 +351,9 @@ def check_model(args, problems: list[str]) -> None:
     if Path(name).is_dir():
         config = read_config(Path(name))
         if not config:
-            problems.append(f"--model_name_or_path {name}: the folder has no readable config.json")
+            problems.append(f"--model_name_or_path {name}: the folder has no readable config.json; name the folder that a run or save_pretrained wrote")
         elif config.get("model_type") not in FAMILIES:
-            problems.append(f"--model_name_or_path {name}: is a {config.get('model_type')!r} model; this example trains ViTs")
+            problems.append(f"--model_name_or_path {name}: is a {config.get('model_type')!r} model; this example trains ViTs, such as google/vit-base-patch16-224 or a preset")
         elif config["model_type"] == "ijepa" and args.plugin == "hybrid_parallel":
             problems.append(f"--plugin hybrid_parallel: the library cannot cut {name}, which averages its patches; use another plugin")
         # what the config leaves out has the library's default
@@ -355,11 +366,11 @@ def check_model(args, problems: list[str]) -> None:
             f"--model_name_or_path {name}: no such folder, and no preset ({', '.join(PRESETS)}); a hub name has the form owner/name"
         )
     if heads and heads % args.tp_size:
-        problems.append(f"--tp_size {args.tp_size}: does not divide the {heads} attention heads of {name}")
+        problems.append(f"--tp_size {args.tp_size}: does not divide the {heads} attention heads of {name}; use {_divisors(heads)}")
     if layers and args.pp_size > layers:
-        problems.append(f"--pp_size {args.pp_size}: more stages than the {layers} layers of {name}")
+        problems.append(f"--pp_size {args.pp_size}: more stages than the {layers} layers of {name}; use {layers} or fewer")
     if patch and args.image_size and args.image_size % patch:
-        problems.append(f"--image_size {args.image_size}: no multiple of the {patch} px patches of {name}")
+        problems.append(f"--image_size {args.image_size}: no multiple of the {patch} px patches of {name}; use {args.image_size // patch * patch or patch} or {(args.image_size // patch + 1) * patch}")
 
 
 def check_data(args, problems: list[str]) -> None:
@@ -420,10 +431,19 @@ def check_output(args, problems: list[str]) -> None:
             f"--output_path {folder}: is not empty; continue that run with --resume auto, replace it with "
             "--overwrite_output, or set OUTPUT_PATH to another folder"
         )
+    elif folder.is_dir() and args.resume == "auto" and not any((folder / "checkpoints").glob("*/meta.json")):
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        if lines and json.loads(lines[-1])["kind"] == "end":
+            problems.append(f"--output_path {folder}: holds a finished run and no checkpoint to go on from; set OUTPUT_PATH to another folder, or replace it with --overwrite_output")  # fmt: skip
+        elif not lines and any(path.name not in ("failed.json", "checkpoints") for path in folder.iterdir()):
+            problems.append(f"--output_path {folder}: is not empty and holds no run to resume; set OUTPUT_PATH to another folder")
     parent = folder.resolve()
     while not parent.exists():
         parent = parent.parent
-    if not os.access(parent, os.W_OK):
+    if not parent.is_dir():
+        problems += [f"--output_path {folder}: {parent} is a file"] * (parent != folder.resolve())
+    elif not os.access(parent, os.W_OK):
         problems.append(f"--output_path {folder}: {parent} cannot be written")
     if args.resume and args.resume != "auto" and not Path(args.resume).is_dir():
         problems.append(f"--resume {args.resume}: no such checkpoint folder (or use `auto`)")

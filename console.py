@@ -2,8 +2,10 @@
 
 import logging
 import os
+import shlex
 import sys
 import warnings
+from pathlib import Path
 
 
 def rank() -> int:
@@ -18,6 +20,13 @@ def say(text: str = "") -> None:
 
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+
+
+def predict_command(output) -> str:
+    """How to use what a run left in ``output``, with the Python that it was installed for."""
+    here = Path(__file__).resolve().parent
+    python = ".venv/bin/python" if Path(sys.prefix) == here / ".venv" else "python"
+    return f"{shlex.join([python, 'vit_predict.py', '--model', str(output)])} IMAGE_OR_FOLDER"
 
 
 def progress_bar(steps: int, label: str):

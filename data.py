@@ -288,7 +288,11 @@ def _read_datasets(name: str, kind: str, image_column: str | None, label_column:
             words = str(path.relative_to(name)).replace("-", "/").replace(".", "/").replace("_", "/").lower().split("/")
             split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
             files.setdefault(split, []).append(str(path))
-        loaded = datasets.load_dataset(kind, data_files=files)
+        try:
+            loaded = datasets.load_dataset(kind, data_files=files)
+        except datasets.exceptions.DatasetsError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise DataError(f"--dataset {name}: its {kind} files do not make one table ({reason}); give every split the same columns") from None
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict(train=loaded)
     features = next(iter(loaded.values())).features
@@ -297,17 +301,19 @@ def _read_datasets(name: str, kind: str, image_column: str | None, label_column:
     for column in (image_column, label_column):
         if column not in features:
             raise DataError(f"--dataset {name} has no column {column!r}; it has: {', '.join(features)}")
+        if lacking := [split for split in loaded if column not in loaded[split].features]:
+            raise DataError(f"--dataset {name}: split {', '.join(lacking)} has no column {column!r}; add it, or leave the split out")
     if isinstance(features[label_column], datasets.ClassLabel):
         labels = features[label_column].names
     else:
-        values = sorted(set().union(*(split.unique(label_column) for split in loaded.values())))
+        values = sorted(set().union(*(split.unique(label_column) for split in loaded.values())) - {None})
         labels = [str(value) for value in values]
         index = {value: i for i, value in enumerate(values)}
     splits = {}
     for split_name, split in loaded.items():
         column = split[label_column]
         if not isinstance(features[label_column], datasets.ClassLabel):
-            column = [index[value] for value in column]
+            column = [index.get(value) for value in column]
         label_ids = np.array([-1 if label is None else label for label in column], dtype=np.int64)
         # undecoded: the bytes of the file, read from the memory-mapped table when asked for
         images = split.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))

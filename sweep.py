@@ -135,7 +135,7 @@ def plan(sweep, flags: list[str]) -> list[Run]:
         }  # fmt: skip
         argv = [word for name, value in options.items() for word in (f"--{name}", str(value))] + recipe.split() + flags
         argv += ["--fold", fold] * (fold != "none")
-        args, wrong = check([*argv, "--output_path", sweep.results, "--world_size", str(sweep.processes)])
+        args, wrong = check([*argv, "--output_path", f"{sweep.results}/run", "--world_size", str(sweep.processes)])
         if args:
             name = run_name(args)
             folder = Path(sweep.results) / name

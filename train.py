@@ -21,7 +21,7 @@ console.silence_libraries()  # before anything imports colossalai or transformer
 
 import config as configs  # noqa: E402
 from args import Parser, check_hub, check_output, command_line, gpu_count  # noqa: E402
-from console import fail, rank, say  # noqa: E402
+from console import fail, predict_command, rank, say  # noqa: E402
 
 MESHES = ("2d", "2.5d", "3d")  # built by tensor_parallel.py; the rest by plugins.boost
 
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
                     f"peak memory {row['peak_memory_gib']:.2f} GiB" + (f", minival accuracy {row['minival_accuracy']:.4f})" if images.minival else ")"))  # fmt: skip
         except Stopped as stopped:
             save(epoch)
-            say(f"stopped by signal {stopped.signum}; checkpoint saved: continue with --resume auto")
+            say("stopped; checkpoint saved: continue with --resume auto")
             stop_distributed()
             sys.exit(128 + stopped.signum)
         except NonFiniteLoss as error:
@@ -277,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
             report.write_atomically(output / "README.md", report.model_card(rows, settings, labels, from_scratch=evaluated.name))
         last = rows[-2]
         say(f"\n{evaluated.name} accuracy {last['accuracy']:.4f} after {epochs} epochs, {trained:.0f} s of training ({time.perf_counter() - started:.0f} s in all)")
-        say(f"the model is in {output}/: python vit_predict.py --model {output} IMAGE_OR_FOLDER")
+        say(f"the model is in {output}/: {predict_command(output)}")
         stop_distributed()
 
 

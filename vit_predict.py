@@ -10,6 +10,8 @@ import console
 
 console.silence_libraries()
 
+import hub  # noqa: E402
+
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -68,9 +70,11 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
 
 def main(argv=None) -> int:
     args = parse(argv)
-    if not Path(args.model).is_dir() and args.model.count("/") != 1 or args.model.startswith("."):
-        if not (Path(args.model) / "config.json").exists():
-            console.fail(f"--model {args.model}: no such model folder (bash run_demo.sh writes ./output_model)")
+    if not (Path(args.model) / "config.json").is_file():
+        if not hub.is_name(args.model):
+            console.fail(f"--model {args.model}: no such model folder (one with a config.json; bash run_demo.sh writes ./output_model), and no hub name")
+        if not hub.is_cached(args.model, "models") and not hub.answers():
+            console.fail(f"--model {args.model}: no such folder, and the HuggingFace hub does not answer; name a folder that a run wrote")
     images = find_images(args.images)
     if not images:
         console.fail(f"no images under {', '.join(args.images)}")

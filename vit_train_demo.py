@@ -15,7 +15,7 @@ import console
 console.silence_libraries()  # before anything imports colossalai or transformers
 
 from args import command_line, parse_finetune, recipe_of  # noqa: E402
-from console import fail, rank, say  # noqa: E402
+from console import fail, predict_command, rank, say  # noqa: E402
 
 
 def main() -> None:
@@ -96,6 +96,8 @@ def main() -> None:
         try:
             if resumed := ckpt.resume(checkpoints, args, boosted):
                 found, meta = resumed
+                if meta["data"] != [len(images.train), images.label_names]:
+                    raise ckpt.CheckpointError(f"--resume {found}: {args.dataset} has changed since (other training images or labels); start anew with --overwrite_output")  # fmt: skip
                 rows += meta["rows"]
                 if meta["best_epoch"]:
                     checkpoints.adopt_best(meta["best_epoch"], found)
@@ -117,7 +119,7 @@ def main() -> None:
         def save(step: int, epoch: int) -> None:
             meta = dict(
                 step=step, epoch=epoch, progress=vars(progress), rows=rows[1:], best_epoch=best and best["epoch"],
-                processes=layout.world, settings=ckpt.settings_of(args),
+                processes=layout.world, settings=ckpt.settings_of(args), data=[len(images.train), images.label_names],
             )  # fmt: skip
             checkpoints.save(boosted, meta)
 
@@ -165,7 +167,7 @@ def main() -> None:
         except Stopped as stopped:
             step = epoch * schedule.steps - (-progress.images // schedule.per_step)
             save(step, epoch)
-            say(f"stopped by signal {stopped.signum} after step {step}; checkpoint saved: continue with --resume auto")
+            say(f"stopped after step {step}; checkpoint saved: continue with --resume auto")
             stop_distributed()
             sys.exit(128 + stopped.signum)
         except NonFiniteLoss as error:
@@ -196,7 +198,7 @@ def main() -> None:
                 ckpt.remove(checkpoints.root)
             if writer is not None:
                 writer.close()
-        say(f"\nbest epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s in all): python vit_predict.py --model {output} IMAGE_OR_FOLDER")
+        say(f"\nbest epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s since the imports): {predict_command(output)}")
         stop_distributed()
         if args.push_to_hub and rank() == 0:
             hub.push(output, args.push_to_hub)

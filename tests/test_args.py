@@ -98,6 +98,11 @@ BAD = [
     # files
     ("--image_size 18", {}, "--image_size 18: no multiple of the 4 px patches"),
     ("--output_path full", {}, "--output_path full: is not empty; continue that run with --resume auto, replace it with --overwrite_output"),
+    ("--output_path full --resume auto", {}, "--output_path full: is not empty and holds no run to resume; set OUTPUT_PATH to another folder"),
+    ("--output_path finished --resume auto", {}, "--output_path finished: holds a finished run and no checkpoint to go on from"),
+    ("--output_path a_file/below", {}, "/a_file is a file"),
+    ("--learning_rate inf", {}, "--learning_rate inf: must be a number > 0"),
+    ("--plugin hybrid_parallel --pp_size 2 --compile", {"world": 2}, "--compile: pipeline parallelism is not proved with it; use PP_SIZE=1"),
     ("--output_path a_file", {}, "--output_path a_file: is a file"),
     ("--resume nowhere", {}, "--resume nowhere: no such checkpoint folder"),
     ("--resume auto --overwrite_output", {}, "--resume with --overwrite_output"),
@@ -119,6 +124,8 @@ def test_bad_setting_is_named_with_a_mend(problems, tmp_path, line, machine, mes
     for folder in ("full", "bert"):
         (tmp_path / folder).mkdir()
     (tmp_path / "full" / "something").touch()
+    (tmp_path / "finished").mkdir()
+    (tmp_path / "finished" / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "end", "seconds": 1.0}\n')
     (tmp_path / "a_file").touch()
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     found = problems(line, **machine)

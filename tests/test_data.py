@@ -148,6 +148,23 @@ def test_columns_are_named_by_flags_where_types_do_not_tell(tmp_path, pictures):
         load(tmp_path / "two", "--image_column", "side", "--label_column", "labels")
 
 
+def test_missing_labels_of_a_split_are_named(tmp_path, pictures):
+    table = huggingface_table(pictures)
+    datasets.DatasetDict(train=table, test=table.remove_columns("labels")).save_to_disk(tmp_path / "saved")
+    with pytest.raises(data.DataError, match="split test has no column 'labels'; add it, or leave the split out"):
+        load(tmp_path / "saved")
+    words = table.remove_columns("labels").add_column("labels", ["b", "a"] * (len(table) // 2) + ["a"] * (len(table) % 2))
+    hidden = words.select(range(4)).remove_columns("labels").add_column("labels", ["a", None, "b", "a"])
+    datasets.DatasetDict(train=words, validation=words, test=hidden).save_to_disk(tmp_path / "words")
+    images = load(tmp_path / "words")
+    assert images.label_names == ["a", "b"] and images.notes == ["split 'test' is not used: its labels are hidden"]
+    for split, rows in (("train", table), ("test", table.remove_columns("labels"))):
+        (tmp_path / "parquet").mkdir(exist_ok=True)
+        rows.to_parquet(tmp_path / "parquet" / f"{split}.parquet")
+    with pytest.raises(data.DataError, match="parquet"):
+        load(tmp_path / "parquet")
+
+
 def test_hidden_test_labels_are_said_and_not_used(tmp_path, pictures):
     table = huggingface_table(pictures)
     hidden = table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4).cast(table.features)
