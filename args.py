@@ -356,6 +356,8 @@ def check_model(args, problems: list[str]) -> None:
             problems.append(f"--model_name_or_path {name}: is a {config.get('model_type')!r} model; this example trains ViTs, such as google/vit-base-patch16-224 or a preset")
         elif config["model_type"] == "ijepa" and args.plugin == "hybrid_parallel":
             problems.append(f"--plugin hybrid_parallel: the library cannot cut {name}, which averages its patches; use another plugin")
+        elif not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("pytorch_model*.bin")):
+            problems.append(f"--model_name_or_path {name}: has a config.json, but no weights beside it (model.safetensors); copy them there")
         # what the config leaves out has the library's default
         heads, layers = config.get("num_attention_heads", 12), config.get("num_hidden_layers", 12)
         patch = config.get("patch_size", 16)

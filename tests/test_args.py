@@ -107,6 +107,7 @@ BAD = [
     ("--resume nowhere", {}, "--resume nowhere: no such checkpoint folder"),
     ("--resume auto --overwrite_output", {}, "--resume with --overwrite_output"),
     ("--model_name_or_path nowhere", {}, "--model_name_or_path nowhere: no such folder, and no preset (vit-demo,"),
+    ("--model_name_or_path bare", {}, "--model_name_or_path bare: has a config.json, but no weights beside it"),
     ("--model_name_or_path bert", {}, "--model_name_or_path bert: is a 'bert' model; this example trains ViTs"),
     ("--model_name_or_path full", {}, "--model_name_or_path full: the folder has no readable config.json"),
     ("--dataset ./nowhere", {}, "--dataset ./nowhere: no such folder or file"),
@@ -121,12 +122,13 @@ def test_model_that_averages_its_patches_is_not_cut(problems, tmp_path):
 
 @pytest.mark.parametrize("line, machine, message", BAD, ids=[line for line, _, _ in BAD])
 def test_bad_setting_is_named_with_a_mend(problems, tmp_path, line, machine, message):
-    for folder in ("full", "bert"):
+    for folder in ("full", "bert", "bare"):
         (tmp_path / folder).mkdir()
     (tmp_path / "full" / "something").touch()
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "end", "seconds": 1.0}\n')
     (tmp_path / "a_file").touch()
+    (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     found = problems(line, **machine)
     assert len(found) == 1 and message in found[0]
