@@ -534,18 +534,18 @@ def epoch_table(groups: list[dict], header: list[str], cells) -> str:
 
 def test_table(runs: list[dict]) -> str:
     """Validation and test split of one configuration's runs, apart and together, with the interval of their mean."""
-    body, together = [], {"last": [], "kept": []}
+    body, numbers = [], []
     for run in runs:
-        kept, test = next(row for row in run["epochs"] if row["epoch"] == run["test"]["epoch"]), run["test"]
+        test, last = run["test"], run["epochs"][-1]
+        kept = next(row for row in run["epochs"] if row["epoch"] == test["epoch"])
         images = kept["images"] + test["images"]
-        for name, epoch in (("last", run["epochs"][-1]), ("kept", kept)):
-            together[name].append((epoch["accuracy"] * epoch["images"] + test["accuracy"] * test["images"]) / images)
-        numbers = [run["epochs"][-1]["accuracy"], kept["accuracy"], test["accuracy"], together["last"][-1], together["kept"][-1]]
-        body.append([run["settings"]["seed"], kept["epoch"], *(f"{number:.4f}" for number in numbers)])
-    columns = list(zip(*(map(float, row[2:]) for row in body)))
-    body.append(["mean", "", *(f"**{with_spread(list(values), '.4f')}**" for values in columns)])
+        together = [(row["accuracy"] * row["images"] + test["accuracy"] * test["images"]) / images for row in (last, kept)]
+        numbers.append([last["accuracy"], kept["accuracy"], test["accuracy"], *together])
+        body.append([run["settings"]["seed"], kept["epoch"], *(f"{number:.4f}" for number in numbers[-1])])
+    columns = list(zip(*numbers))
+    body.append(["mean", "", *(f"**{with_spread(values, '.4f')}**" for values in columns)])
     header = ["seed", "epoch kept", "validation: last epoch", "validation: epoch kept", "test: epoch kept", "together: last epoch's validation", "together: epoch kept"]
-    p = mean(together["last"])
+    p = mean(columns[3])
     return (
         "## Test split\n\n" + markdown_table(header, body) + f"\n*Together*: the validation and test images as one set of {images}. The epoch was "
         f"kept for its validation accuracy, which flatters that number; the last epoch's is fair. The 95 % interval of a mean on {images} images is "
