@@ -214,13 +214,14 @@ def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
         operation: (N,) index into `OPERATIONS`; -1: none. On the CPU, which thus knows what to do without waiting for a GPU.
         magnitude: (N,) in the operation's own unit (Posterize: bits kept). On the CPU.
     """
+    changed = pixels.clone()
     for change in dict.fromkeys(CHANGES):
         meant = torch.tensor([i for i, own in enumerate(CHANGES) if own is change])
         chosen = torch.isin(operation, meant).nonzero()[:, 0]
         if len(chosen):
             there, *asked = (part.to(pixels.device, non_blocking=True) for part in (chosen, operation[chosen], magnitude[chosen]))
-            pixels = pixels.index_copy(0, there, change(pixels[there], *asked))
-    return pixels
+            changed.index_copy_(0, there, change(pixels[there], *asked))
+    return changed
 
 
 def magnitude_of(name: str, bin: int | None, size: int, bins: int = 10) -> float:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +47,14 @@ class Normalize:
     std: tuple[float, float, float]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean = 255 * torch.tensor(self.mean, device=pixels.device).view(1, 3, 1, 1)
-        std = 255 * torch.tensor(self.std, device=pixels.device).view(1, 3, 1, 1)
-        return pixels.float().sub_(mean).div_(std)  # in place: one float copy of the batch, not three
+        mean, std = (_channels(values, pixels.device) for values in (self.mean, self.std))
+        return (pixels - mean).div_(std)  # one float copy of the batch
+
+
+@cache
+def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """(1, 3, 1, 1) on the device, in units of 1; kept, for sending it makes the CPU wait until the GPU has caught up."""
+    return 255 * torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 class Mix:

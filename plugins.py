@@ -17,7 +17,7 @@ from torch import nn
 from console import say, silence_colossalai_logger
 from ema import WeightAverage
 from layout import Layout
-from speedups import rebuild_buckets_early, remove_waits
+from speedups import rebuild_buckets_early, remove_waits, use_larger_products
 
 
 def import_libraries() -> None:
@@ -358,6 +358,7 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
     """
     from colossalai.booster import Booster
 
+    use_larger_products(model, whole_heads=layout.tp == 1)
     if args.grad_checkpoint:
         # the re-entrant form costs the CPU less; Gemini's hooks know no other
         model.gradient_checkpointing_enable({"use_reentrant": True})
@@ -366,8 +367,8 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
         model.compile(mode="reduce-overhead", dynamic=False)
     elif args.compile:
         # layer by layer: they are alike, so the first one's kernels serve them all
-        for layer in model.base_model.encoder.layer:
-            layer.compile(dynamic=False)
+        for part in (model.base_model.embeddings, *model.base_model.encoder.layer):
+            part.compile(dynamic=False)
     adamw = build_optimizer(model, args, layer_decay)
     if args.plugin == "none":
         booster, model = PlainBooster(), PlainModel(model, args.precision, parallel=layout.world > 1)

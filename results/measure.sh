@@ -16,10 +16,11 @@ BEANS=${BEANS:-AI-Lab-Makerere/beans}
 ANIMALS=${ANIMALS:-lewtun/dog_food}           # the table here: results/three_animals/make_images.py
 CIFAR=${CIFAR:-}                              # any form that train.py reads; the table here: 45,000 training, 5,000 validation images
 SIDE=${SIDE:-8}                               # fine-tuning runs side by side
+FLAGS=${FLAGS:-}                              # of vit_benchmark.py, such as --window_steps 6
 ALL="torch_ddp torch_ddp_fp16 low_level_zero gemini hybrid_parallel"
 COMPILED="torch_ddp:bf16:compile low_level_zero:bf16:compile hybrid_parallel:bf16:compile none:bf16:compile"
 
-benchmark() { RESULTS=$OUT/benchmark_h200 bash run_benchmark.sh "$@"; }
+benchmark() { RESULTS=$OUT/benchmark_h200 bash run_benchmark.sh "$@" $FLAGS; }
 finetune() { PARALLEL_RUNS=$SIDE WEIGHT_DECAY=${WEIGHT_DECAY:-0.05} bash run_finetuning.sh "$@"; }
 
 # ---- speed and memory, synthetic images

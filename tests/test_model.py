@@ -228,3 +228,35 @@ def test_learning_rates_fall_from_the_head_to_the_embeddings():
     for name, param in model.named_parameters():
         for prefix, scale in expected.items():
             assert not name.startswith(prefix) or scales[id(param)] == scale, name
+
+
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_larger_products_change_neither_logits_nor_gradients(pooling):
+    from copy import deepcopy
+
+    from speedups import use_larger_products
+
+    config = tiny_vit().config
+    config.id2label = dict(enumerate(LABELS))
+    torch.manual_seed(0)
+    plain = vit.build_vit(vit.mean_pooled(config) if pooling == "mean" else config)
+    faster = deepcopy(plain)
+    use_larger_products(faster, whole_heads=True)
+    pixels = torch.randn(3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+    logits = [model.train()(pixel_values=pixels).logits for model in (plain, faster)]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-6, rtol=1e-5)
+    for each in logits:
+        each.square().sum().backward()
+    gradients = {name: param.grad for name, param in faster.named_parameters()}
+    for name, param in plain.named_parameters():
+        torch.testing.assert_close(gradients[name], param.grad, atol=1e-6, rtol=1e-4)
+
+    calls = []
+    query = faster.base_model.encoder.layer[0].attention.attention.query
+    query.register_forward_hook(lambda *_: calls.append(1))
+    faster(pixel_values=pixels)
+    assert not calls  # it is really another way
+    asked = [model(pixel_values=pixels, output_attentions=True).attentions for model in (plain, faster)]
+    torch.testing.assert_close(asked[1], asked[0])
+    with pytest.raises(ValueError, match="size"):
+        faster(pixel_values=pixels[..., :-1])
