@@ -37,7 +37,7 @@ RECIPES = {
     "demo": dict(batch_size=32, learning_rate=5e-4, num_epoch=8, weight_decay=0.05, warmup_ratio=0.3, augment=False),
 }
 # What the published setting leaves out, with the value that means so.
-RECIPE = dict(augment=False, auto_augment=None, label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0, ema=0.0)
+RECIPE = dict(augment=False, auto_augment=None, label_smoothing=0.0, layer_decay=1.0, drop_path=0.0, mixup=0.0, cutmix=0.0, ema=0.0, keep="best")
 
 
 def recipe_of(settings: dict) -> str:
@@ -163,6 +163,7 @@ def finetune_parser() -> Parser:
     parser.number("--mixup", float, low=0, default=0.0, help="alpha of mixing two images and their labels; 0: never")
     parser.number("--cutmix", float, low=0, default=0.0, help="alpha of pasting a part of one image into another; 0: never; with --mixup one of the two at random")  # fmt: skip
     parser.number("--ema", float, low=0, high=0.99999, default=0.0, help="evaluate and export weights averaged over the steps with this decay; 0: the weights themselves")  # fmt: skip
+    parser.choice("--keep", ("best", "last"), default="best", help="epoch that is tested and exported: the best by validation, whose accuracy there that flatters, or the last")  # fmt: skip
     parser.text("--image_column", help="column of the images (default: found by its type)")
     parser.text("--label_column", help="column of the labels (default: found by its type)")
     parser.number("--validation_fraction", float, above=0, high=0.9, default=0.1, help="held out of train where there is no validation split")  # fmt: skip

@@ -129,8 +129,8 @@ def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validati
     accuracy.plot(x, [row["accuracy"] for row in epochs], marker="o", color="C1", label=split)
     for row in rows:
         if row["kind"] == "test":
-            loss.scatter([row["epoch"]], [row["average_loss"]], marker="*", s=120, color="C2", zorder=3, label="test (best epoch)")
-            accuracy.scatter([row["epoch"]], [row["accuracy"]], marker="*", s=120, color="C2", zorder=3, label="test (best epoch)")
+            loss.scatter([row["epoch"]], [row["average_loss"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
+            accuracy.scatter([row["epoch"]], [row["accuracy"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
     loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     accuracy.set(xlabel="epoch", ylabel="accuracy")
     accuracy.set_ylim(top=1.005)
@@ -171,7 +171,7 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
     chosen = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     tested = (
-        f"Test split ({test['images']} images), best epoch {best['epoch']}: "
+        f"Test split ({test['images']} images), epoch {best['epoch']}: "
         f"average_loss {test['average_loss']:.4f}, accuracy {test['accuracy']:.4f}.\n\n"
         if test
         else ""
@@ -192,7 +192,7 @@ print(pipeline("image-classification", model=".")("image.jpg"))
 
 ## Measured
 
-{tested}{evaluated.capitalize()} split ({best["images"]} images), after each epoch ({"saved here" if from_scratch else "best"}: epoch {best["epoch"]}):
+{tested}{evaluated.capitalize()} split ({best["images"]} images), after each epoch (saved here: epoch {best["epoch"]}):
 
 {table}
 ![loss and accuracy per epoch](metrics.png)
@@ -546,9 +546,11 @@ def test_table(runs: list[dict]) -> str:
     body.append(["mean", "", *(f"**{with_spread(values, '.4f')}**" for values in columns)])
     header = ["seed", "epoch kept", "validation: last epoch", "validation: epoch kept", "test: epoch kept", "together: last epoch's validation", "together: epoch kept"]
     p = mean(columns[3])
+    kept = "The last epoch was kept (--keep last): nothing was picked on these images."
+    if "--keep last" not in runs[0]["settings"]["recipe"]:
+        kept = "The epoch was kept for its validation accuracy, which flatters that number; the last epoch's is fair."
     return (
-        "## Test split\n\n" + markdown_table(header, body) + f"\n*Together*: the validation and test images as one set of {images}. The epoch was "
-        f"kept for its validation accuracy, which flatters that number; the last epoch's is fair. The 95 % interval of a mean on {images} images is "
+        "## Test split\n\n" + markdown_table(header, body) + f"\n*Together*: the validation and test images as one set of {images}. {kept} The 95 % interval of a mean on {images} images is "
         f"about ± {100 * 1.96 * (p * (1 - p) / images) ** 0.5:.1f} points (more seeds see the same images).\n"
     )
 

@@ -1,7 +1,7 @@
 """Fine-tune a Vision Transformer with a Colossal-AI plugin chosen by name. `bash run_demo.sh` launches it.
 
 In order: check the settings, join the processes, read the images, build and boost the model, then epoch by epoch
-train, evaluate and save; at the end the best epoch is tested and exported.
+train, evaluate and save; at the end the best (or the last) epoch is tested and exported.
 """
 
 import itertools
@@ -130,7 +130,7 @@ def main() -> None:
         training_set = data.Batches(images.train, resize, augment, args.skip_bad_images)
         batches = iter(data.make_loader(training_set, order, workers))
         say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
-        best = max((row for row in rows if row["kind"] == "epoch"), key=report.quality, default=None)
+        best = next((row for row in rows if row["kind"] == "epoch" and row["best"]), None)
         try:
             for epoch in range(first_epoch, args.num_epoch):
                 done = epoch * schedule.steps
@@ -149,7 +149,7 @@ def main() -> None:
                 result = evaluate(images.validation)
                 last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
                 row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
-                row["best"] = best is None or report.quality(row) > report.quality(best)
+                row["best"] = best is None or args.keep == "last" or report.quality(row) > report.quality(best)
                 rows.append(row)
                 if row["best"]:
                     if best is not None:
@@ -178,7 +178,7 @@ def main() -> None:
             print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
             os._exit(1)
 
-        # ---- the best epoch: test it once, export it
+        # ---- the epoch to keep: test it once, export it
         if best["epoch"] != args.num_epoch:
             path = checkpoints.end_of(best["epoch"])
             ckpt.load(path, boosted, ckpt.read_meta(path))
@@ -198,7 +198,7 @@ def main() -> None:
                 ckpt.remove(checkpoints.root)
             if writer is not None:
                 writer.close()
-        say(f"\nbest epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s since the imports): {predict_command(output)}")
+        say(f"\n{args.keep} epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s since the imports): {predict_command(output)}")
         stop_distributed()
         if args.push_to_hub and rank() == 0:
             hub.push(output, args.push_to_hub)

@@ -332,6 +332,7 @@ def all_cases() -> dict:
         growing = ("--num_epoch", 3, "--batch_size", 4, "--learning_rate", 3, "--warmup_ratio", 1, "--keep_checkpoints", 9)
         cases["best first"] = (entry, ("best_first", *growing))
         cases["pruned"] = (entry, ("pruned", *growing[:-1], 1))
+        cases["last kept"] = (entry, ("last_kept", *growing[:-1], 1, "--keep", "last"))
         cases["best first, resumed"] = (
             lambda: entry("best_first_resumed", *growing, "--resume", checkpoint_of(FOLDER / "best_first" / "checkpoints", 12)),
             (),

@@ -208,3 +208,15 @@ def test_pruning_keeps_the_newest_and_the_best(one, shared):
     assert [row["best"] for row in rows(shared / "pruned")] == [True, False, False]
     folders = (shared / "pruned" / "checkpoints").iterdir()
     assert sorted(json.loads((folder / "meta.json").read_text())["epoch"] for folder in folders) == [1, 3]
+
+
+def test_last_epoch_is_tested_and_exported_when_asked(one, shared):
+    """In a run whose best epoch is the first."""
+    assert one["last kept"]["code"] == 0, one["last kept"]["err"]
+    assert [row["best"] for row in rows(shared / "last_kept")] == [False, False, True]
+    assert "last epoch 3 is in" in one["last kept"]["out"]
+    best, last = (rows(shared / name, "test")[0] for name in ("pruned", "last_kept"))
+    assert (best["epoch"], last["epoch"]) == (1, 3)
+    assert rows(shared / "pruned")[2]["accuracy"] == rows(shared / "last_kept")[2]["accuracy"]  # the same training
+    assert last["average_loss"] != best["average_loss"]
+    assert len(list((shared / "last_kept" / "checkpoints").iterdir())) == 1  # the first epoch's is needed no more
