@@ -63,11 +63,13 @@ recipe() { # which flags help, by five folds of the training split
   RESULTS=$OUT/beans_recipe LR=1e-4 EPOCH=10 RECIPES="none | --augment | --augment --auto_augment trivial | --augment --layer_decay 0.75
     | --augment --label_smoothing 0.1 | --augment --mixup 0.2 | --augment --cutmix 1 | --augment --drop_path 0.1 | --augment --ema 0.98" finetune
   RESULTS=$OUT/beans_recipe_20_epochs LEARNING_RATES="1e-4 2e-4" EPOCH=20 RECIPES="$trivial | --augment --mixup 0.2 | $trivial --image_size 384" finetune
+  RESULTS=$OUT/beans_recipe_40_epochs LR=2e-4 EPOCH=40 RECIPES="$trivial --image_size 384 | $trivial --image_size 384 --ema 0.99" finetune
 }
 chosen() { # the best of them, and the published setting: validation and test
   export DATASET=$BEANS PLUGINS=torch_ddp BS=32 SEEDS="42 43 44 45 46"
   RESULTS=$OUT/beans_published LR=1e-4 EPOCH=3 finetune
   RESULTS=$OUT/beans_chosen LR=2e-4 EPOCH=20 PRESET=fast RECIPES="--augment --auto_augment trivial --mixup 0.2 --image_size 384" finetune
+  RESULTS=$OUT/beans_chosen_40_epochs LR=2e-4 EPOCH=40 PRESET=fast RECIPES="--augment --auto_augment trivial --mixup 0.2 --image_size 384 --ema 0.99 --keep last" finetune
 }
 animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
 
