@@ -358,7 +358,7 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
     """
     from colossalai.booster import Booster
 
-    use_larger_products(model, whole_heads=layout.tp == 1)
+    use_larger_products(model)
     if args.grad_checkpoint:
         # the re-entrant form costs the CPU less; Gemini's hooks know no other
         model.gradient_checkpointing_enable({"use_reentrant": True})
