@@ -107,6 +107,7 @@ NAMES = {
     "RAND_AUGMENT": (None, _rand_augment),  # (layers, magnitude) of torchvision's 31 magnitudes, or with their number: (2, 10, 11)
     "MIXUP": (0.0, _number(float, low=0)),  # alpha; 0: never
     "CUTMIX": (0.0, _number(float, low=0)),  # alpha; with MIXUP one of the two at random
+    "MIX_EPOCHS": (None, _number(int, low=0, optional=True)),  # how many epochs, from the first, are mixed; None: all
     "MEAN": (None, _rgb),
     "STD": (None, _rgb),
     "VALIDATION_FRACTION": (None, _number(float, above=0, high=0.9, optional=True)),  # of train, held out
@@ -342,6 +343,8 @@ def check(config: dict, world: int) -> list[str]:
         problems.append("MEAN and STD: give both or neither, and no STD of 0")
     if config["RANDOM_RESIZED_CROP"] is not None and config["RANDOM_CROP_PADDING"]:
         problems.append(f"RANDOM_RESIZED_CROP and RANDOM_CROP_PADDING {config['RANDOM_CROP_PADDING']}: give one of them")
+    if config["MIX_EPOCHS"] is not None and not (config["MIXUP"] or config["CUTMIX"]):
+        problems.append(f"MIX_EPOCHS {config['MIX_EPOCHS']}: nothing is mixed; set MIXUP or CUTMIX, or leave it out")
     if config["AUTO_AUGMENT"] and config["RAND_AUGMENT"]:
         problems.append("AUTO_AUGMENT and RAND_AUGMENT: give one of them")
     if config["POSITIONS"] == "sincos" and (hidden % 4 or hidden < 8):

@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
         if values["EMA"]:
             boosted.keep_average(values["EMA"])
         mix = Mix(values["MIXUP"], values["CUTMIX"], len(labels), seed, layout.dp_rank) if values["MIXUP"] or values["CUTMIX"] else None
-        engine = Engine(boosted, len(labels), Normalize(*images.normal), values["LABEL_SMOOTHING"], mix)
+        engine = Engine(boosted, len(labels), Normalize(*images.normal), values["LABEL_SMOOTHING"])
         say(f"\n{args.config} on {args.dataset}")
         say(f"  layout    {layout}; {values['mode']}, {args.precision}" + f", depth {values['depth']}" * (values["depth"] > 1)
             + f", {args.num_microbatches} micro-batches" * (layout.pp > 1))  # fmt: skip
@@ -225,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             for epoch in range(first_epoch, epochs):
                 done = epoch * schedule.steps
+                engine.mix = mix if values["MIX_EPOCHS"] is None or epoch < values["MIX_EPOCHS"] else None
                 engine.train_epoch(
                     (list(itertools.islice(batches, schedule.batches_per_step)) for _ in itertools.count()),
                     schedule.images_per_step[first_step:], lr_at, first_step=done + first_step,

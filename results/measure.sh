@@ -74,14 +74,20 @@ chosen() { # the best of them, and the published setting: validation and test
 animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
 
 # ---- from scratch
+scratch() { # CONFIG SEED FOLDER, in bf16 as CUDA graphs
+  DATA=$CIFAR CONFIG=configs/cifar10/$1.py bash run_accuracy.sh --set SEED=$2 bf16=True CUDA_GRAPHS=True --output_path "$OUT/cifar10/$3"
+}
 cifar() { # three seeds, one after the other: the time counts
   local seed
-  for seed in 42 43 44; do
-    DATA=$CIFAR CONFIG=configs/cifar10/vit_lite_7_4_vanilla.py bash run_accuracy.sh --set SEED=$seed bf16=True CUDA_GRAPHS=True --output_path "$OUT/cifar10/seed$seed"
-  done
+  for seed in 42 43 44; do scratch vit_lite_7_4_vanilla $seed dropout_seed$seed; done
+}
+cifar_four() { GPUNUM=4 scratch vit_lite_7_4_vanilla 42 four_gpus_seed42; }
+cifar_long() {
+  local seed
+  for seed in 42 43 44; do scratch vit_lite_7_4_long $seed long_seed$seed; done
 }
 
-[ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|finetune' | paste -sd' '; exit 2; }
+[ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|finetune|scratch' | paste -sd' '; exit 2; }
 export MODELS=$MODEL
 for section in "$@"; do
   [[ $(type -t "$section") = function ]] || { echo "there is no section $section" >&2; exit 2; }

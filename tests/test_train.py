@@ -113,7 +113,8 @@ def test_published_one_with_heads_that_tensor_parallelism_cannot_cut_is_refused(
 def test_configs_of_this_repository_fit_and_have_a_card(path):
     assert problems_of(path, world=8) == []
     config, _ = configs.load(str(path))
-    assert (config["NUM_EPOCHS"], config["TOTAL_BATCH_SIZE"], config["LEARNING_RATE"]) == (200, 512, 2e-3)
+    recipe = (600, 512, 1e-3) if path.stem.endswith("_long") else (200, 512, 2e-3)
+    assert (config["NUM_EPOCHS"], config["TOTAL_BATCH_SIZE"], config["LEARNING_RATE"]) == recipe
     assert all(word in configs.docstring(str(path)) for word in ("Command", "Measured", path.stem))
 
 
@@ -155,6 +156,7 @@ def test_every_problem_is_named_at_once(tmp_path):
         (["POSITIONS=sincos", "TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 4, "POSITIONS 'sincos': only goes with data parallelism"),
         (["COMPILE=True", "parallel={'pipeline': 2}"], 4, "COMPILE True: only goes with data parallelism"),
         (["MIXUP=-1"], 4, "MIXUP = -1"),
+        (["MIX_EPOCHS=3"], 4, "MIX_EPOCHS 3: nothing is mixed"),
     ],
 )
 def test_sizes_that_do_not_fit(overrides, world, said):
@@ -400,6 +402,8 @@ RUNS = {  # name -> config, processes, overrides
     "vanilla straight": ("vanilla", 1, []),
     "2d straight": ("2d", 4, ["EMA=0.8"]),
     "1d straight": ("1d", 2, [TWO, *DRAWN]),
+    "mixed": ("vanilla", 1, ["CUTMIX=1.0"]),
+    "mixed at first": ("vanilla", 1, ["CUTMIX=1.0", "MIX_EPOCHS=1"]),
 }
 STRAIGHT = {name.split()[0]: run for name, run in RUNS.items() if name.endswith(" straight")}
 SAME = ["vanilla, accumulated", "1d", "pipeline", "2d", "2.5d"]
@@ -464,6 +468,12 @@ def test_modes_augment_alike(runs):
 def test_draws_and_averages_change_the_result(runs):
     assert rows(runs / "1d straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla straight")[0]["train_loss"], abs=1e-3)
     assert rows(runs / "2d straight")[1]["average_loss"] != pytest.approx(rows(runs / "vanilla straight")[1]["average_loss"], abs=1e-3)
+
+
+def test_mixing_ends_after_its_epochs(runs):
+    whole, part, never = (rows(runs / name) for name in ("mixed", "mixed at first", "vanilla straight"))
+    assert part[0]["train_loss"] == whole[0]["train_loss"] != never[0]["train_loss"]
+    assert part[1]["train_loss"] < whole[1]["train_loss"] - 1e-3
 
 
 @pytest.mark.parametrize("config", list(STRAIGHT))
