@@ -471,6 +471,9 @@ def benchmark_parser() -> Parser:
     parser.number("--seed", int, low=0, high=2**31 - 1, default=42, help="of weights and images")
     parser.text("--results", default="./benchmark_results/rows.jsonl", help="file to append one JSON row per case to")
     parser.switch("--remeasure", default=False, help="measure cases again that the results hold already")
+    parser.switch("--check_settings", default=False, help="stop if these are wrong, else do nothing (run_benchmark.sh's own)")
+    parser.number("--known_from", int, low=0, help="rows of the results from this one on count as measured, whatever became of them (run_benchmark.sh's own, for a second launch)")  # fmt: skip
+    parser.text("--record_failure", help="write a row that the first case without one failed, for this reason, and stop (run_benchmark.sh's own, for processes that were killed)")  # fmt: skip
     return parser
 
 
@@ -486,15 +489,20 @@ def parse_benchmark(argv: list[str] | None = None) -> argparse.Namespace:
     gpus = gpu_count()
     if args.model_name_or_path is None:
         args.model_name_or_path = "google/vit-base-patch16-224" if gpus else "vit-demo"
-    if known_architecture(args.model_name_or_path) is None:
+    architecture = known_architecture(args.model_name_or_path)
+    if architecture and args.image_size == architecture.image_size:
+        args.image_size = None  # the model's own
+    if architecture is None:
         problems.append(f"--model_name_or_path {args.model_name_or_path}: unknown; known are the presets {', '.join(PRESETS)}, also with an owner as on the hub")
     for name, with_gpu, without in (("warmup_steps", 10, 2), ("window_steps", 10, 3), ("windows", 5, 7)):
         if getattr(args, name) is None:
             setattr(args, name, with_gpu if gpus else without)
     if problems:
         fail(*problems)
+    if args.check_settings:
+        raise SystemExit(0)
     args.cases, args.impossible = [], {}
-    for batch_size in args.batch_size:
+    for batch_size in dict.fromkeys(args.batch_size):
         case, reasons = argparse.Namespace(**vars(args) | {"batch_size": batch_size, "notes": []}), []
         resolve_parallel(case, reasons, gpus)
         check_model(case, reasons)
@@ -508,4 +516,10 @@ def command_line() -> str:
     """This run's command, for the records."""
     import shlex
 
-    return shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]])
+    words = sys.argv[1:]
+    if "--known_from" in words:  # of one call of run_benchmark.sh
+        at = words.index("--known_from")
+        del words[at : at + 2]
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    return shlex.join([*start, os.path.basename(sys.argv[0]), *words])

@@ -7,8 +7,9 @@ import os
 import re
 import resource
 import socket
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -421,10 +422,24 @@ def all_max(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+PROCESS = Path("/proc/self")  # Linux
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from here, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif PROCESS.exists():
+        with suppress(OSError):
+            (PROCESS / "clear_refs").write_text("5")
+
+
 def peak_memory() -> float:
     """GiB: the most that any process has had allocated on its GPU so far; without a GPU, its resident set. Collective."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
+    elif PROCESS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", (PROCESS / "status").read_text())):
+        peak = 1024 * int(found[1])
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return all_max(torch.tensor(peak / 2**30, device=device())).item()

@@ -46,8 +46,11 @@ def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:
     write_atomically(path, text.getvalue())
 
 
-def environment() -> dict:
-    """Date, hardware and versions: what a measured number means nothing without."""
+def environment(processes: int | None = None) -> dict:
+    """Date, hardware and versions: what a measured number means nothing without.
+
+    ``processes``: of the launch, one a GPU; those of this one by default.
+    """
     import torch
 
     packages = {}
@@ -58,7 +61,7 @@ def environment() -> dict:
             packages[name] = "not installed"
     packages["torch"] = torch.__version__  # with its CUDA build
     if torch.cuda.is_available():
-        hardware = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+        hardware = f"{processes or os.environ.get('WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
     else:
         hardware = f"CPU, {len(os.sched_getaffinity(0))} cores"
     return {
@@ -229,6 +232,20 @@ def _card_metadata(title: str, settings: dict, base: bool, split: str, result: d
 # ---------------------------------------------------------------------------------------------- benchmark
 
 
+# What makes two benchmark rows measurements of the same thing ...
+SAME_CASE = (
+    "model_name_or_path", "image_size", "num_labels", "preset", "plugin", "precision", "optimizer", "batch_size", "world", "tp_size",
+    "pp_size", "num_microbatches", "zero_stage", "placement_policy", "offload_optim_frac", "offload_param_frac",
+    "grad_checkpoint", "compile", "cuda_graphs", "max_norm", "gradient_accumulation_steps", "mem_cap", "hardware",
+)  # fmt: skip
+# ... and in the same way, so that it need not be measured again.
+SAME_WAY = ("learning_rate", "weight_decay", "seed", "warmup_steps", "windows", "window_steps", "versions")
+
+
+def case_key(row: dict, names: tuple[str, ...] = SAME_CASE) -> str:
+    return json.dumps([row.get(name) for name in names])
+
+
 def case_name(row: dict) -> str:
     """A benchmark row's plugin with what sets it apart: `hybrid_parallel bf16 tp 2`."""
     name = "plain PyTorch" if row["plugin"] == "none" else row["plugin"]
@@ -240,17 +257,28 @@ def case_name(row: dict) -> str:
     return " ".join(parts)
 
 
+def name_cases(cases: list[dict]) -> None:
+    """Set each row's ``case``: its name, and where others of its batch size have the same, the settings in which they differ."""
+    for row in cases:
+        alike = [other for other in cases if other["batch_size"] == row["batch_size"] and case_name(other) == case_name(row)]
+        different = [name for name in SAME_CASE if len({json.dumps(other.get(name)) for other in alike}) > 1]
+        row["case"] = " ".join([case_name(row), *(f"{name} {row.get(name)}" for name in different)])
+
+
 def latest_rows(rows: list[dict]) -> list[dict]:
     """The last row of each case, in the order in which the cases first came."""
     latest = {}
     for row in rows:
-        key = (case_name(row), row["batch_size"], *(row[k] for k in ("model_name_or_path", "image_size", "num_labels", "preset", "hardware", "mem_cap")))  # fmt: skip
-        latest[key] = row
+        latest[case_key(row)] = row
     return list(latest.values())
 
 
 def benchmark_report(folder: Path) -> None:
     """table.md, table.csv and three charts from ``folder``/rows.jsonl, one section per model, size and preset."""
+    from console import fail
+
+    if not (folder / "rows.jsonl").exists():
+        fail(f"{folder}: holds no rows.jsonl of run_benchmark.sh")
     rows = latest_rows(read_rows(folder / "rows.jsonl"))
     sections: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -258,10 +286,11 @@ def benchmark_report(folder: Path) -> None:
         sections.setdefault(key, []).append(row)
     text = []
     for (model, size, labels, preset, hardware), cases in sections.items():
+        name_cases(cases)
         title = f"{model}{f' at {size} px' if size else ''}, {labels} labels, preset {preset}, {hardware}"
         text.append(f"## {title}\n\n{_section(cases)}")
     write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
-    write_csv(folder / "table.csv", rows, without=("kind", "versions"))
+    write_csv(folder / "table.csv", rows, without=("kind", "versions", "case"))
     for name, column, label in (
         ("throughput", "images_per_second", "images/s"),
         ("batches_per_second", "steps_per_second", "batches/s"),
@@ -276,7 +305,7 @@ def _section(cases: list[dict]) -> str:
     """The published form (plugins as columns), then every case with all its numbers."""
     parts = []
     for batch_size in sorted({row["batch_size"] for row in cases}):
-        found = {case_name(row): row for row in cases if row["batch_size"] == batch_size}
+        found = {row["case"]: row for row in cases if row["batch_size"] == batch_size}
 
         def line(label: str, column: str, form: str) -> list:
             return [label, *(format(row[column], form) if row["status"] == "ok" else row["status"] for row in found.values())]
@@ -288,12 +317,12 @@ def _section(cases: list[dict]) -> str:
     for row in cases:
         if row["status"] == "ok":
             long.append([
-                case_name(row), row["batch_size"], f"{row['images_per_second']:.1f}", f"{row['steps_per_second']:.2f}", f"{row['step_ms']:.1f}",
+                row["case"], row["batch_size"], f"{row['images_per_second']:.1f}", f"{row['steps_per_second']:.2f}", f"{row['step_ms']:.1f}",
                 f"{row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}", f"{row['peak_memory_gib']:.2f}",
-                f"{row.get('peak_reserved_gib', float('nan')):.2f}", f"{row['mfu']:.1%}", f"{row['first_loss']:.2f} -> {row['last_loss']:.2f}",
+                f"{row['peak_reserved_gib']:.2f}" if "peak_reserved_gib" in row else "-", f"{row['mfu']:.1%}", f"{row['first_loss']:.2f} -> {row['last_loss']:.2f}",
             ])  # fmt: skip
         else:
-            long.append([case_name(row), row["batch_size"], f"{row['status']}: {row['reason']}", *[""] * 7])
+            long.append([row["case"], row["batch_size"], f"{row['status']}: {row['reason']}", *[""] * 7])
     header = ["case", "batch", "images/s", "it/s", "step ms", "min-max", "allocated GiB", "reserved GiB", "MFU", "loss"]
     parts.append(markdown_table(header, long))
     ok = [row for row in cases if row["status"] == "ok"]
@@ -315,7 +344,7 @@ def _section(cases: list[dict]) -> str:
 
 def _legible(cases: list[dict]) -> list[list[dict]]:
     """The cases of one chart; of several, eager, compiled and CUDA graphs apart, where one would hold too many colours."""
-    if len({case_name(row) for row in cases}) <= 10:
+    if len({row["case"] for row in cases}) <= 10:
         return [cases] if cases else []
     forms: dict[tuple, list[dict]] = {}
     for row in cases:
@@ -335,14 +364,14 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
         return
     figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
     for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
-        names = list(dict.fromkeys(case_name(row) for row in cases))
+        names = list(dict.fromkeys(row["case"] for row in cases))
         colours = dict(zip(names, pyplot.get_cmap("tab20" if len(names) > 10 else "tab10").colors))
         batch_sizes = sorted({row["batch_size"] for row in cases})
         width = 0.85 / max(sum(row["batch_size"] == size for row in cases) for size in batch_sizes)
         for x, batch_size in enumerate(batch_sizes):
             group = [row for row in cases if row["batch_size"] == batch_size]
             for i, row in enumerate(group):
-                bar = axis.bar(x + (i - (len(group) - 1) / 2) * width, row[column], width, color=colours[case_name(row)])
+                bar = axis.bar(x + (i - (len(group) - 1) / 2) * width, row[column], width, color=colours[row["case"]])
                 axis.bar_label(bar, fmt="%.3g" if column != "images_per_second" else "%.0f", fontsize=6.5, rotation=90, padding=2)
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
         axis.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])

@@ -34,28 +34,47 @@ fi
 
 read -ra batch_sizes <<<"$BATCH_SIZES"
 read -ra entries <<<"$PLUGINS"
-failed=0 done=0 began=$SECONDS
-for entry in "${entries[@]}"; do
+rows=$RESULTS/rows.jsonl
+count_rows() { [ ! -f "$rows" ] || wc -l <"$rows"; }
+
+# Sets `command`: what measures an entry of PLUGINS.
+command_of() {
+  local plugin precision compile entry=$1
+  shift
   IFS=: read -r plugin precision compile <<<"$entry"
   [ "$precision" != compile ] || precision='' compile=compile
-  options=(--plugin "$plugin" --precision "${precision:-auto}")
-  [ -z "$compile" ] || options+=(--compile)
-  left=$((done ? (SECONDS - began) * (${#entries[@]} - done) / done : 0))
-  echo "--- $((done + 1)) of ${#entries[@]}: $entry, batch sizes $BATCH_SIZES$( ((done == 0)) || echo ", about $((left / 60)) min $((left % 60)) s left")"
-  # status 75: out of memory, its row is written; the remaining batch sizes want a fresh process
+  command=("$HERE/vit_benchmark.py" --model_name_or_path "$MODEL" --preset "$PRESET" --batch_size "${batch_sizes[@]}"
+    --tp_size "$TP_SIZE" --pp_size "$PP_SIZE" --num_labels "$NUM_LABELS" --learning_rate "$LR"
+    --weight_decay "$WEIGHT_DECAY" --results "$rows" --plugin "$plugin" --precision "${precision:-auto}")
+  [ -z "$compile" ] || command+=(--compile)
+  command+=("$@")
+}
+
+for entry in "${entries[@]}"; do # a wrong one is told before the first is measured
+  command_of "$entry" "$@"
+  "$PYTHON" "${command[@]}" --check_settings || exit
+done
+failed=0 done=0 timed=0 spent=0
+for entry in "${entries[@]}"; do
+  command_of "$entry" "$@"
+  left=$((timed ? spent * (${#entries[@]} - done) / timed : 0))
+  echo "--- $((done + 1)) of ${#entries[@]}: $entry, batch sizes $BATCH_SIZES$( ((timed == 0)) || echo ", about $((left / 60)) min $((left % 60)) s left")"
+  before=$(count_rows) began=$SECONDS
+  # As often as there are cases: one that ended its process has a row, and the rest want a fresh process.
   for _ in "${batch_sizes[@]}" last; do
-    status=0
-    launch "$HERE/vit_benchmark.py" --model_name_or_path "$MODEL" --preset "$PRESET" --batch_size "${batch_sizes[@]}" \
-      --tp_size "$TP_SIZE" --pp_size "$PP_SIZE" --num_labels "$NUM_LABELS" --learning_rate "$LR" \
-      --weight_decay "$WEIGHT_DECAY" --results "$RESULTS/rows.jsonl" "${options[@]}" "$@" || status=$?
-    [ "$status" = 75 ] || break
+    at=$(count_rows) status=0
+    launch "${command[@]}" --known_from "${before:-0}" || status=$?
+    case $status in
+      0 | 76) break ;;                 # 76: all measured before, or impossible here
+      2 | 130 | 143) exit "$status" ;; # wrong settings; stopped
+    esac
+    tail -n "+$((${at:-0} + 1))" "$rows" 2>/dev/null | grep -qE '"status": "(failed|out of memory)"' ||
+      "$PYTHON" "${command[@]}" --world_size "$(count_processes)" --known_from "${before:-0}" --record_failure "its processes ended with status $status"
   done
-  case $status in
-    0 | 76) ;;                      # 76: all measured before, or impossible here
-    2 | 130 | 143) exit "$status" ;; # wrong settings; stopped
-    *) failed=$((failed + 1)) ;;
-  esac
+  failed=$((failed + $(tail -n "+$((${before:-0} + 1))" "$rows" 2>/dev/null | grep -c '"status": "failed"' || true)))
+  # entries that were measured before take no time
+  [ "$(count_rows)" = "$before" ] || timed=$((timed + 1)) spent=$((spent + SECONDS - began))
   done=$((done + 1))
 done
 "$PYTHON" "$HERE/report.py" benchmark "$RESULTS"
-((failed == 0)) || { echo "$failed plugin(s) did not run: see the rows with status failed in $RESULTS/rows.jsonl" >&2; exit 1; }
+((failed == 0)) || { echo "$failed case(s) did not run: see the rows with status failed in $rows" >&2; exit 1; }

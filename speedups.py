@@ -3,6 +3,7 @@
 To see whether one can go: delete it and compare the rows of `bash run_benchmark.sh`.
 """
 
+import gc
 from types import MethodType
 
 import torch
@@ -29,9 +30,11 @@ def use_larger_products(model: torch.nn.Module) -> None:
 
 def _embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
     # transformers/models/vit/modeling_vit.py, ViTPatchEmbeddings.forward, whose convolution has no fast kernel in 16 bit
-    if interpolate_pos_encoding or tuple(pixel_values.shape[-2:]) != tuple(self.image_size):
-        return type(self).forward(self, pixel_values, interpolate_pos_encoding)
+    _, channels, *size = pixel_values.shape
     height, width = self.patch_size
+    usual = channels == self.num_channels and size == list(self.image_size) and size[0] % height == size[1] % width == 0
+    if interpolate_pos_encoding or not usual:
+        return type(self).forward(self, pixel_values, interpolate_pos_encoding)
     pixels = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))
     patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     weight = self.projection.weight.clone()  # gemini may take back what it lent for one operation
@@ -39,7 +42,7 @@ def _embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: b
 
 
 def _attend(self, hidden_states: torch.Tensor, head_mask=None, output_attentions: bool = False) -> tuple[torch.Tensor]:
-    # the same, ViTSelfAttention.forward: three products, and copies of their results
+    # transformers/models/vit/modeling_vit.py, ViTSelfAttention.forward: three products, and copies of their results
     if head_mask is not None or output_attentions:
         return type(self).forward(self, hidden_states, head_mask, output_attentions)
     parts = (self.query, self.key, self.value)
@@ -126,6 +129,16 @@ def _bucket_of_few_kernels(library):
             self.empty()
 
     return TensorBucket
+
+
+def forget_models() -> None:
+    """Let go of models that nothing else refers to any more; a later one's peak memory would have them in it."""
+    from colossalai.zero.gemini.gemini_mgr import GeminiManager
+
+    GeminiManager._get_layout_info.cache_clear()  # an lru_cache on a method keeps the method's object, and with it the chunks
+    torch._dynamo.reset()  # compiled code keeps its CUDA graphs' memory
+    for _ in range(2):  # some of it is only free to go after the first
+        gc.collect()
 
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:

@@ -5,9 +5,9 @@ and charts of them. A case that runs out of memory ends this program with status
 written; started again, it goes on with the next case in a fresh process.
 """
 
-import gc
 import json
 import os
+import re
 import statistics
 import time
 from pathlib import Path
@@ -21,16 +21,11 @@ from console import rank, say  # noqa: E402
 
 OUT_OF_MEMORY = 75  # exit status: a case did not fit; started again, the rest may
 NOTHING_TO_DO = 76  # exit status of --check: every case is measured, or impossible here
-SAME_CASE = (  # settings that make two rows measurements of the same thing
-    "model_name_or_path", "image_size", "num_labels", "plugin", "precision", "optimizer", "batch_size", "world", "tp_size",
-    "pp_size", "num_microbatches", "zero_stage", "placement_policy", "offload_optim_frac", "offload_param_frac",
-    "grad_checkpoint", "compile", "cuda_graphs", "max_norm", "gradient_accumulation_steps", "mem_cap", "hardware",
-)  # fmt: skip
 
 # Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32 without TF32).
 PEAK_TFLOPS = {
-    "H200": (989, 67), "H100 PCIe": (756, 51), "H100": (989, 67), "A100": (312, 19.5), "A10G": (70, 35), "A10": (125, 31.2),
-    "L40S": (362, 91.6), "L4": (121, 30.3), "T4": (65, 8.1), "V100": (125, 15.7), "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
+    "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60), "H100": (989, 67), "A100": (312, 19.5), "A10G": (70, 35),
+    "A10": (125, 31.2), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3), "T4": (65, 8.1), "V100": (125, 15.7), "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
 }  # fmt: skip
 
 
@@ -60,7 +55,7 @@ def peak_tflops(precision: str) -> tuple[float, str]:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         for known, (half, single) in PEAK_TFLOPS.items():
-            if known in name:
+            if re.search(rf"\b{known}\b", name):
                 return (single if precision == "fp32" else half), f"data sheet of {known}"
     return measured_tflops(precision), "measured matrix product"
 
@@ -106,9 +101,8 @@ def measure(case, layout) -> dict:
     from data import Schedule
     from model import load_model, preset_name
 
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    plugins.reset_peak_memory()
+    before = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0  # by earlier cases, if they left something
     torch.manual_seed(case.seed)
     loaded = load_model(preset_name(case.model_name_or_path), [str(i) for i in range(case.num_labels)], layout.tp, case.image_size)
     size = loaded.model.config.image_size
@@ -144,23 +138,22 @@ def measure(case, layout) -> dict:
     windows = plugins.all_max(torch.tensor(windows, dtype=torch.float64, device=plugins.device())).tolist()
     first, last = plugins.all_sum(torch.stack(losses)).tolist()
     median = statistics.median(windows)
+    memory = {"peak_memory_gib": plugins.peak_memory(), "allocated_before_gib": before}  # before the peak is measured, which takes memory too
+    if torch.cuda.is_available():
+        reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
+        memory["peak_reserved_gib"] = plugins.all_max(reserved).item()
     peak, source = peak_tflops(case.precision)
     flops = training_flops(
         size, config.patch_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size, case.num_labels
     )
     speed = throughput(layout.dp, case.batch_size, case.gradient_accumulation_steps, median)
-    row = {
+    return memory | {
         "step_ms": 1e3 * median, "step_ms_min": 1e3 * min(windows), "step_ms_max": 1e3 * max(windows),
         "steps_per_second": 1 / median, "images_per_second": speed, "images_per_second_per_device": speed / layout.world,
         "model_tflops_per_device": flops * speed / layout.world / 1e12,
         "mfu": flops * speed / layout.world / 1e12 / peak, "peak_tflops": peak, "peak_source": source,
-        "first_loss": first, "last_loss": last, "peak_memory_gib": plugins.peak_memory(),
+        "first_loss": first, "last_loss": last,
     }  # fmt: skip
-    if torch.cuda.is_available():
-        reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
-        row["peak_reserved_gib"] = plugins.all_max(reserved).item()
-        row["allocated_before_gib"] = before / 2**30  # what earlier cases of this process left behind
-    return row
 
 
 def main() -> None:
@@ -169,17 +162,23 @@ def main() -> None:
 
     import report
 
-    results = Path(args.results)
-    common = {"kind": "case", **report.environment(), "command": command_line()}
+    results, same = Path(args.results), report.SAME_CASE + report.SAME_WAY
+    world = args.cases[0].layout.world
+    common = {"kind": "case", **report.environment(world), "command": command_line()}
 
     def settings(case) -> dict:
-        case.world = case.layout.world
-        case.hardware = common["hardware"]
-        return {name: getattr(case, name) for name in SAME_CASE} | {"preset": case.preset, "dp": case.layout.dp}
+        known = common | {"world": world}
+        return {name: known[name] if name in known else getattr(case, name) for name in same} | {"dp": case.layout.dp}
 
-    known = report.read_rows(results) if results.exists() and not args.remeasure else []
-    finished = {_key(row) for row in known if row["status"] != "failed"}
-    todo = [case for case in args.cases if _key(settings(case)) not in finished]
+    def key(row: dict) -> str:
+        return report.case_key(row, same)
+
+    def rows() -> list[dict]:
+        return report.read_rows(results) if results.exists() else []
+
+    start = len(rows()) if args.known_from is None else args.known_from  # rows from here on are of this call
+    finished = {key(row) for i, row in enumerate(rows()) if i >= start or row["status"] != "failed" and not args.remeasure}
+    todo = [case for case in args.cases if key(settings(case)) not in finished]
     impossible = [case for case in todo if case.batch_size in args.impossible]
     todo = [case for case in todo if case.batch_size not in args.impossible]
 
@@ -188,6 +187,11 @@ def main() -> None:
         with open(results, "a") as file:  # one write of one line: whole, or not there
             file.write(json.dumps(common | settings(case) | outcome) + "\n")
 
+    if args.record_failure:  # one process, after a launch whose processes could not say it themselves
+        if todo:
+            record(todo[0], status="failed", reason=args.record_failure)
+            say(f"{_title(todo[0])}: FAILED: {args.record_failure}")
+        raise SystemExit(0)
     if args.check:  # one process, before the launch
         for case in impossible:
             record(case, status="impossible", reason=args.impossible[case.batch_size])
@@ -197,6 +201,7 @@ def main() -> None:
         raise SystemExit(0 if todo else NOTHING_TO_DO)
 
     import plugins
+    import speedups
 
     plugins.import_libraries()
     plugins.start_distributed(args.seed)
@@ -204,7 +209,7 @@ def main() -> None:
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.mem_cap / total))
     failed = False
-    for case in todo:
+    for number, case in enumerate(todo, 1):
         started = time.perf_counter()
         try:
             row = measure(case, case.layout)
@@ -213,8 +218,9 @@ def main() -> None:
             print(f"{_title(case)}: out of memory", flush=True)
             os._exit(OUT_OF_MEMORY)  # at once: other processes wait in a collective, and this one's memory is in pieces
         except Exception as error:
-            if case.layout.world > 1:
-                if rank() == 0:
+            if world > 1:
+                time.sleep(1 + rank())  # one process says it; and the one that ran out of memory, which made the others fail, first
+                if key(settings(case)) not in map(key, rows()[start:]):
                     record(case, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
                 raise
             record(case, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
@@ -222,21 +228,17 @@ def main() -> None:
             failed = True
             continue
         finally:
-            gc.collect()
+            speedups.forget_models()
             torch.cuda.empty_cache()
         if rank() == 0:
             record(case, status="ok", reason="", seconds=time.perf_counter() - started, **row)
         say(
-            f"{_title(case)}: {row['images_per_second']:.1f} images/s, {row['steps_per_second']:.2f} it/s, step {row['step_ms']:.1f} ms "
+            f"{number} of {len(todo)}  {_title(case)}: {row['images_per_second']:.1f} images/s, {row['steps_per_second']:.2f} it/s, step {row['step_ms']:.1f} ms "
             f"({row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}), peak {row['peak_memory_gib']:.2f} GiB, MFU {row['mfu']:.1%}, "
             f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
         )
     plugins.stop_distributed()
     raise SystemExit(1 if failed else 0)
-
-
-def _key(row: dict) -> str:
-    return json.dumps([row[name] for name in SAME_CASE])
 
 
 def _title(case) -> str:

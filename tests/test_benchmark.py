@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,7 @@ def test_flops_of_vit_base_are_the_known_ones():
 
 
 def row(plugin: str, batch_size: int, **changes) -> dict:
-    base = {name: None for name in vit_benchmark.SAME_CASE} | {
+    base = {name: None for name in report.SAME_CASE} | {
         "kind": "case", "plugin": plugin, "precision": "bf16", "batch_size": batch_size, "model_name_or_path": "vit-x", "world": 1,
         "tp_size": 1, "pp_size": 1, "zero_stage": 0, "compile": False, "cuda_graphs": False, "preset": "fast", "hardware": "1 x GPU",
         "num_labels": 10, "status": "ok", "reason": "", "images_per_second": 100.0 * batch_size, "steps_per_second": 100.0,
@@ -73,6 +74,61 @@ def test_tables_and_charts_are_rebuilt_from_the_rows(tmp_path, capsys):
     ]  # fmt: skip
     for chart in ("throughput.png", "batches_per_second.png", "peak_memory.png"):
         assert (tmp_path / chart).read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path, capsys):
+    pipeline = dict(plugin="hybrid_parallel", world=2, pp_size=2)
+    rows = [row(batch_size=64, num_microbatches=m, images_per_second=m, **pipeline) for m in (4, 8)]
+    rows += [row("none", 64), row("none", 8, grad_checkpoint=True)]
+    report.write_rows(tmp_path / "rows.jsonl", rows)
+    report.main(["benchmark", str(tmp_path)])
+    text = (tmp_path / "table.md").read_text()
+    name = "hybrid_parallel bf16 pp 2 2 GPUs num_microbatches"
+    assert f"| batch size 64 per group | {name} 4 | {name} 8 | plain PyTorch bf16 |" in text
+    assert "| throughput, images/s | 4.0 | 8.0 | 6400.0 |" in text
+
+
+def test_folder_without_rows_is_one_clear_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["benchmark", str(tmp_path)])
+    assert "holds no rows.jsonl" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "device, half",
+    [("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("Tesla T4", 65), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
+     ("NVIDIA H100 NVL", 835), ("NVIDIA RTX A1000", None), ("NVIDIA T400", None)],
+)  # fmt: skip
+def test_peak_is_that_of_the_device_and_of_no_namesake(monkeypatch, device, half):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
+    monkeypatch.setattr(vit_benchmark, "measured_tflops", lambda precision: None)
+    assert vit_benchmark.peak_tflops("bf16")[0] == half
+
+
+def test_gemini_is_forgotten_after_its_case():
+    code = """
+import console; console.silence_libraries()
+import weakref, torch, plugins, speedups
+from argparse import Namespace
+from gpu_cases import BASE
+from helpers import tiny_vit
+from layout import Layout
+plugins.import_libraries(); plugins.start_distributed(0)
+def case():
+    boosted = plugins.boost(tiny_vit(), Namespace(**BASE | dict(plugin="gemini", precision="bf16")), Layout(1))
+    boosted.model.train()
+    for _ in range(2):
+        boosted.booster.backward(boosted.model(pixel_values=torch.rand(2, 3, 16, 16)).logits.float().sum(), boosted.optimizer)
+        boosted.optimizer.step()
+    return [weakref.ref(chunk) for chunk in boosted.gemini_chunks()]
+chunks = case()
+speedups.forget_models()
+print("left", sum(chunk() is not None for chunk in chunks), "of", len(chunks))
+"""
+    paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120)
+    assert "left 0 of " in done.stdout and not done.stdout.strip().endswith("of 0"), done.stdout + done.stderr
 
 
 def benchmark(folder: Path, *flags: str, code: str = "") -> subprocess.CompletedProcess:
@@ -117,6 +173,30 @@ def test_cases_are_measured_kept_and_skipped(tmp_path):
     third = benchmark(tmp_path, "--plugin", "torch_ddp", "--batch_size", "2", "3", "4", "--check")
     assert third.returncode == vit_benchmark.NOTHING_TO_DO, third.stderr
     assert "3 of 3 cases were measured before" in third.stdout
+
+
+def test_shell_goes_on_after_a_case_that_killed_its_process_and_one_without_memory(tmp_path):
+    project = tmp_path / "project"
+    project.mkdir()
+    for path in [*HERE.glob("*.py"), *HERE.glob("*.sh"), HERE / "requirements.txt"]:
+        shutil.copy(path, project)
+    engine = project / "engine.py"
+    fault = "        import os, signal\n        if images == 3: os.kill(os.getpid(), signal.SIGKILL)\n        if images == 4: raise torch.cuda.OutOfMemoryError('made up')\n"
+    text = engine.read_text()
+    assert text.count("        scale = self.layout.dp / images") == 1
+    engine.write_text(text.replace("        scale = self.layout.dp / images", fault + "        scale = self.layout.dp / images"))
+    settings = dict(PLUGINS="none", BATCH_SIZES="2 3 4 5", MODEL="vit-demo", NUM_LABELS="4", RESULTS=str(tmp_path), LAUNCHER="torchrun", INSTALL="0", PYTHON=sys.executable,
+                    CUDA_VISIBLE_DEVICES="", GPUNUM="1")  # fmt: skip
+    flags = ["--windows", "2", "--window_steps", "2", "--remeasure"]
+    done = subprocess.run(["bash", project / "run_benchmark.sh", *flags], env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "1 case(s) did not run" in done.stderr, done.stdout + done.stderr
+    rows = read(tmp_path)
+    assert [(r["batch_size"], r["status"]) for r in rows] == [(2, "ok"), (3, "failed"), (4, "out of memory"), (5, "ok")]
+    assert "status 137" in rows[1]["reason"] and "--known_from" not in rows[0]["command"]
+    assert "| throughput, images/s | out of memory |" in (tmp_path / "table.md").read_text()
+
+    wrong = subprocess.run(["bash", project / "run_benchmark.sh"], env=os.environ | settings | {"PLUGINS": "none gemni"}, capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2 and "gemni" in wrong.stderr and len(read(tmp_path)) == 4  # before the first is measured
 
 
 def test_an_impossible_case_is_a_row_with_its_reason(tmp_path):

@@ -260,3 +260,18 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
     torch.testing.assert_close(asked[1], asked[0])
     with pytest.raises(ValueError, match="size"):
         faster(pixel_values=pixels[..., :-1])
+
+
+def test_larger_products_leave_unusual_images_to_transformers():
+    from copy import deepcopy
+
+    from speedups import use_larger_products
+
+    plain = tiny_vit(image_size=18)  # 4 px patches: the convolution leaves two pixels out
+    faster = deepcopy(plain)
+    use_larger_products(faster)
+    pixels = torch.randn(2, 3, 18, 18, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(faster(pixel_values=pixels).logits, plain(pixel_values=pixels).logits)
+    for wrong in (pixels[..., :-1], pixels[:, :2]):
+        with pytest.raises(ValueError):
+            faster(pixel_values=wrong)
