@@ -134,6 +134,8 @@ def load_data(args, hold_out: bool = True) -> ImageData:
     notes = []
     if "train" not in splits:
         raise DataError(f"--dataset {name} has no train split; it has: {', '.join(splits) or 'nothing'}")
+    if len(labels) < 2:
+        raise DataError(f"--dataset {name} has one class, {labels[0]}: there is nothing to tell apart. An image folder holds train/CLASS/IMAGE")
     for split in list(splits):
         if split not in ("train", "validation", "test"):
             notes.append(f"split {split!r} is not used")

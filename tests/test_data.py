@@ -136,14 +136,14 @@ def test_parquet_of_plain_structs_and_values(tmp_path, pictures, labels, names):
 
 def test_columns_are_named_by_flags_where_types_do_not_tell(tmp_path, pictures):
     table = huggingface_table(pictures, image="front").add_column("back", [{"bytes": png(p), "path": None} for p in pictures[::-1]])
-    table = table.cast_column("back", IMAGE).add_column("coarse", [0] * 12).cast_column("coarse", datasets.ClassLabel(names=["all"]))
+    table = table.cast_column("back", IMAGE).add_column("coarse", [0, 1] * 6).cast_column("coarse", datasets.ClassLabel(names=["odd", "even"]))
     table.save_to_disk(tmp_path / "two")
     with pytest.raises(data.DataError, match="2 image columns among .*front.*--image_column"):
         load(tmp_path / "two")
     with pytest.raises(data.DataError, match="2 label columns among .*coarse.*--label_column"):
         load(tmp_path / "two", "--image_column", "front")
     assert_pictures(load(tmp_path / "two", "--image_column", "front", "--label_column", "labels"), pictures)
-    assert load(tmp_path / "two", "--image_column", "back", "--label_column", "coarse").label_names == ["all"]
+    assert load(tmp_path / "two", "--image_column", "back", "--label_column", "coarse").label_names == ["odd", "even"]
     with pytest.raises(data.DataError, match="no column 'side'; it has: front, labels"):
         load(tmp_path / "two", "--image_column", "side", "--label_column", "labels")
 
@@ -327,6 +327,12 @@ def test_class_unknown_to_training_is_refused(tmp_path):
     write_folder(tmp_path, {"train": 9, "validation": 3})
     write_image(tmp_path / "validation" / "violet" / "0.png", 0, 0)
     with pytest.raises(data.DataError, match="class violet is in validation/ but not in train/"):
+        load(tmp_path)
+
+
+def test_set_of_one_class_is_refused(tmp_path):
+    write_folder(tmp_path, {"train": 9, "validation": 3}, classes=["red"])
+    with pytest.raises(data.DataError, match="has one class, red: there is nothing to tell apart"):
         load(tmp_path)
 
 
