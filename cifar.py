@@ -120,7 +120,7 @@ def _take(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     """``pixels[n, :, y, x]`` with whole numbers x, y (N, H, W); black outside."""
     n, channels, height, width = pixels.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).view(n, 1, -1).expand(-1, channels, -1)
+    flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long().view(n, 1, -1).expand(-1, channels, -1)
     return pixels.flatten(2).gather(2, flat).view_as(pixels) * inside[:, None]
 
 
@@ -131,13 +131,14 @@ def _move(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
     def amount(name: str) -> torch.Tensor:
         return torch.where(operation == OPERATIONS.index(name), magnitude, 0.0).view(-1, 1, 1)
 
-    # centres of the pixels, from the top left corner
-    y, x = torch.meshgrid(torch.arange(height, device=pixels.device) + 0.5, torch.arange(width, device=pixels.device) + 0.5, indexing="ij")
+    # centres of the pixels, from the top left corner; a sum of a row and a column is made whole only once
+    y = torch.arange(height, device=pixels.device).view(1, -1, 1) + 0.5
+    x = torch.arange(width, device=pixels.device).view(1, 1, -1) + 0.5
     angle = amount("Rotate").deg2rad()
     cos, sin = angle.cos(), angle.sin()
-    from_x = cos * (x - width / 2) - sin * (y - height / 2) + width / 2 + amount("ShearX") * y - amount("TranslateX").trunc()
-    from_y = sin * (x - width / 2) + cos * (y - height / 2) + height / 2 + amount("ShearY") * x - amount("TranslateY").trunc()
-    return _take(pixels, from_x.floor().long(), from_y.floor().long())
+    from_x = (cos * (x - width / 2) + width / 2 - amount("TranslateX").trunc()) + (amount("ShearX") * y - sin * (y - height / 2))
+    from_y = (cos * (y - height / 2) + height / 2 - amount("TranslateY").trunc()) + (amount("ShearY") * x + sin * (x - width / 2))
+    return _take(pixels, from_x.floor_().int(), from_y.floor_().int())
 
 
 def _grey(image: torch.Tensor) -> torch.Tensor:
@@ -190,7 +191,8 @@ def _autocontrast(pixels: torch.Tensor, *_) -> torch.Tensor:
 
 def _equalize(pixels: torch.Tensor, *_) -> torch.Tensor:
     levels = pixels.flatten(2).long()
-    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.long, device=pixels.device).scatter_add_(2, levels, torch.ones_like(levels))
+    one = torch.ones((), dtype=torch.int32, device=pixels.device)  # not a whole tensor of them
+    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.int32, device=pixels.device).scatter_add_(2, levels, one.expand_as(levels)).long()
     # as PIL: the brightest level's pixels are left out of the step
     step = (counts.sum(2, keepdim=True) - counts.gather(2, levels.amax(2, keepdim=True))) // 255
     flat = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
