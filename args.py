@@ -512,13 +512,13 @@ def parse_benchmark(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command_line() -> str:
-    """This run's command, for the records."""
+def command_line(without: str | None = None) -> str:
+    """This run's command, for the records; ``without`` a flag and its value."""
     import shlex
 
     words = sys.argv[1:]
-    if "--known_from" in words:  # of one call of run_benchmark.sh
-        at = words.index("--known_from")
+    if without in words:
+        at = words.index(without)
         del words[at : at + 2]
     processes = int(os.environ.get("WORLD_SIZE", 1))
     start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]

@@ -35,7 +35,7 @@ fi
 read -ra batch_sizes <<<"$BATCH_SIZES"
 read -ra entries <<<"$PLUGINS"
 rows=$RESULTS/rows.jsonl
-count_rows() { [ ! -f "$rows" ] || wc -l <"$rows"; }
+count_rows() { [ ! -f "$rows" ] && echo 0 || wc -l <"$rows"; }
 
 # Sets `command`: what measures an entry of PLUGINS.
 command_of() {
@@ -63,15 +63,15 @@ for entry in "${entries[@]}"; do
   # As often as there are cases: one that ended its process has a row, and the rest want a fresh process.
   for _ in "${batch_sizes[@]}" last; do
     at=$(count_rows) status=0
-    launch "${command[@]}" --known_from "${before:-0}" || status=$?
+    launch "${command[@]}" --known_from "$before" || status=$?
     case $status in
       0 | 76) break ;;                 # 76: all measured before, or impossible here
       2 | 130 | 143) exit "$status" ;; # wrong settings; stopped
     esac
-    tail -n "+$((${at:-0} + 1))" "$rows" 2>/dev/null | grep -qE '"status": "(failed|out of memory)"' ||
-      "$PYTHON" "${command[@]}" --world_size "$(count_processes)" --known_from "${before:-0}" --record_failure "its processes ended with status $status"
+    tail -n "+$((at + 1))" "$rows" 2>/dev/null | grep -qE '"status": "(failed|out of memory)"' ||
+      "$PYTHON" "${command[@]}" --world_size "$(count_processes)" --known_from "$before" --record_failure "its processes ended with status $status"
   done
-  failed=$((failed + $(tail -n "+$((${before:-0} + 1))" "$rows" 2>/dev/null | grep -c '"status": "failed"' || true)))
+  failed=$((failed + $(tail -n "+$((before + 1))" "$rows" 2>/dev/null | grep -c '"status": "failed"' || true)))
   # entries that were measured before take no time
   [ "$(count_rows)" = "$before" ] || timed=$((timed + 1)) spent=$((spent + SECONDS - began))
   done=$((done + 1))

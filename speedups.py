@@ -8,8 +8,8 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from torch.func import functional_call
 from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
+from torch.func import functional_call
 
 
 def use_larger_products(model: torch.nn.Module) -> None:

@@ -25,7 +25,8 @@ NOTHING_TO_DO = 76  # exit status of --check: every case is measured, or impossi
 # Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32 without TF32).
 PEAK_TFLOPS = {
     "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60), "H100": (989, 67), "A100": (312, 19.5), "A10G": (70, 35),
-    "A10": (125, 31.2), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3), "T4": (65, 8.1), "V100": (125, 15.7), "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
+    "A10": (125, 31.2), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3), "T4": (65, 8.1), "V100": (125, 15.7),
+    "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
 }  # fmt: skip
 
 
@@ -164,11 +165,11 @@ def main() -> None:
 
     results, same = Path(args.results), report.SAME_CASE + report.SAME_WAY
     world = args.cases[0].layout.world
-    common = {"kind": "case", **report.environment(world), "command": command_line()}
+    # --known_from is of one call of run_benchmark.sh
+    common = {"kind": "case", **report.environment(world), "command": command_line(without="--known_from"), "world": world}
 
     def settings(case) -> dict:
-        known = common | {"world": world}
-        return {name: known[name] if name in known else getattr(case, name) for name in same} | {"dp": case.layout.dp}
+        return {name: common[name] if name in common else getattr(case, name) for name in same} | {"dp": case.layout.dp}
 
     def key(row: dict) -> str:
         return report.case_key(row, same)
@@ -176,8 +177,9 @@ def main() -> None:
     def rows() -> list[dict]:
         return report.read_rows(results) if results.exists() else []
 
-    start = len(rows()) if args.known_from is None else args.known_from  # rows from here on are of this call
-    finished = {key(row) for i, row in enumerate(rows()) if i >= start or row["status"] != "failed" and not args.remeasure}
+    written = rows()
+    start = len(written) if args.known_from is None else args.known_from  # rows from here on are of this call
+    finished = {key(row) for i, row in enumerate(written) if i >= start or row["status"] != "failed" and not args.remeasure}
     todo = [case for case in args.cases if key(settings(case)) not in finished]
     impossible = [case for case in todo if case.batch_size in args.impossible]
     todo = [case for case in todo if case.batch_size not in args.impossible]

@@ -18,6 +18,7 @@ CIFAR=${CIFAR:-}                              # any form that train.py reads; th
 SIDE=${SIDE:-8}                               # fine-tuning runs side by side
 FLAGS=${FLAGS:-}                              # of vit_benchmark.py, such as --window_steps 6
 ALL="torch_ddp torch_ddp_fp16 low_level_zero gemini hybrid_parallel"
+TRIVIAL="--augment --auto_augment trivial --mixup 0.2" # TrivialAugment and mixup, of the fine-tuning recipes
 COMPILED="torch_ddp:bf16:compile low_level_zero:bf16:compile hybrid_parallel:bf16:compile none:bf16:compile"
 
 benchmark() { RESULTS=$OUT/benchmark_h200 bash run_benchmark.sh "$@" $FLAGS; }
@@ -58,34 +59,31 @@ layouts() { # four GPUs: the same training by every form of parallelism; 6 heads
 }
 grid() { RESULTS=$OUT/beans_grid DATASET=$BEANS WEIGHT_DECAY=0.5 finetune; }
 recipe() { # which flags help, by five folds of the training split
-  local trivial="--augment --auto_augment trivial --mixup 0.2"
   export FOLDS="1/5 2/5 3/5 4/5 5/5" DATASET=$BEANS PLUGINS=torch_ddp PRESET=fast BS=32
   RESULTS=$OUT/beans_recipe LR=1e-4 EPOCH=10 RECIPES="none | --augment | --augment --auto_augment trivial | --augment --layer_decay 0.75
     | --augment --label_smoothing 0.1 | --augment --mixup 0.2 | --augment --cutmix 1 | --augment --drop_path 0.1 | --augment --ema 0.98" finetune
-  RESULTS=$OUT/beans_recipe_20_epochs LEARNING_RATES="1e-4 2e-4" EPOCH=20 RECIPES="$trivial | --augment --mixup 0.2 | $trivial --image_size 384" finetune
-  RESULTS=$OUT/beans_recipe_40_epochs LR=2e-4 EPOCH=40 RECIPES="$trivial --image_size 384 | $trivial --image_size 384 --ema 0.99" finetune
+  RESULTS=$OUT/beans_recipe_20_epochs LEARNING_RATES="1e-4 2e-4" EPOCH=20 RECIPES="$TRIVIAL | --augment --mixup 0.2 | $TRIVIAL --image_size 384" finetune
+  RESULTS=$OUT/beans_recipe_40_epochs LR=2e-4 EPOCH=40 RECIPES="$TRIVIAL --image_size 384 | $TRIVIAL --image_size 384 --ema 0.99" finetune
 }
 chosen() { # the best of them, and the published setting: validation and test
   export DATASET=$BEANS PLUGINS=torch_ddp BS=32 SEEDS="42 43 44 45 46"
   RESULTS=$OUT/beans_published LR=1e-4 EPOCH=3 finetune
-  RESULTS=$OUT/beans_chosen LR=2e-4 EPOCH=20 PRESET=fast RECIPES="--augment --auto_augment trivial --mixup 0.2 --image_size 384" finetune
-  RESULTS=$OUT/beans_chosen_40_epochs LR=2e-4 EPOCH=40 PRESET=fast RECIPES="--augment --auto_augment trivial --mixup 0.2 --image_size 384 --ema 0.99 --keep last" finetune
+  RESULTS=$OUT/beans_chosen LR=2e-4 EPOCH=20 PRESET=fast RECIPES="$TRIVIAL --image_size 384" finetune
+  RESULTS=$OUT/beans_chosen_40_epochs LR=2e-4 EPOCH=40 PRESET=fast RECIPES="$TRIVIAL --image_size 384 --ema 0.99 --keep last" finetune
 }
 animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
 
 # ---- from scratch
-scratch() { # CONFIG SEED FOLDER, in bf16 as CUDA graphs
-  DATA=$CIFAR CONFIG=configs/cifar10/$1.py bash run_accuracy.sh --set SEED=$2 bf16=True CUDA_GRAPHS=True --output_path "$OUT/cifar10/$3"
+scratch() { # CONFIG NAME SEED...: in bf16 as CUDA graphs, one after the other, for the time counts
+  local config=$1 name=$2 seed
+  shift 2
+  for seed; do
+    DATA=$CIFAR CONFIG=configs/cifar10/$config.py bash run_accuracy.sh --set SEED=$seed bf16=True CUDA_GRAPHS=True --output_path "$OUT/cifar10/${name}_seed$seed"
+  done
 }
-cifar() { # three seeds, one after the other: the time counts
-  local seed
-  for seed in 42 43 44; do scratch vit_lite_7_4_vanilla $seed dropout_seed$seed; done
-}
-cifar_four() { GPUNUM=4 scratch vit_lite_7_4_vanilla 42 four_gpus_seed42; }
-cifar_long() {
-  local seed
-  for seed in 42 43 44; do scratch vit_lite_7_4_long $seed long_seed$seed; done
-}
+cifar() { scratch vit_lite_7_4_vanilla dropout 42 43 44; }
+cifar_four() { GPUNUM=4 scratch vit_lite_7_4_vanilla four_gpus 42; }
+cifar_long() { scratch vit_lite_7_4_long long 42 43 44; }
 
 [ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|finetune|scratch' | paste -sd' '; exit 2; }
 export MODELS=$MODEL
