@@ -99,6 +99,7 @@ NAMES = {
     "EMA": (0.0, _number(float, low=0, high=0.99999)),  # decay of the weights' moving average, which is evaluated and exported; 0: the weights
     "POOLING": ("class", _choice("class", "mean")),  # what is classified: a class token, or the mean of the patches (there is no class token then)
     "POSITIONS": ("learned", _choice("learned", "sincos")),  # sincos: fixed, in two dimensions
+    "INITIAL_WEIGHTS": ("usual", _choice("usual", "mimetic")),  # usual: transformers'; mimetic: attention as trained ViTs have it, learned positions from sines
     # the images
     "RANDOM_RESIZED_CROP": (None, _number(float, above=0, high=1, optional=True)),  # smallest area of a crop; evaluation: shorter side, centre crop
     "RANDOM_CROP_PADDING": (0, _number(int, low=0)),  # pixels; 0: no crop
@@ -347,8 +348,9 @@ def check(config: dict, world: int) -> list[str]:
         problems.append(f"MIX_EPOCHS {config['MIX_EPOCHS']}: nothing is mixed; set MIXUP or CUTMIX, or leave it out")
     if config["AUTO_AUGMENT"] and config["RAND_AUGMENT"]:
         problems.append("AUTO_AUGMENT and RAND_AUGMENT: give one of them")
-    if config["POSITIONS"] == "sincos" and (hidden % 4 or hidden < 8):
-        problems.append(f"POSITIONS 'sincos': needs a HIDDEN_SIZE that is a multiple of 4 from 8, not {hidden}")
+    sines = [f"{name} {value!r}" for name, value in (("POSITIONS", "sincos"), ("INITIAL_WEIGHTS", "mimetic")) if config[name] == value]
+    if sines and (hidden % 4 or hidden < 8):
+        problems.append(f"{', '.join(sines)}: needs a HIDDEN_SIZE that is a multiple of 4 from 8, not {hidden}")
     if config["CUDA_GRAPHS"] and config["gradient_accumulation"] > 1:
         problems.append(f"CUDA_GRAPHS: a graph runs a whole batch at once, gradient_accumulation is {config['gradient_accumulation']}")
     if config["CUDA_GRAPHS"] and not gpu_count():

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from console import progress_bar
 from data import IGNORE, drawn_from
 from plugins import Boosted, all_max, all_sum, device
+from step_graph import StepGraph
 
 
 class Stopped(Exception):
@@ -127,6 +128,7 @@ class Engine:
         self.normalize = normalize
         self.label_smoothing = label_smoothing
         self.mix = mix
+        self.graph = StepGraph(self._update, self.optimizer, boosted.graph_stream) if boosted.graph_stream else None
 
     def to_device(self, batch: dict) -> dict:
         """Move a batch of uint8 ``pixel_values`` (N, 3, H, W) and ``labels`` (N,) over, and normalise it there."""
@@ -152,14 +154,29 @@ class Engine:
             This data-parallel group's share of the mean loss (a device scalar, valid on its reporter): shares add up.
         """
         scale = self.layout.dp / images  # plugins average gradients over dp
-        share = torch.zeros((), device=device())
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         whole = images == self.layout.dp * sum(len(batch["labels"]) for batch in batches)
+        ready = (self._ready(batch, step, i, whole) for i, batch in enumerate(batches))
+        if self.graph:
+            share = self.graph(next(ready), scale, whole)
+        else:
+            share = self._update(ready, scale, len(batches))
+        if self.boosted.average:
+            self.boosted.average.update()
+        return share / self.layout.dp if self.layout.is_reporter else torch.zeros_like(share)
+
+    def _ready(self, batch: dict, step: int, micro_step: int, whole: bool) -> dict:
+        """The batch on the device, and mixed."""
+        batch = self.to_device(batch)
+        if self.mix and whole:  # padding has nothing to mix: the last step of an epoch may go without
+            batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"], step, micro_step)
+        return batch
+
+    def _update(self, batches: Iterable[dict], scale: float, count: int = 1) -> torch.Tensor:
+        """Forward and backward of ``count`` batches and the optimizer's step. -> sum of the losses times ``scale``"""
+        share = torch.zeros((), device=device())
         for i, batch in enumerate(batches):
-            batch = self.to_device(batch)
-            if self.mix and whole:  # padding has nothing to mix: the last step of an epoch may go without
-                batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"], step, i)
             if self.layout.pp > 1:
                 # the schedule divides every micro-batch's loss by their number; ours is already a mean
                 pieces = self.boosted.booster.plugin.scheduler.num_microbatches
@@ -175,7 +192,7 @@ class Engine:
                 if result["loss"] is not None:
                     share += result["loss"].detach()
             else:
-                last = i == len(batches) - 1
+                last = i == count - 1
                 with self.boosted.no_sync() if not last else nullcontext():
                     logits = self.model(pixel_values=batch["pixel_values"]).logits
                     loss = self.loss_sum(logits, batch["labels"], self.label_smoothing) * scale
@@ -185,9 +202,7 @@ class Engine:
             self.optimizer.clip_grad_by_norm(self.boosted.clip_here)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.boosted.average:
-            self.boosted.average.update()
-        return share / self.layout.dp if self.layout.is_reporter else torch.zeros_like(share)
+        return share
 
     def train_epoch(
         self,

@@ -220,6 +220,37 @@ def fix_positions(model: nn.Module) -> None:
     positions.requires_grad_(False)
 
 
+@torch.no_grad()
+def imitate_trained_attention(model: nn.Module) -> None:
+    """Initial weights of attention as pretrained ViTs have them, from torch's current seed, in place.
+
+    Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers" (arXiv:2305.09828): in each head queries times
+    keys are near the identity, so that a patch looks at those like itself, and values times the output projection near its
+    negative. Their numbers for ViTs. It asks for positions that tell near from far: learned ones start as sines and cosines.
+    """
+    config = model.config
+    hidden, width = config.hidden_size, config.hidden_size // config.num_attention_heads
+
+    def factors(noise: float, identity: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Two (hidden, hidden) matrices, whose product is noise plus a multiple of the identity, both the same in size"""
+        draws = torch.empty(hidden, hidden).uniform_(-1, 1) * (3 / hidden) ** 0.5
+        left, sizes, right = torch.linalg.svd(noise * draws + identity * torch.eye(hidden))
+        return left * sizes.sqrt(), sizes.sqrt()[:, None] * right
+
+    for layer in model.base_model.encoder.layer:
+        attention, output = layer.attention.attention, layer.attention.output.dense
+        for rows in torch.arange(hidden).split(width):
+            left, right = factors(0.7, 0.7)
+            attention.query.weight[rows], attention.key.weight[rows] = left[:, :width].T, right[:width]  # the largest part of it
+        left, right = factors(0.4, -0.4)
+        output.weight.copy_(left)
+        attention.value.weight.copy_(right)
+    positions = model.base_model.embeddings.position_embeddings
+    learned = positions.requires_grad
+    fix_positions(model)
+    positions.requires_grad_(learned)
+
+
 def export(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:
     """Write a folder that transformers opens: model.safetensors, config.json, preprocessor_config.json.
 

@@ -18,7 +18,7 @@ from torch import nn
 from console import say, silence_colossalai_logger
 from ema import WeightAverage
 from layout import Layout
-from speedups import rebuild_buckets_early, remove_waits, use_larger_products
+from speedups import rebuild_buckets_early, remove_waits, use_eager_dropout, use_larger_products
 
 
 def import_libraries() -> None:
@@ -86,6 +86,7 @@ class Boosted:
     zero_stage: int
     clip_here: float  # clip to this norm in the train step; 0: the plugin clips by itself, or nothing clips
     can_defer_sync: bool  # whether all but the last micro-step may skip the gradient reduction
+    graph_stream: torch.cuda.Stream | None = None  # where whole steps are recorded as CUDA graphs; None: they are not
     average: WeightAverage | None = None  # of the weights, over the steps
 
     def gemini_chunks(self) -> list:
@@ -363,26 +364,36 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
     if args.grad_checkpoint:
         # the re-entrant form costs the CPU less; Gemini's hooks know no other
         model.gradient_checkpointing_enable({"use_reentrant": True})
-    if args.cuda_graphs:
-        # the whole model, for a graph is worth the more the less is left between graphs
+    # fp16 reads back whether a gradient overflowed, and the other plugins' steps wait for more
+    record = args.cuda_graphs and args.plugin in ("torch_ddp", "none") and args.precision != "fp16"
+    stream = torch.cuda.Stream() if record else None
+    if args.compile or args.cuda_graphs:
+        use_eager_dropout()
+    if args.cuda_graphs and not record:
+        # forward and backward of the whole model, for a graph is worth the more the less is left between graphs
         model.compile(mode="reduce-overhead", dynamic=False)
-    elif args.compile:
+    elif args.compile or record:
         # layer by layer: they are alike, so the first one's kernels serve them all
         for part in (model.base_model.embeddings, *model.base_model.encoder.layer):
             part.compile(dynamic=False)
     adamw = build_optimizer(model, args, layer_decay)
-    if args.plugin == "none":
-        booster, model = PlainBooster(), PlainModel(model, args.precision, parallel=layout.world > 1)
-        optimizer = PlainOptimizer(adamw, fp16=args.precision == "fp16")
-    else:
-        plugin, mixed_precision = build_plugin(args, layout)
-        booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
-        model, optimizer, *_ = booster.boost(model, adamw)
-        remove_waits(optimizer, clips=args.max_norm > 0)
+    with torch.cuda.stream(stream) if record else nullcontext():  # DistributedDataParallel accumulates gradients where it was made
+        if args.plugin == "none":
+            booster, model = PlainBooster(), PlainModel(model, args.precision, parallel=layout.world > 1)
+            optimizer = PlainOptimizer(adamw, fp16=args.precision == "fp16")
+        else:
+            plugin, mixed_precision = build_plugin(args, layout)
+            booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
+            model, optimizer, *_ = booster.boost(model, adamw)
+            remove_waits(optimizer, clips=args.max_norm > 0)
+    if record:
+        torch.cuda.current_stream().wait_stream(stream)
     ddp = args.plugin in DDP
     for module in model.modules():
         if isinstance(module, nn.parallel.DistributedDataParallel):
             rebuild_buckets_early(module, adamw)
+            if record:
+                module._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # its timers cannot be recorded
     return Boosted(
         booster=booster,
         model=model,
@@ -392,6 +403,7 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
         zero_stage=args.zero_stage,
         clip_here=args.max_norm if ddp else 0.0,
         can_defer_sync=ddp or (args.plugin in ("low_level_zero", "hybrid_parallel") and args.zero_stage < 2),
+        graph_stream=stream,
     )
 
 

@@ -116,7 +116,7 @@ def build(args, labels: list[str]):
 
     import plugins
     import tensor_parallel
-    from model import add_drop_path, build_vit, fix_positions, pad_labels
+    from model import add_drop_path, build_vit, fix_positions, imitate_trained_attention, pad_labels
 
     values, layout = args.values, args.layout
     vit_config = configs.model_config(values, labels)
@@ -124,6 +124,8 @@ def build(args, labels: list[str]):
     model = build_vit(vit_config)
     if values["POSITIONS"] == "sincos":
         fix_positions(model)
+    if values["INITIAL_WEIGHTS"] == "mimetic":
+        imitate_trained_attention(model)
     if args.plugin in MESHES:
         tensor_parallel.start(values["mode"], values["tp"], values["depth"], values["SEED"])  # seeds dropout by rank
         return plugins.boost_mesh(tensor_parallel.build(vit_config, model.state_dict()), args, layout), vit_config

@@ -6,7 +6,7 @@ import os
 import pytest
 from conftest import ROOT, VISIBLE_GPUS, torchrun
 
-BOUNDS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}  # of the loss, over 8 steps; fp32 of different kernels is not bit-equal
+BOUNDS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}  # of the loss, over 16 steps; fp32 of different kernels is not bit-equal
 
 
 def visible() -> dict:
