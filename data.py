@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import os
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ IGNORE = -100  # label of a padding image: it fills up a batch and counts nowher
 DRAWN = "drawn"  # the name of the embedded data set (leaves.py)
 PREPARED = "prepared.json"  # in a folder that prepare_images.py wrote (packed.py)
 LARGE = 200_000  # images; a split of more is not read whole before training: that would take minutes
+SMALL = 1e-3  # seconds to decode an image; below it threads wait for each other in Python longer than they save
 
 
 class DataError(ValueError):
@@ -581,20 +583,27 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
         except Exception as error:  # PIL raises many kinds on a damaged file
             return f"{split.describe(i)} ({error})"
 
-    with ThreadPoolExecutor(threads) as pool:
-        sample = list(pool.map(decode_one, range(0, len(split), max(1, len(split) // 32))))
-        sizes = [item.nbytes for item in sample if not isinstance(item, str)]
-        kept = not sizes or np.mean(sizes) * len(split) <= budget
-        if not kept and not skip_bad and split.name == "train":
-            return split, 0, []
+    sample, seconds = [], []
+    for i in range(0, len(split), max(1, len(split) // 32)):
+        started = time.perf_counter()
+        sample.append(decode_one(i))
+        seconds.append(time.perf_counter() - started)
+    sizes = [item.nbytes for item in sample if not isinstance(item, str)]
+    kept = not sizes or np.mean(sizes) * len(split) <= budget
+    if not kept and not skip_bad and split.name == "train":
+        return split, 0, []
 
-        def decode_or_check(i: int):
-            # beyond the budget, images are read once to find the bad ones: every count and batch is exact from the start,
-            # and no epoch is trained to fail in its evaluation
-            result = decode_one(i)
-            return result if kept or isinstance(result, str) else None
+    def decode_or_check(i: int):
+        # beyond the budget, images are read once to find the bad ones: every count and batch is exact from the start,
+        # and no epoch is trained to fail in its evaluation
+        result = decode_one(i)
+        return result if kept or isinstance(result, str) else None
 
-        results = list(pool.map(decode_or_check, range(len(split))))
+    if np.median(seconds) < SMALL:
+        results = list(map(decode_or_check, range(len(split))))
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            results = list(pool.map(decode_or_check, range(len(split))))
     bad = [i for i, item in enumerate(results) if isinstance(item, str)]
     if bad:
         named = first_ten([results[i] for i in bad])

@@ -54,7 +54,7 @@ PY
 fi
 
 # ---- decoding alone, per core: what the loader could give
-"$PYTHON" - "$SETS" > "$OUT/loader.txt" <<'PY'
+[ -s "$OUT/loader.txt" ] || "$PYTHON" - "$SETS" > "$OUT/loader.txt" <<'PY'
 import sys, time
 from argparse import Namespace
 sys.path.insert(0, ".")
@@ -91,16 +91,16 @@ run() { # name DATA overrides...
 # the second epoch's images/s is the figure: the first compiles
 FAST="bf16=True COMPILE=True"
 CONFIG=vit_s_16_better_baseline
-run synthetic synthetic:210000 $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
+run synthetic synthetic:105000 $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
 run prepared_raw "$SETS/prepared_raw" $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
 run prepared_jpeg "$SETS/prepared_jpeg" $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
 run tree "$SETS/tree" $FAST TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100
 CONFIG=vit_s_16_vanilla # the fast form; and fp16, as published
-run synthetic synthetic:210000 $FAST fp16=None WARMUP_EPOCHS=1
+run synthetic synthetic:105000 $FAST fp16=None WARMUP_EPOCHS=1
 run prepared_raw "$SETS/prepared_raw" $FAST fp16=None WARMUP_EPOCHS=1
 run synthetic_published synthetic:105000 WARMUP_EPOCHS=1
 CONFIG=vit_s_16_better_baseline
-run synthetic_plain synthetic:210000 $FAST RAND_AUGMENT=None MIXUP=0 TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100 # what RandAugment and mixup cost
+run synthetic_plain synthetic:105000 $FAST RAND_AUGMENT=None MIXUP=0 TOTAL_BATCH_SIZE=$((1024 * GPUS)) WARMUP_STEPS=100 # what RandAugment and mixup cost
 
 "$PYTHON" - "$OUT" <<'PY'
 import json, sys

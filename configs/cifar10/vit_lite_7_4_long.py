@@ -11,15 +11,21 @@ Measured  91.3 % (seed 42) on 5,000 images held out of the 50,000, trained on th
 
 from vit_lite_7_4_vanilla import *
 
+TOTAL_BATCH_SIZE = 256
+BATCH_SIZE = TOTAL_BATCH_SIZE
+
+INITIAL_WEIGHTS = "mimetic"
 DROPOUT = 0.0
 DROP_PATH = 0.1
 
-NUM_EPOCHS = 600
+NUM_EPOCHS = 620
 WARMUP_EPOCHS = 10
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 8e-4
 WEIGHT_DECAY = 0.06
 RANDOM_FLIP = True
 MIXUP = 0.8
 CUTMIX = 1.0
+
+clip_grad_norm = 1.0
 
 CHECKPOINT_EPOCHS = 100
