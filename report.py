@@ -2,6 +2,7 @@
 
     python report.py benchmark FOLDER     table.md, table.csv and charts from FOLDER/rows.jsonl
     python report.py sweep FOLDER         the same from FOLDER/*/metrics.jsonl, the runs of run_finetuning.sh
+    python report.py accuracy FOLDER      table.md and a chart from FOLDER/*/metrics.jsonl, the runs of run_accuracy.sh
 """
 
 import csv
@@ -14,8 +15,9 @@ import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 
+import config
 import hub
 from args import PLUGINS, RECIPE, recipe_of
 
@@ -126,10 +128,10 @@ def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validati
 
     epochs = [row for row in rows if row["kind"] == "epoch"]
     figure, (loss, accuracy) = _axes(9, 3.6, columns=2)
-    x = [row["epoch"] for row in epochs]
-    loss.plot(x, [row["train_loss"] for row in epochs], marker="o", label="train")
-    loss.plot(x, [row["average_loss"] for row in epochs], marker="o", label=split)
-    accuracy.plot(x, [row["accuracy"] for row in epochs], marker="o", color="C1", label=split)
+    x, marker = [row["epoch"] for row in epochs], "o" if len(epochs) <= 50 else None
+    loss.plot(x, [row["train_loss"] for row in epochs], marker=marker, label="train")
+    loss.plot(x, [row["average_loss"] for row in epochs], marker=marker, label=split)
+    accuracy.plot(x, [row["accuracy"] for row in epochs], marker=marker, color="C1", label=split)
     for row in rows:
         if row["kind"] == "test":
             loss.scatter([row["epoch"]], [row["average_loss"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
@@ -712,6 +714,65 @@ def heat_maps(folder: Path, groups: list[dict]) -> list[str]:
     return found
 
 
+# ---------------------------------------------------------------------------------------------- from scratch
+
+
+def accuracy_report(folder: Path) -> None:
+    """table.md and epochs.png of the finished runs of train.py in ``folder``; those that differ only in their seed are one row."""
+    from console import fail
+
+    usual = {name: default for name, (default, _) in config.NAMES.items() if name not in config.FREE}  # an older run has not all names
+    groups: dict[str, list[dict]] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        run = read_run(path) if path.is_dir() else {"status": "absent"}
+        if run["status"] == "finished" and "NUM_EPOCHS" in run["settings"]:
+            own = run["settings"] = usual | run["settings"]
+            groups.setdefault(json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []).append(run)
+    if not groups:
+        fail(f"{folder}: holds no finished runs of run_accuracy.sh")
+    ranked = sorted(groups.values(), key=lambda group: -mean(run["epochs"][-1]["accuracy"] for run in group))
+    reference = max(ranked, key=len)[0]["settings"]
+    names = [group[0]["name"].removesuffix(f"_seed{group[0]['settings']['SEED']}") for group in ranked]
+    compared = names[[group[0]["settings"] for group in ranked].index(reference)]
+    rows = []
+    for name, group in zip(names, ranked):
+        settings, last = group[0]["settings"], [run["epochs"][-1] for run in group]
+        every = [row for run in group for row in run["epochs"]]
+        rows.append(
+            [
+                name, " ".join(str(run["settings"]["SEED"]) for run in group), group[0]["environment"]["hardware"],
+                with_spread([row["average_loss"] for row in last], ".4f"), with_spread([row["accuracy"] for row in last], ".4f"), str(last[0]["images"]),
+                with_spread([sum(row["seconds"] for row in run["epochs"]) for run in group], ".0f"),
+                f"{median(row['images_per_second'] for row in every):.0f}", f"{max(row['peak_memory_gib'] for row in every):.2f}",
+                ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("SEED", "layout") and value != reference.get(key)),
+            ]
+        )  # fmt: skip
+    header = ["run", "seed", "hardware", "average_loss", "accuracy", "images", "training, s", "images/s", "peak GiB", f"differs from {compared}"]
+    versions = dict.fromkeys(
+        f"{e['date'][:10]} on {e['hardware']}; Python {e['python']}, {', '.join(f'{name} {number}' for name, number in e['versions'].items())}."
+        for group in ranked for e in (run["environment"] for run in group)
+    )  # fmt: skip
+    commands = dict.fromkeys(f"    DATA={run['settings']['dataset']} {run['environment']['command']}" for group in ranked for run in group)
+    text = [
+        "# From scratch", markdown_table(header, rows),
+        "Loss and accuracy are those after the last epoch, on the images that were evaluated; ± is the standard deviation over the seeds. "
+        "images/s is the median epoch's.",
+        "## Measured", "\n".join(versions), "Commands:", "\n".join(commands),
+    ]  # fmt: skip
+    write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
+    figure, (loss, accuracy) = _axes(11, 4, columns=2)
+    for label, group in zip(names, ranked):
+        for axis, column in ((loss, "average_loss"), (accuracy, "accuracy")):
+            values = list(zip(*([row[column] for row in run["epochs"]] for run in group)))
+            axis.plot(range(1, len(values) + 1), list(map(mean, values)), lw=1.2, label=label)
+    loss.set(xlabel="epoch", ylabel="loss, evaluated", ylim=(0, None))
+    accuracy.set(xlabel="epoch", ylabel="accuracy, evaluated")
+    accuracy.legend(frameon=False, fontsize=8, loc="lower right")
+    save_figure(figure, folder / "epochs.png")
+    print("\n\n".join(text[:2]))
+    print(f"table.md and epochs.png in {folder}")
+
+
 def main(argv: list[str]) -> None:
     from console import fail
 
@@ -720,7 +781,7 @@ def main(argv: list[str]) -> None:
     REPORTS[argv[0]](Path(argv[1]))
 
 
-REPORTS = {"benchmark": benchmark_report, "sweep": sweep_report}
+REPORTS = {"benchmark": benchmark_report, "sweep": sweep_report, "accuracy": accuracy_report}
 
 if __name__ == "__main__":
     main(sys.argv[1:])

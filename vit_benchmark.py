@@ -125,7 +125,7 @@ def measure(case, layout) -> dict:
 
     engine.model.train()
     losses = [step()]
-    for _ in range(case.warmup_steps - 1):
+    for _ in range(max(case.warmup_steps, engine.graph.WARM_UP + 1 if engine.graph else 0) - 1):  # a step is recorded before the clock starts
         step()
     windows = []
     for _ in range(case.windows):
