@@ -133,7 +133,7 @@ def add_parallel_flags(parser: Parser) -> None:
     parser.choice("--optimizer", ("adamw", "hybrid_adam"), default="adamw", help="torch's fused AdamW, or Colossal-AI's HybridAdam (compiles its kernels at first use)")  # fmt: skip
     parser.switch("--grad_checkpoint", default=None, help="recompute activations in the backward pass (default: the preset's)")  # fmt: skip
     parser.switch("--compile", default=False, help="torch.compile each transformer layer")
-    parser.switch("--cuda_graphs", default=False, help="compile the whole model and replay it as CUDA graphs: for small batches, where starting kernels takes longer than running them")  # fmt: skip
+    parser.switch("--cuda_graphs", default=False, help="compile, and replay a step (torch_ddp, none) or the model as CUDA graphs: for small batches, where starting kernels takes longer than running them")  # fmt: skip
     parser.number("--max_norm", float, low=0, default=0.0, help="clip gradients to this norm; 0: no clipping")
     parser.number("--gradient_accumulation_steps", int, low=1, default=1, help="batches summed up into one step")
     parser.number("--world_size", int, low=1, help="processes this will run on; known by itself inside a launch")

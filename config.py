@@ -124,7 +124,7 @@ NAMES = {
     "gradient_accumulation": (1, _number(int, low=1)),
     "clip_grad_norm": (0.0, _number(float, low=0)),
     "COMPILE": (False, _switch),  # torch.compile each layer
-    "CUDA_GRAPHS": (False, _switch),  # compile the whole model and replay it as CUDA graphs: for small batches
+    "CUDA_GRAPHS": (False, _switch),  # compile, and replay whole steps as CUDA graphs: for small batches
     # the run
     "CHECKPOINT_EPOCHS": (1, _number(int, low=1)),  # epochs from one checkpoint to the next
     "LOG_PATH": (None, _text),  # folder of the result where --output_path names none

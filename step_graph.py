@@ -25,7 +25,7 @@ class StepGraph:
         self.steps = 0
         self.recorded = {}  # kind of step -> (graph, its inputs, its result)
         # what the recorded optimizer reads its learning rates from
-        self.rates = [torch.zeros((), device="cuda") for _ in optimizer.param_groups]
+        self.rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
 
     def __call__(self, batch: dict[str, torch.Tensor], scale: float, regular: bool) -> torch.Tensor:
         """``update`` of one batch. ``regular``: a step as most are, worth recording."""

@@ -80,10 +80,11 @@ scratch() { # CONFIG NAME SEED...: in bf16 as CUDA graphs, one after the other, 
   for seed; do
     DATA=$CIFAR CONFIG=configs/cifar10/$config.py bash run_accuracy.sh --set SEED=$seed bf16=True CUDA_GRAPHS=True --output_path "$OUT/cifar10/${name}_seed$seed"
   done
+  "${PYTHON:-python}" report.py accuracy "$OUT/cifar10"
 }
-cifar() { scratch vit_lite_7_4_vanilla dropout 42 43 44; }
-cifar_four() { GPUNUM=4 scratch vit_lite_7_4_vanilla four_gpus 42; }
-cifar_long() { scratch vit_lite_7_4_long long 42 43 44; }
+cifar() { scratch vit_lite_7_4_vanilla published 42 43 44; }
+cifar_four() { GPUNUM=4 scratch vit_lite_7_4_vanilla published_four_gpus 42; }
+cifar_long() { scratch vit_lite_7_4_long long 42; }
 
 [ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|finetune|scratch' | paste -sd' '; exit 2; }
 export MODELS=$MODEL

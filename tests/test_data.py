@@ -570,3 +570,18 @@ def test_augmentation_leaves_the_random_state_alone():
 def test_large_images_are_kept_small_for_later_crops():
     assert data.Augment(16, 0).keep(Image.new("RGB", (400, 200))).shape == (32, 64, 3)
     assert data.Augment(16, 0).keep(Image.new("RGB", (40, 20))).shape == (20, 40, 3)
+
+
+def test_small_images_are_decoded_by_one_thread_and_large_ones_by_several(image_folder, monkeypatch):
+    from argparse import Namespace
+
+    args = Namespace(dataset=str(image_folder), image_column=None, label_column=None, fold=None, seed=0, max_train_samples=None,
+                     max_eval_samples=None, data_memory=None, skip_bad_images=False)  # fmt: skip
+    decoded, pools = [], []
+    pool = data.ThreadPoolExecutor
+    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda threads: pools.append(threads) or pool(threads))
+    for seconds in (1e3, 0):
+        monkeypatch.setattr(data, "SMALL", seconds)
+        decoded.append(data.decode(data.load_data(args), data.Resize(16), None, args, 1)[0].train.resized)
+        assert bool(pools) == (seconds == 0)
+    assert all((one == other).all() for one, other in zip(*decoded, strict=True))

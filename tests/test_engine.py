@@ -7,6 +7,7 @@ import torch
 
 from engine import Mix, Normalize, learning_rate
 from layout import Layout
+from step_graph import StepGraph
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
@@ -45,6 +46,65 @@ def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
     assert result["code"] == 1
     assert "the loss became nan at step 2 (learning rate 2e+30)" in result["err"]
     assert "--learning_rate" in result["err"]
+
+
+# ---------------------------------------------------------------------------------------------- a step as a graph
+
+
+class Replayed(StepGraph):
+    """A StepGraph without a GPU: a "recording" does the step again when it is replayed, from its own inputs and rates."""
+
+    def __init__(self, *args):
+        super().__init__(*args, stream=None)
+        self.done = []
+
+    def _aside(self, work):
+        self.done.append("eager")
+        return work()
+
+    def _record(self, batch, scale):
+        inputs, outer = {name: tensor.clone() for name, tensor in batch.items()}, self
+        result = torch.zeros(())
+
+        class Graph:
+            def replay(self):
+                outer.done.append("replay")
+                kept = [group["lr"] for group in outer.optimizer.param_groups]
+                for group, rate in zip(outer.optimizer.param_groups, outer.rates):
+                    group["lr"] = rate.item()
+                result.copy_(outer.update([dict(inputs)], scale))
+                for group, rate in zip(outer.optimizer.param_groups, kept):
+                    group["lr"] = rate
+
+        self.done.append("record")
+        return Graph(), inputs, result
+
+
+def test_recorded_steps_take_each_batch_and_learning_rate_and_leave_the_padded_ones_alone():
+    def train(step_of):
+        weight = torch.nn.Parameter(torch.ones(2))
+        optimizer = torch.optim.SGD([{"params": [weight]}], lr=0.1)
+
+        def update(batches, scale):
+            (batch,) = batches
+            loss = ((weight * batch["x"]).sum() - batch["y"].float().mean()) ** 2 * scale
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss.detach()
+
+        step, losses = step_of(update, optimizer), []
+        for i in range(30):
+            batch = {"x": torch.tensor([i % 3, 1.0]), "y": torch.tensor([i % 2]) if i < 25 else torch.full((1, 3), 0.5)}
+            optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
+            losses.append(step(batch, 0.5 if i % 10 == 9 else 1.0, i % 10 != 9))
+        return weight.detach(), torch.stack(losses), step
+
+    expected, losses, _ = train(lambda update, _: lambda batch, scale, regular: update([batch], scale))
+    weight, same, graph = train(Replayed)
+    assert torch.equal(weight, expected) and torch.equal(losses, same)
+    eager = StepGraph.WARM_UP + 2  # of the padded ones, at 9, 19 and 29, the first is among the others
+    assert [graph.done.count(kind) for kind in ("eager", "record", "replay")] == [eager, 2, 30 - eager]  # mixed labels are of another kind
 
 
 # ---------------------------------------------------------------------------------------------- mixing

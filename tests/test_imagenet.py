@@ -76,6 +76,29 @@ def test_fixed_positions_are_sines_and_cosines_of_the_place(pooling):
             assert positions[0, -9 + 3 * y + x].tolist() == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["class", "mean"])
+def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(pooling):
+    """Products as in Trockman and Kolter (2023): query and key near the identity, value and output near its negative."""
+    torch.manual_seed(0)
+    vit = model.build_vit(tiny(POOLING=pooling, HIDDEN_SIZE=64, NUM_HEADS=2))
+    others = {name: tensor.clone() for name, tensor in vit.state_dict().items() if ".attention." not in name and "position" not in name}
+    model.imitate_trained_attention(vit)
+    for layer in vit.base_model.encoder.layer:
+        attention, output = layer.attention.attention, layer.attention.output.dense
+        for query, key in zip(attention.query.weight.split(32), attention.key.weight.split(32)):
+            product = (query.T @ key).detach()  # of 64 dimensions the 32 that matter most
+            assert 0.3 < product.diagonal().mean() < 0.7 and (product - product.diagonal().diag()).mean().abs() < 0.01
+        product = (output.weight @ attention.value.weight).detach()
+        noise = (product + 0.4 * torch.eye(64)) / 0.4 * 64**0.5
+        assert noise.mean().abs() < 0.05 and noise.std().item() == pytest.approx(1, abs=0.03) and noise.abs().max() < 3**0.5 + 1e-3
+        assert torch.allclose(output.weight.norm(), attention.value.weight.norm(), rtol=1e-3)  # neither is the larger
+    positions = vit.base_model.embeddings.position_embeddings
+    fixed = model.build_vit(vit.config)
+    model.fix_positions(fixed)
+    assert torch.equal(positions, fixed.base_model.embeddings.position_embeddings) and positions.requires_grad
+    assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in others.items())
+
+
 # ---------------------------------------------------------------------------------------------- what is wrong with a set
 
 

@@ -113,7 +113,7 @@ def test_published_one_with_heads_that_tensor_parallelism_cannot_cut_is_refused(
 def test_configs_of_this_repository_fit_and_have_a_card(path):
     assert problems_of(path, world=8) == []
     config, _ = configs.load(str(path))
-    recipe = (600, 512, 1e-3) if path.stem.endswith("_long") else (200, 512, 2e-3)
+    recipe = (620, 256, 8e-4) if path.stem.endswith("_long") else (200, 512, 2e-3)
     assert (config["NUM_EPOCHS"], config["TOTAL_BATCH_SIZE"], config["LEARNING_RATE"]) == recipe
     assert all(word in configs.docstring(str(path)) for word in ("Command", "Measured", path.stem))
 
@@ -150,7 +150,8 @@ def test_every_problem_is_named_at_once(tmp_path):
         (["RANDOM_RESIZED_CROP=0"], 4, "RANDOM_RESIZED_CROP = 0: must be a number > 0"),
         (["WARMUP_STEPS=100"], 4, "WARMUP_EPOCHS 40 and WARMUP_STEPS 100"),
         (["WARMUP_EPOCHS=None"], 4, "WARMUP_EPOCHS is missing"),
-        (["POSITIONS=sincos", "HIDDEN_SIZE=30", "NUM_HEADS=2"], 4, "multiple of 4"),
+        (["POSITIONS=sincos", "HIDDEN_SIZE=30", "NUM_HEADS=2"], 4, "POSITIONS 'sincos': needs a HIDDEN_SIZE that is a multiple of 4"),
+        (["INITIAL_WEIGHTS=mimetic", "HIDDEN_SIZE=30", "NUM_HEADS=2"], 4, "INITIAL_WEIGHTS 'mimetic': needs a HIDDEN_SIZE"),
         (["CUDA_GRAPHS=True"], 4, "CUDA_GRAPHS: needs a GPU"),
         (["POOLING=mean", "TENSOR_PARALLEL_MODE=1d", "TENSOR_PARALLEL_SIZE=2"], 4, "POOLING 'mean': only goes with data parallelism"),
         (["POSITIONS=sincos", "TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 4, "POSITIONS 'sincos': only goes with data parallelism"),
@@ -389,7 +390,7 @@ def test_draws_are_uniform_and_unrelated():
 TINY = ["PATCH_SIZE=8", "HIDDEN_SIZE=16", "DEPTH=2", "NUM_HEADS=2", "TOTAL_BATCH_SIZE=16", "NUM_EPOCHS=2", "WARMUP_EPOCHS=1",
         "LEARNING_RATE=0.01", "clip_grad_norm=0.8", "DROPOUT=0"]  # fmt: skip
 PLAIN = ["RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None"]
-TWO = "TENSOR_PARALLEL_SIZE=2"
+TWO, MIMETIC = "TENSOR_PARALLEL_SIZE=2", "INITIAL_WEIGHTS=mimetic"
 DRAWN = ["DROPOUT=0.1", "DROP_PATH=0.3", "EMA=0.8", "MIXUP=0.2"]  # each process draws, and must go on drawing alike after a resume
 RUNS = {  # name -> config, processes, overrides
     "vanilla": ("vanilla", 1, PLAIN),
@@ -399,8 +400,8 @@ RUNS = {  # name -> config, processes, overrides
     "2d": ("2d", 4, PLAIN),
     "2.5d": ("2p5d", 4, PLAIN),
     "2d fp16": ("2d", 4, [*PLAIN, "fp16={'mode': 'torch'}"]),
-    "vanilla straight": ("vanilla", 1, []),
-    "2d straight": ("2d", 4, ["EMA=0.8"]),
+    "vanilla straight": ("vanilla", 1, [MIMETIC]),
+    "2d straight": ("2d", 4, [MIMETIC, "EMA=0.8"]),
     "1d straight": ("1d", 2, [TWO, *DRAWN]),
     "mixed": ("vanilla", 1, ["CUTMIX=1.0"]),
     "mixed at first": ("vanilla", 1, ["CUTMIX=1.0", "MIX_EPOCHS=1"]),
@@ -459,7 +460,7 @@ def test_fp16_in_slices_stays_near(runs):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=0.02)
 
 
-def test_modes_augment_alike(runs):
+def test_modes_start_and_augment_alike(runs):
     for expected, row in zip(rows(runs / "vanilla straight"), rows(runs / "2d straight"), strict=True):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
     assert rows(runs / "vanilla straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla")[0]["train_loss"], abs=1e-4)
@@ -468,6 +469,25 @@ def test_modes_augment_alike(runs):
 def test_draws_and_averages_change_the_result(runs):
     assert rows(runs / "1d straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla straight")[0]["train_loss"], abs=1e-3)
     assert rows(runs / "2d straight")[1]["average_loss"] != pytest.approx(rows(runs / "vanilla straight")[1]["average_loss"], abs=1e-3)
+
+
+def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
+    import report
+
+    report.main(["accuracy", str(runs)])
+    lines = [line.strip("|").split("|") for line in (runs / "table.md").read_text().splitlines() if line.startswith("|")]
+    header, *body = [[cell.strip() for cell in line] for line in (lines[0], *lines[2:])]
+    found = {line[0]: dict(zip(header, line)) for line in body}
+    assert header[-1] == "differs from 2d resumed"  # of the settings that several runs have, the first
+    assert found["2d resumed"]["seed"] == "42 42" and found["2d resumed"]["accuracy"].endswith("± 0.0000") and found["2d resumed"][header[-1]] == ""
+    assert found["mixed"]["accuracy"] == f"{rows(runs / 'mixed')[-1]['accuracy']:.4f}"
+    assert "CUTMIX 1.0, MIX_EPOCHS 1, mode vanilla" in found["mixed at first"][header[-1]]
+    accuracies = [float(line["accuracy"].split(" ")[0]) for line in found.values()]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert (runs / "epochs.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        report.main(["accuracy", str(runs / "mixed")])
+    assert "holds no finished runs of run_accuracy.sh" in capsys.readouterr().err
 
 
 def test_mixing_ends_after_its_epochs(runs):
