@@ -29,7 +29,7 @@ SETTINGS = (
     "model_name_or_path", "dataset", "image_size", "plugin", "precision", "optimizer", "tp_size", "pp_size",
     "zero_stage", "batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr", "num_epoch",
     "weight_decay", "warmup_ratio", "max_norm", "augment", "auto_augment", "label_smoothing", "layer_decay", "drop_path", "mixup",
-    "cutmix", "ema", "keep", "fold", "seed", "max_train_samples", "validation_fraction", "image_column", "label_column", "skip_bad_images",
+    "cutmix", "ema", "keep", "fold", "seed", "max_train_samples", "max_eval_samples", "validation_fraction", "image_column", "label_column", "skip_bad_images",
 )  # fmt: skip
 
 

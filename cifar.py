@@ -57,7 +57,7 @@ def _unpickle(path: Path) -> dict:
         raise DataError(f"DATA: {path} is damaged ({error}): unpack cifar-10-python.tar.gz again") from None
 
 
-def _read_batches(folder: Path) -> tuple[dict[str, Split], list[str]]:
+def _read_batches(folder: Path) -> dict[str, Split]:
     splits = {}
     for name, files in (("train", TRAIN_FILES), ("test", ["test_batch"])):
         if not all((folder / file).is_file() for file in files):
@@ -69,7 +69,16 @@ def _read_batches(folder: Path) -> tuple[dict[str, Split], list[str]]:
         except (KeyError, ValueError, TypeError):
             raise DataError(f"DATA: {folder}/{files[0]} is no CIFAR-10 batch (data, N x 3072, and labels)") from None
         splits[name] = Split(name, None, labels, resized=pixels)
-    return splits, list(_unpickle(folder / "batches.meta")["label_names"])
+    return splits
+
+
+def label_names(name: str) -> list[str]:
+    return list(_unpickle(batches_folder(name) / "batches.meta")["label_names"])
+
+
+def check_size(name: str, size: int) -> None:
+    if size != 32:
+        raise DataError(f"DATA={name}: its images have 32 px, the config's IMG_SIZE is {size}")
 
 
 def read(name: str, size: int = 32) -> ImageData:
@@ -78,9 +87,8 @@ def read(name: str, size: int = 32) -> ImageData:
     Raises:
         DataError: the folder is damaged, or ``size`` is not that of its images.
     """
-    splits, labels = _read_batches(batches_folder(name))
-    if size != 32:
-        raise DataError(f"DATA={name}: its images have 32 px, the config's IMG_SIZE is {size}")
+    check_size(name, size)
+    splits, labels = _read_batches(batches_folder(name)), label_names(name)
     return ImageData(splits["train"], None, splits.get("test"), labels)
 
 

@@ -81,7 +81,7 @@ NAMES = {
     "LEARNING_RATE": (REQUIRED, _number(float, above=0)),  # peak, for the whole batch
     "WEIGHT_DECAY": (REQUIRED, _number(float, low=0)),  # of matrices; biases, LayerNorms and embeddings have none
     "NUM_EPOCHS": (REQUIRED, _number(int, low=1)),
-    "WARMUP_EPOCHS": (None, _number(float, low=0, optional=True)),  # linear, then a cosine to zero
+    "WARMUP_EPOCHS": (None, _number(float, low=0, optional=True)),  # linear, then a cosine to zero; a fifth of the training where it would not fit
     "WARMUP_STEPS": (None, _number(int, low=0, optional=True)),  # instead of WARMUP_EPOCHS
     "LABEL_SMOOTHING": (0.0, _number(float, low=0, high=0.99)),
     "SEED": (42, _number(int, low=0, high=2**31 - 1)),  # of initial weights, order and augmentation
@@ -129,7 +129,7 @@ NAMES = {
     "CHECKPOINT_EPOCHS": (1, _number(int, low=1)),  # epochs from one checkpoint to the next
     "LOG_PATH": (None, _text),  # folder of the result where --output_path names none
 }
-SYNONYMS = {"NUM_LAYERS": "DEPTH"}
+SYNONYMS = {"NUM_LAYERS": "DEPTH", "gradient_clipping": "clip_grad_norm", "seed": "SEED"}
 # What may differ between a run and its continuation.
 FREE = ("LOG_PATH", "CHECKPOINT_EPOCHS", "BATCH_SIZE", "gradient_accumulation", "NUM_WORKERS", "COMPILE", "CUDA_GRAPHS")
 
@@ -177,7 +177,7 @@ def run(path: Path, overrides: dict) -> dict:
     names = {"__builtins__": vars(builtins) | {"__import__": imports}, "__overrides__": overrides, "__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(tree, str(path), "exec"), names)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         trace = error.__traceback__
         lines = []
         while trace:
@@ -192,7 +192,7 @@ def run(path: Path, overrides: dict) -> dict:
 
 
 def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
-    """``NAME=VALUE`` words to values: Python literals, and bare words as texts. -> (values, problems)"""
+    """``NAME=VALUE`` words to values: Python expressions as in a config, and bare words as texts. -> (values, problems)"""
     values, problems = {}, []
     for word in words:
         name, equals, text = word.partition("=")
@@ -201,8 +201,8 @@ def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
             problems.append(f"--set {word}: must be NAME=VALUE with a name of config.py" + _nearest(name))
             continue
         try:
-            values[name] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+            values[name] = eval(text, {"__builtins__": {"dict": dict}, "AMP_TYPE": AMP_TYPE})
+        except Exception:
             values[name] = text
     return values, problems
 
@@ -288,13 +288,15 @@ def resolve(config: dict, problems: list[str]) -> None:
     depth = tensor.get("depth") or (config["TENSOR_PARALLEL_DEPTH"] if mode == "2.5d" else None) or 1
     pipeline = parallel.get("pipeline") or 1
     pipeline = pipeline.get("size", 1) if isinstance(pipeline, dict) else pipeline
+    numbers = {"tensor parallel size": size, "depth": depth, "pipeline": pipeline}
+    wrong = [f"{what} {number!r}: {mend}" for what, number in numbers.items() if (mend := _number(int, low=1)(number))]
     if mode not in (*MODES, "vanilla"):
-        problems.append(f"tensor parallel mode {mode!r}: must be one of {', '.join(MODES)}, vanilla")
-    for what, number in (("tensor parallel size", size), ("depth", depth), ("pipeline", pipeline)):
-        if wrong := _number(int, low=1)(number):
-            problems.append(f"{what} {number!r}: {wrong}")
-    if mode == "vanilla" and size != 1:
-        problems.append(f"tensor parallel size {size}: needs a mode, one of {', '.join(MODES)}")
+        wrong.append(f"tensor parallel mode {mode!r}: must be one of {', '.join(MODES)}, vanilla")
+    elif mode == "vanilla" and size != 1 and not wrong:
+        wrong.append(f"tensor parallel size {size}: needs a mode, one of {', '.join(MODES)}")
+    if wrong:  # what follows is checked without parallelism
+        problems += wrong
+        mode, size, depth, pipeline = "vanilla", 1, 1, 1
     config |= dict(mode=mode, tp=size, depth=depth, pp=pipeline)
 
     fp16 = config["fp16"]
@@ -328,8 +330,6 @@ def check(config: dict, world: int) -> list[str]:
     """Everything in a loaded config that does not fit together or with ``world`` processes. Calls `resolve`."""
     problems = []
     resolve(config, problems)
-    if problems:
-        return problems  # the rest would follow from these
     mode, tp, pp, depth = config["mode"], config["tp"], config["pp"], config["depth"]
     hidden, heads, batch = config["HIDDEN_SIZE"], config["NUM_HEADS"], config["BATCH_SIZE"]
     if config["IMG_SIZE"] % config["PATCH_SIZE"]:
@@ -338,8 +338,6 @@ def check(config: dict, world: int) -> list[str]:
         problems.append(f"HIDDEN_SIZE {hidden}: is no multiple of NUM_HEADS {heads}")
     if config["WARMUP_EPOCHS"] is not None and config["WARMUP_STEPS"] is not None:
         problems.append(f"WARMUP_EPOCHS {config['WARMUP_EPOCHS']} and WARMUP_STEPS {config['WARMUP_STEPS']}: give one of them, the other as None")
-    if (config["WARMUP_EPOCHS"] or 0) > config["NUM_EPOCHS"]:
-        problems.append(f"WARMUP_EPOCHS {config['WARMUP_EPOCHS']}: is more than NUM_EPOCHS {config['NUM_EPOCHS']}")
     if (config["MEAN"] is None) != (config["STD"] is None) or (config["STD"] and not all(config["STD"])):
         problems.append("MEAN and STD: give both or neither, and no STD of 0")
     if config["RANDOM_RESIZED_CROP"] is not None and config["RANDOM_CROP_PADDING"]:
@@ -362,7 +360,7 @@ def check(config: dict, world: int) -> list[str]:
         problems.append(
             f"{world} process(es): tensor parallel size {tp} x pipeline {pp} needs a multiple of {tp * pp} (GPUNUM, --nproc_per_node)"
         )
-        return problems
+        world = tp * pp  # for what follows
     dp = layout(config, world).dp
     if batch % dp:
         problems.append(f"BATCH_SIZE {batch}: is no multiple of the {dp} data-parallel groups of {world} processes")

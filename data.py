@@ -51,6 +51,7 @@ class Split:
     where: object = None  # names of the images for messages; None: their index
     resized: object = None  # uint8 (3, S, S) each: what Resize made of them, when kept in memory
     sources: object = None  # uint8 (H, W, 3) each: what Augment.keep made of them, when kept in memory; or a prepared folder's
+    unreadable: tuple[str, ...] = ()  # images left out, by name
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -612,7 +613,8 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
         if len(bad) == len(split):
             raise DataError(f"no readable image in {split.name}: {named}")
         good = np.setdiff1d(np.arange(len(split)), bad)
-        split, results = split.take(good), [results[i] for i in good]
+        names = tuple(results[i] for i in bad)
+        split, results = replace(split.take(good), unreadable=names), [results[i] for i in good]
     notes = [f"{split.name}: {len(bad)} unreadable image(s) skipped: {named}"] if bad else []
     if not kept:
         return split, 0, notes

@@ -33,13 +33,19 @@ class WeightAverage:
     @torch.no_grad()
     def applied(self):
         """The weights are their averages inside."""
-        weights, _ = self.tensors()
-        kept = [weight.clone() for weight in weights]
-        torch._foreach_copy_(weights, self.averages)
+        kept = [[tensor.clone() for tensor in tensors] for tensors in self._held()]
+        for tensors in self._held():
+            torch._foreach_copy_(tensors, self.averages)
         try:
             yield
         finally:
-            torch._foreach_copy_(self.tensors()[0], kept)
+            for tensors, values in zip(self._held(), kept):
+                torch._foreach_copy_(tensors, values)
+
+    def _held(self) -> list[list[torch.Tensor]]:
+        """The weights, and their originals where they are others: gemini's export reads those."""
+        weights, originals = self.tensors()
+        return [weights] if originals is weights else [weights, originals]
 
     def load(self, averages: list[torch.Tensor]) -> None:
         for average, saved in zip(self.averages, averages, strict=True):

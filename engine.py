@@ -104,6 +104,11 @@ class SignalFlag:
     def _remember(self, signum, frame):
         self.signum = signum
 
+    def end_if_set(self) -> None:
+        """Where nothing has begun that could be lost."""
+        if self.signum:
+            raise SystemExit(128 + self.signum)
+
     def __exit__(self, *exc):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)

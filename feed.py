@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 import cifar
 import data
+import packed
 from data import IGNORE, DataError, ImageData, Split
 
 SYNTHETIC = "synthetic"
@@ -23,21 +24,25 @@ TOGETHER = 2**25  # bytes of pixels that are augmented at once
 RATIO = 256 / 224  # shorter side before the centre crop, over the size, in evaluation
 
 
-def locate(name: str, classes: int) -> str:
-    """What kind of data set ``name`` is; reads directory entries only.
+def locate(name: str, classes: int, size: int) -> str:
+    """What kind of data set ``name`` is; reads directory entries, and class names where a small file has them.
 
     Raises:
-        DataError: it is none, or folders of it are missing, or it has not so many classes.
+        DataError: it is none, or folders of it are missing, or it has not so many classes, or its images are not of that size.
     """
     if name.partition(":")[0] == SYNTHETIC:
         count = name.partition(":")[2] or "1"
         if not (count.isdecimal() and int(count)):
             raise DataError(f"DATA={name}: must be {SYNTHETIC}, or {SYNTHETIC}:N with a number of training images")
         return SYNTHETIC
-    if cifar.is_folder(name):
-        return cifar.FOLDER
     try:
+        if cifar.is_folder(name):
+            cifar.check_size(name, size)
+            check_count(name, cifar.label_names(name), classes)
+            return cifar.FOLDER
         kind = data.locate(name)
+        if kind == "prepared":
+            check_count(name, packed.read_about(Path(name))["labels"], classes)
         if kind == "imagefolder":
             _, folders = data.class_folders(Path(name))
             check_count(name, folders["train"], classes)
@@ -103,7 +108,8 @@ def read(name: str, values: dict, processes: int = 1, skip_bad: bool = False) ->
         kind = "minival" if evaluated else "validation"
         cut = replace(images.train.take(rest), name=kind)
         images = replace(images, train=images.train.take(kept), held_out=not evaluated, **{kind: cut})
-        images.notes.append(f"{kind}: {len(rest)} training images held out (stratified, seed {values['SEED']})")
+        why = "" if evaluated else "no test and no validation split: "
+        images.notes.append(f"{why}{kind}: {len(rest)} training images held out (stratified, seed {values['SEED']})")
     return data.decode(images, resize, augment, args, processes)[0]
 
 
@@ -113,7 +119,7 @@ class Resident:
     skipped = ()  # all have been read
 
     def __init__(self, split: Split, device: torch.device):
-        self.name = split.name
+        self.name, self.missing = split.name, split.unreadable
         self.pixels = torch.from_numpy(np.stack(split.resized)).to(device)  # uint8 (N, 3, S, S)
         self.labels = torch.from_numpy(split.labels).to(device)
 
@@ -165,7 +171,7 @@ class Synthetic(Resident):
     """Noise with random labels, to see how fast training is when images cost nothing."""
 
     POOL = 1024  # images; they repeat
-    name = SYNTHETIC
+    name, missing = SYNTHETIC, ()
 
     def __init__(self, images: int, size: int, classes: int, device: torch.device):
         generator = torch.Generator().manual_seed(0)
@@ -179,12 +185,12 @@ class Synthetic(Resident):
 class Streamed:
     """A split that is too large to lie on the device: processes of its own decode, crop and resize ahead of the training.
 
-    ``skipped`` names the unreadable images met so far.
+    ``skipped`` names the unreadable images met so far, ``missing`` those left out from the start.
     """
 
     def __init__(self, split: Split, resize, augment: data.Augment | None, skip_bad: bool, workers: int, device: torch.device):
         self.read = data.Batches(split, resize, augment, skip_bad)
-        self.name, self.workers, self.device = split.name, workers, device
+        self.name, self.missing, self.workers, self.device = split.name, split.unreadable, workers, device
         self.skipped: list[str] = []
 
     def __len__(self) -> int:
@@ -223,7 +229,7 @@ def open_feeds(name: str, values: dict, device: torch.device, processes: int = 1
     size, classes = values["IMG_SIZE"], values["NUM_CLASSES"]
     resize, augment = transforms(values)
     normal, half = (values["MEAN"], values["STD"]) if values["MEAN"] else None, ((0.5,) * 3, (0.5,) * 3)
-    if locate(name, classes) == SYNTHETIC:
+    if locate(name, classes, size) == SYNTHETIC:
         train = Synthetic(int(name.partition(":")[2] or 100 * values["TOTAL_BATCH_SIZE"]), size, classes, device)
         judged = Synthetic(values["TOTAL_BATCH_SIZE"], size, classes, device)
         notes = ["synthetic images, noise with random labels: they measure speed, and the accuracy means nothing"]

@@ -6,8 +6,9 @@
 import os
 import re
 import resource
+import signal
 import socket
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +47,19 @@ def start_distributed(seed: int) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
-    colossalai.launch_from_torch(seed=seed, verbose=False)
+    with _signals_end_at_once():
+        colossalai.launch_from_torch(seed=seed, verbose=False)
+
+
+@contextmanager
+def _signals_end_at_once():
+    """While processes wait for each other no Python runs, and a handler in Python would never be called."""
+    previous = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
 
 
 def _free_port() -> int:

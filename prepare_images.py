@@ -21,7 +21,10 @@ import console
 
 console.silence_libraries()
 
+import numpy as np  # noqa: E402
+
 import data  # noqa: E402
+import feed  # noqa: E402
 import packed  # noqa: E402
 from console import fail, progress_bar, say  # noqa: E402
 
@@ -102,6 +105,9 @@ def main(argv=None) -> None:
     try:
         images = data.load_data(asked, hold_out=False)
         splits = {split.name: split for split in images.splits()}
+        for split in splits.values():
+            present = {images.label_names[i] for i in np.unique(split.labels)}
+            feed.check_complete(args.data, split.name, present, images.label_names)
         counts = {name: len(split) for name, split in splits.items()}
         settings = {"source": str(Path(args.data).resolve()), "size": args.size, "format": args.format, "sources": counts, "labels": images.label_names}
         about = settings | ({"quality": args.quality} if args.format == "jpeg" else {})

@@ -3,6 +3,8 @@
     python report.py benchmark FOLDER     table.md, table.csv and charts from FOLDER/rows.jsonl
     python report.py sweep FOLDER         the same from FOLDER/*/metrics.jsonl, the runs of run_finetuning.sh
     python report.py accuracy FOLDER      table.md and a chart from FOLDER/*/metrics.jsonl, the runs of run_accuracy.sh
+
+Without either, `sweep ./finetuning_results`: where run_finetuning.sh writes.
 """
 
 import csv
@@ -19,7 +21,8 @@ from statistics import mean, median, stdev
 
 import config
 import hub
-from args import PLUGINS, RECIPE, recipe_of
+from args import PLUGINS, RECIPE, finetune_parser, recipe_of
+from model import PRESETS
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -48,6 +51,11 @@ def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:
     write_atomically(path, text.getvalue())
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def environment(processes: int | None = None) -> dict:
     """Date, hardware and versions: what a measured number means nothing without.
 
@@ -65,7 +73,8 @@ def environment(processes: int | None = None) -> dict:
     if torch.cuda.is_available():
         hardware = f"{processes or os.environ.get('WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
     else:
-        hardware = f"CPU, {len(os.sched_getaffinity(0))} cores"
+        own, cores = len(os.sched_getaffinity(0)), os.cpu_count()  # of runs side by side, each has a part
+        hardware = f"CPU, {own} of {counted(cores, 'core')}" if own < cores else f"CPU, {counted(cores, 'core')}"
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": hardware,
@@ -113,6 +122,11 @@ def _axes(width: float, height: float, columns: int = 1):
     return figure, axes[0]
 
 
+def _from_zero(axis) -> tuple[float, float]:
+    """Limits with room for the highest marker, also where all values are alike."""
+    return 0, max(axis.get_ylim()[1], 1.03 * axis.dataLim.ymax)
+
+
 def save_figure(figure, path: Path) -> None:
     from matplotlib import pyplot
 
@@ -136,11 +150,11 @@ def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validati
         if row["kind"] == "test":
             loss.scatter([row["epoch"]], [row["average_loss"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
             accuracy.scatter([row["epoch"]], [row["accuracy"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
-    loss.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    loss.set(xlabel="epoch", ylabel="loss", ylim=_from_zero(loss))
     accuracy.set(xlabel="epoch", ylabel="accuracy")
     accuracy.set_ylim(top=1.005)
     for axis in (loss, accuracy):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.legend(frameon=False)
     figure.suptitle(title, fontsize=11)
     save_figure(figure, path)
@@ -211,9 +225,13 @@ On {run["hardware"]}, {run["layout"]}, {run["date"]}; {versions}.
 
 
 def _card_metadata(title: str, settings: dict, base: bool, split: str, result: dict) -> str:
-    """The hub's metadata (YAML) of a model card; names of this machine's folders are left out of it."""
+    """The hub's metadata (YAML) of a model card; names of this machine's folders are left out of it.
+
+    A fold, or a part of a split, is no split of the data set: its numbers are none that the hub may rank.
+    """
     from huggingface_hub import EvalResult, ModelCardData
 
+    whole = not settings.get("fold") and not settings.get("max_eval_samples")
     dataset, model = settings["dataset"], settings["model_name_or_path"]
     where = dict(dataset_type=dataset if hub.is_name(dataset) else Path(dataset).name, dataset_name=Path(dataset).name, dataset_split=split)
     card = ModelCardData(
@@ -222,11 +240,13 @@ def _card_metadata(title: str, settings: dict, base: bool, split: str, result: d
         tags=["vision", "image-classification", "colossalai"],
         base_model=model if base and hub.is_name(model) else None,
         datasets=[dataset] if hub.is_name(dataset) else None,
-        model_name=title,
+        model_name=title if whole else None,
         eval_results=[
             EvalResult("image-classification", metric_type=metric, metric_value=round(value, 6), **where)
             for metric, value in (("accuracy", result["accuracy"]), ("loss", result["average_loss"]))
-        ],
+        ]
+        if whole
+        else None,
     )
     return card.to_yaml()
 
@@ -390,7 +410,7 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
 
 PUBLISHED_MODEL = "google/vit-base-patch16-224"
 # what a local folder is, or stands for
-ON_THE_HUB = {"beans": "AI-Lab-Makerere/beans", "drawn": "AI-Lab-Makerere/beans", "dog_food": "lewtun/dog_food"}
+ON_THE_HUB = {"beans": "AI-Lab-Makerere/beans", "drawn": "AI-Lab-Makerere/beans", "dog_food": "lewtun/dog_food", "three_animals": "lewtun/dog_food"}
 
 
 def quality(row: dict) -> tuple[float, float]:
@@ -425,6 +445,11 @@ def read_run(folder: Path) -> dict:
     }
 
 
+def flag_defaults() -> dict:
+    """What a run had whose rows lack a setting: the flag came later."""
+    return vars(finetune_parser().parse_args([])) | RECIPE
+
+
 def summarize(run: dict) -> dict:
     """The numbers of a finished run. The test split is left out: it is not for choosing among runs."""
     epochs = run["epochs"]
@@ -439,11 +464,18 @@ def summarize(run: dict) -> dict:
     }  # fmt: skip
 
 
+def evaluated_on(run: dict) -> str:
+    """What a finished run's numbers are of. Those of other images have no mean with them; the folds of one division do."""
+    fold = run["settings"].get("fold")
+    return f"{fold.partition('/')[2]} folds" if fold else f"{run['epochs'][-1]['images']} images"
+
+
 def sweep_groups(runs: list[dict]) -> list[dict]:
     """The finished runs, those that differ only in their seed or fold together: mean and spread of each number."""
     groups: dict[tuple, dict] = {}
     for run in runs:
         if run["status"] == "finished":
+            run["settings"]["evaluated_on"] = evaluated_on(run)
             key = tuple((name, value) for name, value in run["settings"].items() if name not in ("seed", "fold"))
             groups.setdefault(key, {"settings": run["settings"], "runs": []})["runs"].append(run)
     for group in groups.values():
@@ -453,11 +485,11 @@ def sweep_groups(runs: list[dict]) -> list[dict]:
         group["seeds"] = list(dict.fromkeys(run["settings"]["seed"] for run in group["runs"]))
         folds = {run["settings"].get("fold"): run["epochs"][-1]["images"] for run in group["runs"]}
         group["images"], group["folds"] = sum(folds.values()), len(folds)
-    best = max((group["mean"] for group in groups.values()), key=quality, default=None)
+    best = max(groups.values(), key=lambda group: quality(group["mean"]), default=None)
     for group in groups.values():
-        group["to_best"] = "best" if group["mean"] is best else "worse"
-        if group["mean"] is not best and best["accuracy"] - group["mean"]["accuracy"] <= noise(best["accuracy"], group["mean"]["accuracy"], group["images"]):
-            group["to_best"] = "within noise"
+        top, own = best["mean"]["accuracy"], group["mean"]["accuracy"]
+        within = top - own <= noise(top, own, min(best["images"], group["images"]))
+        group["to_best"] = "best" if group is best else "within noise" if within else "worse"
     return list(groups.values())
 
 
@@ -485,8 +517,10 @@ def sweep_report(folder: Path) -> None:
     runs = [read_run(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     runs = [run for run in runs if run["status"] != "absent"]
     if not runs:
-        fail(f"{folder}: holds no runs of run_finetuning.sh")
+        fail(f"{folder}: holds no runs of run_finetuning.sh; python report.py sweep FOLDER reads another folder")
+    names, defaults = dict.fromkeys(name for run in runs for name in run["settings"]), flag_defaults()
     for run in runs:
+        run["settings"] = {name: run["settings"].get(name, defaults.get(name)) for name in names}
         run["settings"]["recipe"] = recipe_of(run["settings"])  # one column for its flags
     order = lambda s: (s["model_name_or_path"], s["dataset"], s["image_size"] or 0, list(PLUGINS).index(s["plugin"]), s.get("tp_size", 1), s.get("pp_size", 1), s["batch_size"], s["learning_rate"], s["recipe"], s.get("fold") or "", s["seed"])  # noqa: E731
     runs.sort(key=lambda run: order(run["settings"]))
@@ -496,14 +530,20 @@ def sweep_report(folder: Path) -> None:
     named = {"plugin": "plugin", "model_name_or_path": "model", "batch_size": "batch size", "learning_rate": "learning rate"}
     settings = [run["settings"] for run in runs]
     for name in settings[0]:
-        if name not in (*named, *RECIPE, "seed", "fold", "zero_stage") and len({s.get(name) for s in settings}) > 1:
+        if name not in (*named, *RECIPE, "seed", "fold", "zero_stage", "evaluated_on") and len({s.get(name) for s in settings}) > 1:
             named[name] = name.replace("_", " ")
-    forms = {"model_name_or_path": lambda name: Path(name).name, "learning_rate": short, "image_size": lambda size: str(size or "default")}
+    forms = {
+        "model_name_or_path": lambda name: Path(name).name, "learning_rate": short, "image_size": lambda size: str(size or "default"),
+        "evaluated_on": lambda images: images or "",
+    }  # fmt: skip
 
     def cells(settings: dict) -> list:
         return [forms.get(name, str)(settings.get(name)) for name in named]
 
-    text = ["# Sweep\n", sweep_table(groups, others, [*named.values()], cells)]
+    if len({tuple(cells(group["settings"])) for group in groups}) < len(groups):  # alike, but for the images
+        named["evaluated_on"] = "evaluated on"
+
+    text = [f"# Sweep\n\n{shared_settings(settings)}\n", sweep_table(groups, others, [*named.values()], cells)]
     if groups:
         text.append(epoch_table(groups, [*named.values()], cells))
     if len(groups) == 1 and all(run["test"] for run in groups[0]["runs"]):
@@ -511,12 +551,28 @@ def sweep_report(folder: Path) -> None:
     text.append(provenance(folder, runs))
     write_atomically(folder / "table.md", "\n".join(text))
     write_sweep_csv(folder, groups, others, [*named])
-    charts = []
+    charts = heat_maps(folder, groups, named, cells)
     if groups:
-        charts = ["epochs.png", *heat_maps(folder, groups)]
+        charts = ["epochs.png", *charts]
         sweep_chart(groups, list(named), cells, folder / "epochs.png")
     print("\n".join(text[:2]))
     print(f"{', '.join(['table.md', 'table.csv', 'epochs.csv', *charts])} in {folder}")
+
+
+def shared_settings(settings: list[dict]) -> str:
+    """What all runs have in common, as far as the tables do not name it, and what their weights were at the start."""
+    forms = {
+        "dataset": str, "num_epoch": lambda number: counted(number, "epoch"), "image_size": lambda size: f"{size} px" if size else "the model's own image size",
+        "max_train_samples": lambda limit: f"at most {limit} training images" if limit else "",
+        "max_eval_samples": lambda limit: f"at most {limit} images of a split evaluated" if limit else "",
+        "precision": str, "weight_decay": "weight decay {:g}".format, "warmup_ratio": "warm-up ratio {:g}".format, "recipe": "recipe `{}`".format,
+    }  # fmt: skip
+    words = [form(settings[0][name]) for name, form in forms.items() if name in settings[0] and len({s[name] for s in settings}) == 1]
+    models: dict[str, list[str]] = {}
+    for name in dict.fromkeys(s["model_name_or_path"] for s in settings):
+        models.setdefault("random" if name in PRESETS and not Path(name).exists() else "pretrained", []).append(Path(name).name)
+    starts = [f"{' and '.join(names) + ' ' if len(models) > 1 else ''}from {kind} weights" for kind, names in models.items()]
+    return f"All runs: {', '.join(filter(None, words + starts))}."
 
 
 def sweep_table(groups: list[dict], others: list[dict], header: list[str], cells) -> str:
@@ -533,7 +589,7 @@ def sweep_table(groups: list[dict], others: list[dict], header: list[str], cells
         numbers.insert(2, group["to_best"])
         body.append([*cells(group["settings"]), " ".join(map(str, group["seeds"])), *numbers])
     for run in others:
-        what = f"unfinished, {len(run['epochs'])} of {run['settings']['num_epoch']} epochs"
+        what = f"unfinished, {len(run['epochs'])} of {counted(run['settings']['num_epoch'], 'epoch')}"
         if run["status"] == "failed":
             what = f"failed, status {run['exit_status']}: {(run['last_lines'] or ['no output'])[-1]}".replace("|", "\\|")
         body.append([*cells(run["settings"]), run["settings"]["seed"], what, *[""] * 7])
@@ -605,7 +661,7 @@ def provenance(folder: Path, runs: list[dict]) -> str:
     models = sorted({run["settings"]["model_name_or_path"] for run in runs})
     if calls and any(Path(model).name != Path(PUBLISHED_MODEL).name for model in models):
         dataset = runs[-1]["settings"]["dataset"]
-        other = {"MODELS": PUBLISHED_MODEL, "DATASET": ON_THE_HUB.get(Path(dataset).name, dataset)}
+        other = {"MODELS": PUBLISHED_MODEL, "DATASET": ON_THE_HUB.get(Path(dataset).name, dataset), "PARALLEL_RUNS": "auto"}  # as many as fit there
         lines.append(
             f"\nThe model here is {' and '.join(models)}. Where the HuggingFace hub can be reached, this repeats it with {PUBLISHED_MODEL}:\n\n"
             + "\n".join(
@@ -625,13 +681,16 @@ def call_of(variables: dict[str, str], flags: list[str]) -> str:
 def write_sweep_csv(folder: Path, groups: list[dict], others: list[dict], named: list[str]) -> None:
     """table.csv, one row a configuration or failed run; epochs.csv, one row a run and epoch."""
     table, epochs = [], []
+    named = list(dict.fromkeys([*named, "recipe"]))
     for group in groups:
         row = {name: group["settings"].get(name) for name in named} | {"seeds": " ".join(map(str, group["seeds"])), "status": "finished"}
         for name, values in group["values"].items():
             row |= {name: mean(values), f"{name}_sd": stdev(values) if len(values) > 1 else ""}
         table.append(row | {"images": group["images"], "to_best": group["to_best"]})
         for run in group["runs"]:
-            epochs += [{"run": run["name"]} | {n: run["settings"].get(n) for n in (*named, "fold", "seed")} | row for row in run["epochs"]]
+            own = {"run": run["name"]} | {n: run["settings"].get(n) for n in (*named, "fold", "seed")}
+            # the rate at the end of an epoch beside the run's
+            epochs += [own | {"learning_rate_now" if n == "learning_rate" else n: value for n, value in row.items()} for row in run["epochs"]]
     for run in others:
         table.append({name: run["settings"].get(name) for name in named} | {"seeds": run["settings"]["seed"], "status": run["status"]})
     for name, rows in (("table.csv", table), ("epochs.csv", epochs)):
@@ -669,11 +728,11 @@ def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None
             axis.plot(x, list(map(mean, values)), color=f"C{colour % 10}", ls=("-", "--", ":", "-.")[style % 4], marker="osD^vPX*"[style % 8], ms=4, lw=1.4, label=text)
             if len(group["runs"]) > 1 and len(groups) <= 5:
                 axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{colour % 10}", alpha=0.1, lw=0)
-    loss.set(xlabel="epoch", ylabel="validation loss", ylim=(0, None))
+    loss.set(xlabel="epoch", ylabel="validation loss", ylim=_from_zero(loss))
     accuracy.set(xlabel="epoch", ylabel="validation accuracy")
     accuracy.set_ylim(top=min(1.005, accuracy.get_ylim()[1]))
     for axis in (loss, accuracy):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if telling:
         accuracy.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     shared = [text for i, text in enumerate(labels[0]) if i not in telling and named[i] in ("plugin", "model_name_or_path")]
@@ -681,8 +740,10 @@ def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None
     save_figure(figure, path)
 
 
-def heat_maps(folder: Path, groups: list[dict]) -> list[str]:
+def heat_maps(folder: Path, groups: list[dict], named: dict[str, str], cells) -> list[str]:
     """Accuracy and loss over batch size x learning rate, one file for each grid of both; -> their names."""
+    for earlier in folder.glob("heatmap*.png"):
+        earlier.unlink()
     grids: dict[tuple, list[dict]] = {}
     for group in groups:
         key = tuple((n, v) for n, v in group["settings"].items() if n not in ("batch_size", "learning_rate", "seed", "fold"))
@@ -705,7 +766,8 @@ def heat_maps(folder: Path, groups: list[dict]) -> list[str]:
             axis.set(xlabel="learning rate", ylabel="batch size", title=f"validation {name.replace('average_', '')}, last epoch")
         settings = members[0]["settings"]
         title = f"{settings['plugin']}-{Path(settings['model_name_or_path']).name}"
-        figure.suptitle(title.replace("-", ", ", 1), fontsize=11)
+        others = [f"{named[n]} {cell}" for n, cell in zip(named, cells(settings)) if n not in ("plugin", "model_name_or_path", "batch_size", "learning_rate")]
+        figure.suptitle("\n".join(filter(None, [title.replace("-", ", ", 1), ", ".join(others)])), fontsize=11)
         name = "heatmap.png" if len(grids) == 1 else f"heatmap-{title}.png"
         if name in found:  # grids that differ in another setting
             name = f"heatmap-{title}-{len(found) + 1}.png"
@@ -776,6 +838,7 @@ def accuracy_report(folder: Path) -> None:
 def main(argv: list[str]) -> None:
     from console import fail
 
+    argv = argv or ["sweep", "./finetuning_results"]
     if len(argv) != 2 or argv[0] not in REPORTS:
         fail(f"usage: python report.py {{{','.join(REPORTS)}}} FOLDER")
     REPORTS[argv[0]](Path(argv[1]))

@@ -6,7 +6,8 @@
 #   PLUGINS="torch_ddp gemini" LR=1e-4 BS=32 SEEDS="1 2 3" RESULTS=./plugins bash run_finetuning.sh --image_size 384
 #
 # Finished runs are skipped, interrupted ones resume: call again after Ctrl-C, or with longer lists. A list holds
-# values between blanks; what run_demo.sh calls MODEL, PLUGIN, BS, LR and SEED is a list of one.
+# values between blanks; what run_demo.sh calls MODEL, PLUGIN, BS, LR and SEED is a list of one. TP_SIZE and PP_SIZE
+# are flags here.
 # auto is the published grid; without a GPU, and with MODELS auto, a small one of some minutes.
 
 PLUGINS=${PLUGINS:-${PLUGIN:-auto}}               # training strategies, names in plugins.py; auto: gemini | torch_ddp
@@ -27,8 +28,10 @@ RESULTS=${RESULTS:-./finetuning_results}          # a folder for each run, logs,
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh" # which documents INSTALL and LAUNCHER
 
-install_environment
 [ -z "${HOSTFILE:-}" ] || die "the runs of a sweep stay on this machine: leave HOSTFILE out"
+[ -z "${TP_SIZE:-}${PP_SIZE:-}${OUTPUT_PATH:-}" ] ||
+  die "TP_SIZE, PP_SIZE and OUTPUT_PATH are of run_demo.sh: here write --tp_size 2 --pp_size 2 behind the command, and RESULTS for OUTPUT_PATH"
+install_environment
 processes=$(count_processes)
 exec "$PYTHON" "$HERE/sweep.py" \
   --plugins "$PLUGINS" \

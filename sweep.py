@@ -43,6 +43,8 @@ GRID = {
 COMMON = {"dataset": "DATASET", "preset": "PRESET", "num_epoch": "EPOCH", "weight_decay": "WEIGHT_DECAY", "warmup_ratio": "WARMUP_RATIO"}
 PUBLISHED = {"batch_sizes": "8 16 32", "learning_rates": "1e-4 2e-4 5e-4", "num_epoch": "5"}
 SMALL = {"batch_sizes": "16 32", "learning_rates": "5e-4 1e-3", "num_epoch": "2"}  # minutes on two cores
+# A run's name tells these apart.
+RECIPE_FLAGS = tuple(f"--{name}" for name in (*command_lines.RECIPE, "image_size", "tp_size", "pp_size"))
 NOT_PASSED_ON = {
     "--model_name_or_path": "set MODELS", "--plugin": "set PLUGINS", "--batch_size": "set BATCH_SIZES",
     "--learning_rate": "set LEARNING_RATES", "--seed": "set SEEDS", "--fold": "set FOLDS", "--output_path": "set RESULTS",
@@ -78,9 +80,13 @@ def read_arguments(argv: list[str] | None = None):
     sweep.fitting = fitting  # runs with GPUs of their own
     if gpus and sweep.processes > gpus:
         parser.problems.append(f"GPUNUM={sweep.processes}: is more than the {gpus} here")
-    for flag in [*flags, *sweep.recipes.replace("|", " ").split()]:
+    recipes = sweep.recipes.replace("|", " ").split()
+    for flag in [*flags, *recipes]:
         if mend := NOT_PASSED_ON.get(flag.partition("=")[0]):
             parser.problems.append(f"{flag}: {mend}")
+    names = dict.fromkeys(word.partition("=")[0] for word in recipes if word.startswith("--"))
+    if others := [name for name in names if name.replace("--no-", "--", 1) not in RECIPE_FLAGS and name not in NOT_PASSED_ON]:
+        parser.problems.append(f"RECIPES: {', '.join(others)} cannot be compared; it may hold {', '.join(RECIPE_FLAGS)}; what all runs shall have stands behind the command")
     for name, value in (SMALL if sweep.small else PUBLISHED).items():
         if getattr(sweep, name) == "auto":
             setattr(sweep, name, value)
@@ -116,7 +122,7 @@ class Run:
     def problems(self) -> list[str]:
         """Whether its folder holds a run of other settings."""
         found = report.read_run(self.folder)
-        now, then = self.settings | {"layout": self.layout}, found["settings"]
+        now, then = self.settings | {"layout": self.layout}, report.flag_defaults() | found["settings"]
         different = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
         if not found["started"] or not different:
             return []
@@ -126,9 +132,11 @@ class Run:
 def plan(sweep, flags: list[str]) -> list[Run]:
     """All runs, every one checked; ends the program with all problems of all of them."""
     runs: dict[str, Run] = {}
+    taken: dict[str, tuple] = {}  # name -> its point
     problems: dict[str, list[str]] = {}  # -> the runs that have it
     points = list(itertools.product(*(values(sweep, name) for name in GRID)))
-    for model, plugin, batch_size, learning_rate, recipe, fold, seed in points:
+    for point in points:
+        model, plugin, batch_size, learning_rate, recipe, fold, seed = point
         options = {
             "model_name_or_path": model, "plugin": plugin, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed,
             **{name: getattr(sweep, name) for name in COMMON}, "keep_checkpoints": 0, "resume": "auto",
@@ -141,15 +149,22 @@ def plan(sweep, flags: list[str]) -> list[Run]:
             folder = Path(sweep.results) / name
             run = Run(name, folder, [*argv, "--output_path", str(folder)], settings_of(args), str(args.layout))
             wrong = run.problems()
-            if name in runs and runs[name].settings != run.settings:
-                wrong.append(f"MODELS: two of them are called {name.split('-bs')[0].removeprefix(args.plugin + '-')}; rename a folder")
-            runs[name] = run
+            if name in taken:
+                wrong.append(one_name(taken[name], point))
+            runs[name], taken[name] = run, point
         for problem in wrong:
             problems.setdefault(problem, []).append(f"{plugin} {model} BS {batch_size} LR {learning_rate} {recipe} seed {seed}".replace("  ", " "))
     if problems:
         # what every run has needs no run named
         fail(*(p + ("" if len(at) == len(points) else f" ({len(at)} of {len(points)} runs, first {at[0]})") for p, at in problems.items()))
     return list(runs.values())
+
+
+def one_name(point: tuple, other: tuple) -> str:
+    """What is wrong with two points of the grid whose runs would lie in one folder."""
+    different = [(variable, one or "none", two or "none") for variable, one, two in zip(GRID.values(), point, other) if one != two]
+    variables, these, those = (" ".join(words) for words in zip(*different))
+    return f"{variables}: {these} and {those} give runs of one name; {'rename a folder' if 'MODELS' in variables else 'leave one out'}"
 
 
 def run_name(args) -> str:
@@ -264,6 +279,7 @@ def run_all(runs: list[Run], sweep) -> int:
             if slot.process is None and waiting and not stopped:
                 run = waiting.pop(0)
                 slot.start(run, logs / f"{run.name}.log", {other.port for other in slots if other.process})
+                say(f"started {run.name}")
             elif slot.process and slot.process.poll() is not None:
                 run, status, slot.process = slot.run, slot.process.returncode, None
                 if not run.is_finished():
@@ -324,11 +340,11 @@ def main() -> int:
             fail(f"RESULTS={sweep.results}: another sweep is writing there; wait for it, or set another folder")
         record_command(sweep, flags)
         if sweep.small:
-            say(f"no GPU: a small grid, {len(runs)} runs of {sweep.num_epoch} epochs with the embedded vit-demo (MODELS chooses another, for the published grid)")
+            say(f"no GPU: a small grid, {report.counted(len(runs), 'run')} of {report.counted(int(sweep.num_epoch), 'epoch')} with the embedded vit-demo (MODELS chooses another, for the published grid)")
         side = f", {sweep.parallel_runs} side by side" * (sweep.parallel_runs > 1)
         if shares_gpus(sweep):
             say(f"{sweep.parallel_runs} runs share GPUs for {sweep.fitting}: their speeds say nothing about a plugin")
-        say(f"{len(runs)} runs{side}; each writes to {logs}/NAME.log")
+        say(f"{report.counted(len(runs), 'run')}{side}; each writes to {logs}/NAME.log")
         return run_all(runs, sweep)
 
 

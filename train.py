@@ -10,6 +10,7 @@ epoch by epoch train, evaluate and save; at the end the last epoch is exported.
 
 import itertools
 import os
+import socket
 import sys
 import time
 from argparse import Namespace
@@ -62,7 +63,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         import feed
 
         try:
-            args.dataset_kind = feed.locate(args.dataset, config["NUM_CLASSES"])
+            args.dataset_kind = feed.locate(args.dataset, config["NUM_CLASSES"], config["IMG_SIZE"])
             args.model_name_or_path, args.notes = Path(args.config).stem, []
             check_hub(args, problems)
         except feed.DataError as error:
@@ -106,8 +107,18 @@ def join_by_hand(args, problems: list[str]) -> None:
         problems.append(f"{', '.join('--' + name for name in missing)}: missing; one process at a time needs --world_size, --rank, --local_rank, --host and --port")
     elif args.world_size < 1 or args.rank >= args.world_size or args.local_rank > args.rank:
         problems.append(f"--rank {args.rank} --local_rank {args.local_rank}: must be below --world_size {args.world_size}, the local rank at most the rank")
+    elif not resolves(args.host):
+        problems.append(f"--host {args.host}: there is no machine of that name; give rank 0's name or address")
     else:
         os.environ.update({name: str(value) for name, value in given.items()})
+        print(f"rank {args.rank} of {args.world_size}: waiting for the others at {args.host}:{args.port}", flush=True)
+
+
+def resolves(host: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except OSError:
+        return False
 
 
 def build(args, labels: list[str]):
@@ -153,6 +164,7 @@ def main(argv: list[str] | None = None) -> None:
     seed, size, epochs = values["SEED"], values["IMG_SIZE"], values["NUM_EPOCHS"]
     with SignalFlag() as stop:
         import_libraries()
+        stop.end_if_set()
         started = time.perf_counter()
         start_distributed(seed)
 
@@ -170,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         total_steps = schedule.steps * epochs
         warmup_steps = round(schedule.steps * values["WARMUP_EPOCHS"]) if values["WARMUP_STEPS"] is None else values["WARMUP_STEPS"]
         if warmup_steps >= total_steps:
-            images.notes.append(f"the warm-up of {warmup_steps} steps is longer than the {total_steps} steps of the training")
+            images.notes.append(f"a warm-up of {warmup_steps} steps does not fit a training of {total_steps}: it has a fifth of them, {total_steps // 5}")
+            warmup_steps = total_steps // 5
         boosted, vit_config = build(args, labels)
         if values["EMA"]:
             boosted.keep_average(values["EMA"])
@@ -241,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
                 row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
                 if args.skip_bad_images:
                     skipped = sorted(feed.all_skipped(train))
-                    row["skipped_images"] = len(skipped)
+                    row["skipped_images"] = len(skipped) + len(train.missing)
                     if skipped:
                         say(f"  note      {len(skipped)} unreadable training image(s) skipped: {'; '.join(skipped[:10])}" + "; ..." * (len(skipped) > 10))
                 row["best"] = epoch + 1 == epochs  # the one exported: none is chosen by the split that it is judged by

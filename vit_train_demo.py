@@ -33,6 +33,7 @@ def main() -> None:
 
     with SignalFlag() as stop:
         import_libraries()
+        stop.end_if_set()
         started = time.perf_counter()
         start_distributed(args.seed)
         layout = args.layout

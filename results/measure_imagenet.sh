@@ -123,7 +123,7 @@ for (config, name), rows in sorted(found.items(), key=lambda item: (item[0][0], 
     hours = [f"{epochs * 1_281_167 / (8 * rate / gpus) / 3600:.1f} h" for epochs in (90, 300)]
     body.append([config, DATA[name], f"{rate:.0f}", share, f"{last['peak_memory_gib']:.1f}", *hours])
     notes[f"{run['date'][:10]} on {run['hardware']}; {', '.join(f'{n} {v}' for n, v in run['versions'].items())}"] = None
-    notes[f"    {run['command']}"] = None
+    notes[f"    DATA={run['settings']['dataset']} {run['command']}"] = None
 header = ["config", "data", "images/s", "of synthetic", "peak GiB", "90 epochs", "300 epochs"]
 text = ["# Speed of training ViT-S/16", markdown_table(header, body),
         "images/s is the second epoch's (the first one compiles) on a generated set of ImageNet's shape, whose files are in memory. "

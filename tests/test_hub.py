@@ -37,6 +37,16 @@ def test_names_of_folders_on_this_machine_stay_out_of_the_metadata(tmp_path):
     assert ModelCard(report.model_card(rows(0.5), settings, ["a"])).data.eval_results[0].dataset_type == "leaves"
 
 
+@pytest.mark.parametrize("part", [{"fold": "1/5"}, {"max_eval_samples": 64}])
+def test_parts_of_a_split_are_no_result_of_it(part):
+    settings = {"model_name_or_path": "google/vit-base-patch16-224", "dataset": "AI-Lab-Makerere/beans"}
+    text = report.model_card(rows(0.984375), settings | {name: None for name in ("fold", "max_eval_samples")} | part, ["a", "b"])
+    card = ModelCard(text)
+    assert card.data.datasets == ["AI-Lab-Makerere/beans"] and card.data.eval_results is None
+    metadata, told = text.split("---", 2)[1:]
+    assert "model-index" not in metadata and "0.98" not in metadata and "accuracy 0.9844" in told
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload of small files asks for."""
 

@@ -166,7 +166,7 @@ def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, mon
 
 
 def test_synthetic_images_need_no_files(monkeypatch, capsys):
-    assert feed.locate("synthetic", 5) == feed.locate("synthetic:300", 5) == "synthetic"
+    assert feed.locate("synthetic", 5, 32) == feed.locate("synthetic:300", 5, 32) == "synthetic"
     said = refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="synthetic:many")
     assert "DATA=synthetic:many: must be synthetic, or synthetic:N" in said
     split = feed.Synthetic(3000, 8, 5, torch.device("cpu"))

@@ -116,6 +116,15 @@ def test_truncated_images_are_named_or_skipped_and_counted(tmp_path, capsys, par
     assert (ready.images[42] == np.asarray(data.resize_shorter(data.open_image(files.images[good[42]]), 32))).all()
 
 
+def test_set_that_is_not_whole_is_refused_before_it_is_packed(tmp_path, capsys, parts):
+    import shutil
+
+    write_set(tmp_path / "tree", classes=4, train=45, val=9, side=90)
+    shutil.rmtree(sorted((tmp_path / "tree" / "val").iterdir())[1])
+    assert "the validation split has no images of class" in refused(capsys, tmp_path / "tree", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_interrupted_preparation_goes_on(tree, tmp_path, capsys, parts, monkeypatch):
     prepare(capsys, tree, tmp_path / "whole")
     whole = packed.write_part

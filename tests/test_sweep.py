@@ -26,7 +26,8 @@ def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **set
     """A run's metrics.jsonl as vit_train_demo.py writes it."""
     settings = {
         "model_name_or_path": "../models/vit-tiny-patch16-224", "dataset": "../data/beans", "image_size": None, "plugin": "gemini", "precision": "fp16",
-        "zero_stage": 0, "batch_size": 8, "learning_rate": 1e-4, "num_epoch": len(accuracies), "weight_decay": 0.5, "seed": 42,
+        "zero_stage": 0, "batch_size": 8, "learning_rate": 1e-4, "num_epoch": len(accuracies), "weight_decay": 0.5,
+        "warmup_ratio": 0.3, "seed": 42,
     } | settings  # fmt: skip
     rows = [{
         "kind": "run", "date": "2026-01-02 03:04 UTC", "hardware": "1 x H200", "python": "3.11.7", "versions": {"torch": "2.5.1"},
@@ -35,7 +36,7 @@ def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **set
     for i, (accuracy, loss) in enumerate(zip(accuracies, losses)):
         rows.append({
             "kind": "epoch", "epoch": i + 1, "average_loss": loss, "accuracy": accuracy, "images": images, "train_loss": loss, "seconds": seconds,
-            "images_per_second": 100.0, "evaluation_seconds": 0.5, "peak_memory_gib": 1.0 + i,
+            "learning_rate": settings["learning_rate"] / (i + 2), "images_per_second": 100.0, "evaluation_seconds": 0.5, "peak_memory_gib": 1.0 + i,
         })  # fmt: skip
     rows += [{"kind": "test", "epoch": 1, "average_loss": 9.0, "accuracy": 0.0, "images": 67}, {"kind": "end", "seconds": 9.0}] * ended
     name = f"{settings['plugin']}-bs{settings['batch_size']}-lr{settings['learning_rate']}-px{settings['image_size']}-fold{settings.get('fold')}-seed{settings['seed']}".replace("/", "_")
@@ -66,7 +67,7 @@ def grid(tmp_path_factory):
     failure = {"kind": "failed", "settings": settings, "layout": "1 process = dp 1 x tp 1 x pp 1", "exit_status": 1, "last_lines": ["a", "no | luck"]}
     (broken / "failed.json").write_text(json.dumps(failure))
     shutil.rmtree(tmp_path / "scratch")
-    variables = {"MODELS": "../models/vit-tiny-patch16-224", "LEARNING_RATES": "1e-4 2.5e-4", "DATASET": "../data/beans", "PRESET": "auto", "RESULTS": "./r"}
+    variables = {"MODELS": "../models/vit-tiny-patch16-224", "LEARNING_RATES": "1e-4 2.5e-4", "DATASET": "../data/beans", "PRESET": "auto", "RESULTS": "./r", "PARALLEL_RUNS": "16"}
     report.write_rows(tmp_path / "sweep.jsonl", [{"variables": variables, "flags": ["--max_norm", "1"]}])
     report.main(["sweep", str(tmp_path)])
     return tmp_path
@@ -109,16 +110,114 @@ def test_every_epoch_is_told(grid):
     with open(grid / "epochs.csv") as file:
         epochs = list(csv.DictReader(file))
     assert len(epochs) == 8 and (epochs[1]["epoch"], epochs[1]["average_loss"], epochs[1]["batch_size"]) == ("2", "0.08", "8")
+    assert [float(row["learning_rate"]) for row in epochs[:2]] == [1e-4, 1e-4], "the run's"
+    assert [float(row["learning_rate_now"]) for row in epochs[:2]] == pytest.approx([1e-4 / 2, 1e-4 / 3])
+    with open(grid / "table.csv") as file:
+        assert {row["recipe"] for row in [*epochs, *csv.DictReader(file)]} == {"none"}
 
 
 def test_charts_and_provenance(grid):
     assert {"epochs.png", "heatmap.png"} <= {path.name for path in grid.iterdir()}
     text = (grid / "table.md").read_text()
     assert "2026-01-02 on 1 x H200; Python 3.11.7, torch 2.5.1" in text
-    assert "    MODELS=../models/vit-tiny-patch16-224 LEARNING_RATES='1e-4 2.5e-4' DATASET=../data/beans RESULTS=./r bash run_finetuning.sh --max_norm 1\n" in text
+    assert "    MODELS=../models/vit-tiny-patch16-224 LEARNING_RATES='1e-4 2.5e-4' DATASET=../data/beans RESULTS=./r PARALLEL_RUNS=16 bash run_finetuning.sh --max_norm 1\n" in text
     assert text.rstrip().endswith(
         "    MODELS=google/vit-base-patch16-224 LEARNING_RATES='1e-4 2.5e-4' DATASET=AI-Lab-Makerere/beans RESULTS=./r-vit-base bash run_finetuning.sh --max_norm 1"
+    ), "as many runs side by side as suited this machine and model may not suit another"
+    assert report.ON_THE_HUB["three_animals"] == "lewtun/dog_food"
+
+
+def test_the_title_says_what_was_run(grid, tmp_path, monkeypatch):
+    text = (grid / "table.md").read_text()
+    assert text.startswith(
+        "# Sweep\n\nAll runs: ../data/beans, 2 epochs, the model's own image size, fp16, weight decay 0.5, warm-up ratio 0.3, recipe `none`, from pretrained weights.\n\n"
     )
+    monkeypatch.chdir(tmp_path)  # where no folder is called vit-demo
+    shared = {"image_size": 384, "max_eval_samples": 133, "augment": True, "mixup": 0.2}
+    store(tmp_path, [0.9], [0.3], model_name_or_path="vit-demo", **shared)
+    report.sweep_report(tmp_path)
+    text = (tmp_path / "table.md").read_text()
+    assert "1 epoch, 384 px, at most 133 images of a split evaluated, fp16," in text
+    assert "recipe `--augment --mixup 0.2`, from random weights.\n" in text
+    store(tmp_path, [0.9], [0.3], batch_size=16, weight_decay=0.1, **shared)
+    report.sweep_report(tmp_path)
+    assert "warm-up ratio 0.3, recipe `--augment --mixup 0.2`, vit-tiny-patch16-224 from pretrained weights, vit-demo from random weights.\n" in (tmp_path / "table.md").read_text()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that a report saves, by file name."""
+    saved, save = {}, report.save_figure
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: (saved.update({path.name: figure}), save(figure, path)))
+    return saved
+
+
+def test_heat_maps_name_the_settings_in_which_they_differ(tmp_path, figures):
+    (tmp_path / "heatmap.png").write_text("of runs before")
+    for size, mixup in ((224, 0.0), (384, 0.2)):
+        for batch_size in (8, 16):
+            for rate in (1e-4, 2e-4):
+                store(tmp_path, [0.9], [0.3], image_size=size, mixup=mixup, batch_size=batch_size, learning_rate=rate)
+    report.sweep_report(tmp_path)
+    titles = {name: figure.get_suptitle() for name, figure in figures.items() if name.startswith("heatmap")}
+    assert titles == {
+        "heatmap-gemini-vit-tiny-patch16-224.png": "gemini, vit-tiny-patch16-224\nimage size 224, recipe none",
+        "heatmap-gemini-vit-tiny-patch16-224-2.png": "gemini, vit-tiny-patch16-224\nimage size 384, recipe --mixup 0.2",
+    }
+    assert {path.name for path in tmp_path.glob("heatmap*")} == titles.keys()
+
+
+def test_one_epoch_has_one_tick_and_room_for_its_marker(tmp_path, figures):
+    store(tmp_path, [0.3], [1.098])
+    store(tmp_path, [0.3], [1.09], batch_size=16)
+    report.sweep_report(tmp_path)
+    loss, accuracy = figures["epochs.png"].axes
+    for axis in (loss, accuracy):
+        low, high = axis.get_xlim()
+        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
+    assert loss.get_ylim()[0] == 0 and loss.get_ylim()[1] > 1.02 * 1.098
+
+
+def test_runs_evaluated_on_other_images_have_no_common_mean(tmp_path):
+    store(tmp_path, [0.9], [0.3], images=60)
+    store(tmp_path, [0.8], [0.3], images=100, seed=43)
+    for fold, images in (("1/2", 51), ("2/2", 50), ("1/3", 34), ("2/3", 33)):
+        store(tmp_path, [0.7], [0.3], images=images, fold=fold)
+    store(tmp_path, [0.9], [0.3], ended=False, seed=44)
+    report.sweep_report(tmp_path)
+    header, rows = table(tmp_path)
+    column = header.index("evaluated on")
+    assert [(row[column], row[header.index("seed")]) for row in rows] == [
+        ("60 images", "42"), ("100 images", "43"), ("2 folds", "42"), ("3 folds", "42"), ("", "44"),
+    ]  # fmt: skip
+    assert "60 validation images" in (tmp_path / "table.md").read_text()
+
+
+def test_runs_from_before_a_flag_are_of_its_default(tmp_path):
+    store(tmp_path, [0.9], [0.3], seed=1)
+    store(tmp_path, [0.8], [0.3], seed=2, keep="best", validation_fraction=0.1, skip_bad_images=False, max_eval_samples=None)
+    report.sweep_report(tmp_path)
+    header, rows = table(tmp_path)
+    assert [row[header.index("seed")] for row in rows] == ["1 2"]
+
+
+def test_without_a_folder_the_usual_one_is_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        report.main([])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "finetuning_results: holds no runs of run_finetuning.sh" in said
+    store(tmp_path / "finetuning_results", [0.9], [0.3])
+    report.main([])
+    assert (tmp_path / "finetuning_results" / "table.md").exists()
+
+
+def test_cores_of_a_part_of_the_machine_are_told_as_such(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert report.environment()["hardware"] == "CPU, 2 cores"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
+    assert report.environment()["hardware"] == "CPU, 1 of 2 cores"
 
 
 def test_several_seeds_are_one_row_with_mean_and_spread_in_the_published_order(tmp_path):
@@ -218,7 +317,37 @@ def test_recipes_and_folds_are_runs_of_their_own(model_folder, image_folder, tmp
 def test_two_models_of_one_name_are_refused(refusal, model_folder, tmp_path_factory):
     other = tmp_path_factory.mktemp("other") / model_folder.name
     shutil.copytree(model_folder, other)
-    assert "two of them are called model" in refusal("--models", f"{model_folder} {other}")
+    assert f"MODELS: {model_folder} and {other} give runs of one name; rename a folder" in refusal("--models", f"{model_folder} {other}")
+
+
+def test_recipes_hold_only_what_tells_runs_apart(refusal):
+    said = refusal("--recipes", "none | --max_norm 1 | --augment --no-scale_lr --grad_checkpoint --image_size 32")
+    assert said.count("\n") == 1 and "RECIPES: --max_norm, --no-scale_lr, --grad_checkpoint cannot be compared; it may hold --augment, " in said
+
+
+def test_two_points_of_the_grid_that_are_one_run_are_refused(refusal):
+    assert "LEARNING_RATES: 1e-4 and 0.0001 give runs of one name; leave one out (2 of 4 runs" in refusal(
+        "--learning_rates", "1e-4 0.0001", "--batch_sizes", "4 8", "--plugins", "torch_ddp"
+    )
+    assert "RECIPES: none and --no-augment give runs of one name" in refusal("--recipes", "none | --no-augment", "--batch_sizes", "4", "--learning_rates", "1e-4")
+
+
+def test_a_run_goes_on_whose_rows_are_from_before_a_flag(model_folder, image_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--models", str(model_folder), "--dataset", str(image_folder), "--batch_sizes", "8", "--learning_rates", "1e-3"]
+    (run,) = sweep.plan(*sweep.read_arguments(words))
+    run.folder.mkdir(parents=True)
+
+    def record(**settings):
+        report.write_rows(run.folder / "metrics.jsonl", [{"kind": "run", "layout": run.layout, "settings": settings}])
+
+    later = ("keep", "validation_fraction", "skip_bad_images", "max_eval_samples")
+    record(**{name: value for name, value in run.settings.items() if name not in later})
+    assert run.problems() == []
+    run.settings |= {"keep": "last", "max_eval_samples": 100}
+    assert "keep was best, is last; max_eval_samples was None, is 100" in run.problems()[0]
+    record(**run.settings | {"max_eval_samples": 60})
+    assert "other settings: max_eval_samples was 60, is 100; set RESULTS" in run.problems()[0]
 
 
 def test_published_grid_with_a_gpu_and_a_small_one_without(monkeypatch):
@@ -311,6 +440,7 @@ def story(tmp_path_factory, model_folder, image_folder):
 def test_sigterm_stops_what_runs_with_a_checkpoint(story):
     status, output = story.stopped
     assert status == 143 and "the same command goes on" in output
+    assert all(f"started {story.run(model).name}\n" in output for model in ("good", "bad"))
     assert 1 <= story.epochs_before < EPOCHS
 
 
@@ -349,4 +479,13 @@ def test_the_wrapper_passes_its_lists_and_flags_on(tmp_path):
     environment = os.environ | {"PYTHON": sys.executable, "INSTALL": "0", "LR": "1e-4 x", "BATCH_SIZES": "8 16", "GPUNUM": "1"}
     run = subprocess.run(["bash", ROOT / "run_finetuning.sh", "--max_norm", "-1"], env=environment, cwd=tmp_path, text=True, capture_output=True)
     assert run.returncode == 2 and "--max_norm -1" in run.stderr and "--learning_rate x" in run.stderr and "(2 of 4 runs" in run.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["TP_SIZE", "PP_SIZE", "OUTPUT_PATH"])
+def test_the_wrapper_refuses_what_only_the_demo_reads(tmp_path, name):
+    environment = os.environ | {"PYTHON": sys.executable, "INSTALL": "0", name: "2"}
+    run = subprocess.run(["bash", ROOT / "run_finetuning.sh"], env=environment, cwd=tmp_path, text=True, capture_output=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert "--tp_size 2 --pp_size 2 behind the command" in run.stderr and "RESULTS for OUTPUT_PATH" in run.stderr
     assert not list(tmp_path.iterdir())

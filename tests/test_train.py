@@ -8,7 +8,9 @@ import json
 import os
 import pickle
 import signal
+import subprocess
 import sys
+import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
+from train_cases import ROOT, Cases, free_port, log_of, rows, run_all, statuses
 
 import cifar
 import config as configs
@@ -122,8 +124,31 @@ def test_every_problem_is_named_at_once(tmp_path):
     text = "NUM_EPOCH = 3\nLEARNING_RATE = 'fast'\nWARMUP_EPOCHS = 9\nTOTAL_BATCH_SIZE = 30\nHIDDEN_SIZE = 30\nNUM_HEADS = 4\nNUM_EPOCHS = 5\n"
     found = problems_of(write(tmp_path / "a.py", text), "SEED=-1", "SEEDS=1")
     for part in ("NUM_EPOCH = 3", "did you mean NUM_EPOCHS", "LEARNING_RATE = 'fast'", "WEIGHT_DECAY is missing", "SEED = -1",
-                 "--set SEEDS=1", "no multiple of NUM_HEADS", "WARMUP_EPOCHS 9", "BATCH_SIZE 30: is no multiple of the 4"):  # fmt: skip
+                 "--set SEEDS=1", "no multiple of NUM_HEADS", "BATCH_SIZE 30: is no multiple of the 4"):  # fmt: skip
         assert any(part in message for message in found), (part, found)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world", "said"),
+    [
+        (["TENSOR_PARALLEL_SIZE=6"], 1, ["1 process(es)", "must be a square"]),
+        (["fp16={'mode': 'torch'}", "bf16=True", "IMG_SIZE=30", "parallel={'pipeline': 0}"], 4, ["give one of them", "PATCH_SIZE 4", "pipeline 0: must be"]),
+        (["gradient_accumulation=3", "BATCH_SIZE=100", "HIDDEN_SIZE=30"], 6, ["TOTAL_BATCH_SIZE 512", "NUM_HEADS 4", "6 process(es)", "hidden size 30"]),
+    ],
+)
+def test_one_problem_hides_no_other(overrides, world, said):
+    (path,) = (path for path in CONFIGS if path.stem.endswith("_2d"))
+    found = problems_of(path, *overrides, world=world)
+    assert len(found) == len(said) and all(any(part in message for message in found) for part in said), found
+
+
+def test_values_on_the_command_line_are_expressions_as_in_a_config():
+    values, problems = configs.parse_overrides(
+        ["parallel=dict(pipeline=2, tensor=dict(mode='1d', size=2))", "LEARNING_RATE=1e-3*2", "AUTO_AUGMENT=cifar10", "LOG_PATH=./runs/a-1", "fp16=dict(mode=AMP_TYPE.TORCH)", "seed=7"]  # fmt: skip
+    )
+    assert problems == [] and values["parallel"] == {"pipeline": 2, "tensor": {"mode": "1d", "size": 2}} and values["SEED"] == 7
+    assert (values["LEARNING_RATE"], values["AUTO_AUGMENT"], values["LOG_PATH"]) == (2e-3, "cifar10", "./runs/a-1")
+    assert values["fp16"] == {"mode": configs.AMP_TYPE.TORCH}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +189,7 @@ def test_sizes_that_do_not_fit(overrides, world, said):
     assert any(said in message for message in problems_of(CONFIGS[-1], *overrides, world=world))
 
 
-@pytest.mark.parametrize("text, said", [("a: 1\nb: [", "line 2"), ("\0", "is not a Python file"), ("A = 1\nB = 1 / 0", "line 2: ZeroDivisionError")])
+@pytest.mark.parametrize("text, said", [("a: 1\nb: [", "line 2"), ("\0", "is not a Python file"), ("A = 1\nB = 1 / 0", "line 2: ZeroDivisionError"), ("A = 1\nraise SystemExit(0)", "line 2: SystemExit")])
 def test_what_is_not_a_python_file_is_one_clear_error(tmp_path, text, said):
     with pytest.raises(configs.ConfigError, match=said):
         configs.load(write(tmp_path / "a.py", text))
@@ -213,7 +238,7 @@ def test_three_formats_hold_the_same_images(folder, tmp_path):
 def test_without_a_test_split_validation_is_held_out(tmp_path):
     images = read(write_cifar(tmp_path, test=0).parent)
     assert images.test is None and len(images.validation) == 10 and len(images.train) == 50
-    assert "validation: 10 training images held out" in images.notes[0]
+    assert "no test and no validation split: validation: 10 training images held out" in images.notes[0]
 
 
 def test_fraction_is_held_out_beside_the_test_split(folder):
@@ -235,9 +260,17 @@ def test_damaged_folders_are_named(tmp_path):
         read(folder)
     (folder / "data_batch_2").unlink()
     with pytest.raises(DataError, match="lacks data_batch_2"):
-        feed.locate(str(folder), 10)
+        feed.locate(str(folder), 10, 32)
     with pytest.raises(DataError, match="^DATA="):
-        feed.locate(str(tmp_path / "none"), 10)
+        feed.locate(str(tmp_path / "none"), 10, 32)
+
+
+def test_classes_and_size_are_compared_before_anything_is_read(folder):
+    assert feed.locate(str(folder), 10, 32) == cifar.FOLDER
+    with pytest.raises(DataError, match="10 classes, NUM_CLASSES is 11"):
+        feed.locate(str(folder), 11, 32)
+    with pytest.raises(DataError, match="32 px, the config's IMG_SIZE is 64"):
+        feed.locate(str(folder), 10, 64)
 
 
 def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
@@ -250,6 +283,8 @@ def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
         read(folder, 16, 3)
     images = read(folder, 16, 3, skip_bad=True)
     assert len(images.train) == 8 and any("1 unreadable image(s) skipped" in note for note in images.notes)
+    (missing,) = feed.Resident(images.train, torch.device("cpu")).missing  # which each epoch's row counts
+    assert "002.png" in missing
 
 
 def test_resident_batches_pad_and_measure_mean_and_std(folder):
@@ -490,6 +525,17 @@ def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
     assert "holds no finished runs of run_accuracy.sh" in capsys.readouterr().err
 
 
+def test_process_that_waits_for_the_others_ends_at_once():
+    """A store that nobody opens: the library waits for it for minutes, and no handler in Python would be called."""
+    code = "import signal, plugins; plugins.import_libraries(); signal.signal(signal.SIGTERM, lambda *_: None); print('waits', flush=True); plugins.start_distributed(0)"
+    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "waits\n"
+    time.sleep(2)  # into the library
+    process.terminate()
+    assert process.wait(timeout=60) == -signal.SIGTERM
+
+
 def test_mixing_ends_after_its_epochs(runs):
     whole, part, never = (rows(runs / name) for name in ("mixed", "mixed at first", "vanilla straight"))
     assert part[0]["train_loss"] == whole[0]["train_loss"] != never[0]["train_loss"]
@@ -545,6 +591,8 @@ def test_command_line_says_all_that_is_wrong(monkeypatch, capsys, tmp_path):
         assert part in said, said
     assert "--config: name a config" in refused(monkeypatch, capsys)
     assert "no such folder" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="/none/there")
+    by_hand = ("--world_size", "2", "--rank", "1", "--local_rank", "0", "--port", "29500", "--host", "no.such.machine.invalid")
+    assert "there is no machine of that name" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), *by_hand)
 
 
 if __name__ == "__main__":
