@@ -283,10 +283,14 @@ def resolve(config: dict, problems: list[str]) -> None:
     for name, key in (("TENSOR_PARALLEL_MODE", "mode"), ("TENSOR_PARALLEL_SIZE", "size"), ("TENSOR_PARALLEL_DEPTH", "depth")):
         if config[name] is not None and key in tensor and config[name] != tensor[key]:
             problems.append(f"{name} {config[name]}: parallel['tensor'][{key!r}] is {tensor[key]!r}")
-    mode = tensor.get("mode") or config["TENSOR_PARALLEL_MODE"] or "vanilla"
-    size = tensor.get("size") or config["TENSOR_PARALLEL_SIZE"] or 1
-    depth = tensor.get("depth") or (config["TENSOR_PARALLEL_DEPTH"] if mode == "2.5d" else None) or 1
-    pipeline = parallel.get("pipeline") or 1
+
+    def given(*values):  # 0 is given, and wrong
+        return next(value for value in values if value is not None)
+
+    mode = given(tensor.get("mode"), config["TENSOR_PARALLEL_MODE"], "vanilla")
+    size = given(tensor.get("size"), config["TENSOR_PARALLEL_SIZE"], 1)
+    depth = given(tensor.get("depth"), config["TENSOR_PARALLEL_DEPTH"] if mode == "2.5d" else None, 1)
+    pipeline = given(parallel.get("pipeline"), 1)
     pipeline = pipeline.get("size", 1) if isinstance(pipeline, dict) else pipeline
     numbers = {"tensor parallel size": size, "depth": depth, "pipeline": pipeline}
     wrong = [f"{what} {number!r}: {mend}" for what, number in numbers.items() if (mend := _number(int, low=1)(number))]
