@@ -4,6 +4,7 @@ To see whether one can go: delete it and compare the rows of `bash run_benchmark
 """
 
 import gc
+import sys
 from types import MethodType
 
 import torch
@@ -147,7 +148,8 @@ def forget_models() -> None:
     from colossalai.zero.gemini.gemini_mgr import GeminiManager
 
     GeminiManager._get_layout_info.cache_clear()  # an lru_cache on a method keeps the method's object, and with it the chunks
-    torch._dynamo.reset()  # compiled code keeps its CUDA graphs' memory
+    if "torch._dynamo" in sys.modules:  # which takes seconds to import
+        torch._dynamo.reset()  # compiled code keeps its CUDA graphs' memory
     for _ in range(2):  # some of it is only free to go after the first
         gc.collect()
 
