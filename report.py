@@ -15,6 +15,7 @@ import platform
 import shlex
 import sys
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -445,6 +446,7 @@ def read_run(folder: Path) -> dict:
     }
 
 
+@cache
 def flag_defaults() -> dict:
     """What a run had whose rows lack a setting: the flag came later."""
     return vars(finetune_parser().parse_args([])) | RECIPE
@@ -648,10 +650,7 @@ def test_table(runs: list[dict]) -> str:
 def provenance(folder: Path, runs: list[dict]) -> str:
     """Hardware, versions and commands; and the command for the published model where another was used."""
     measured = [run["environment"] for run in runs if run["environment"]]
-    lines = ["## Measured\n"]
-    for hardware, python, versions in dict.fromkeys((e["hardware"], e["python"], tuple(e["versions"].items())) for e in measured):
-        dates = sorted({e["date"][:10] for e in measured if e["hardware"] == hardware})
-        lines.append(f"{' and '.join(dates)} on {hardware}; Python {python}, {', '.join(f'{name} {number}' for name, number in versions)}.")
+    lines = ["## Measured\n", *machines(measured)]
     lines.append("Layout of a run: " + " or ".join(sorted({run["settings"]["layout"] for run in runs})) + ".")
     calls = read_rows(folder / "sweep.jsonl") if (folder / "sweep.jsonl").exists() else []
     commands = [call_of(call["variables"], call["flags"]) for call in calls] or list(dict.fromkeys(e["command"] for e in measured))
@@ -670,6 +669,15 @@ def provenance(folder: Path, runs: list[dict]) -> str:
             )
         )
     return "\n".join(lines) + "\n"
+
+
+def machines(environments: list[dict]) -> list[str]:
+    """A sentence for each kind of machine and versions: when, on what and with what."""
+    lines = []
+    for hardware, python, versions in dict.fromkeys((e["hardware"], e["python"], tuple(e["versions"].items())) for e in environments):
+        dates = sorted({e["date"][:10] for e in environments if e["hardware"] == hardware})
+        lines.append(f"{' and '.join(dates)} on {hardware}; Python {python}, {', '.join(f'{name} {number}' for name, number in versions)}.")
+    return lines
 
 
 def call_of(variables: dict[str, str], flags: list[str]) -> str:
@@ -793,9 +801,10 @@ def accuracy_report(folder: Path) -> None:
     if not groups:
         fail(f"{folder}: holds no finished runs of run_accuracy.sh")
     ranked = sorted(groups.values(), key=lambda group: -mean(run["epochs"][-1]["accuracy"] for run in group))
-    reference = max(ranked, key=len)[0]["settings"]
+    most = max(ranked, key=len)
+    reference = most[0]["settings"]
     names = [group[0]["name"].removesuffix(f"_seed{group[0]['settings']['SEED']}") for group in ranked]
-    compared = names[[group[0]["settings"] for group in ranked].index(reference)]
+    compared = names[ranked.index(most)]
     rows = []
     for name, group in zip(names, ranked):
         settings, last = group[0]["settings"], [run["epochs"][-1] for run in group]
@@ -810,16 +819,12 @@ def accuracy_report(folder: Path) -> None:
             ]
         )  # fmt: skip
     header = ["run", "seed", "hardware", "average_loss", "accuracy", "images", "training, s", "images/s", "peak GiB", f"differs from {compared}"]
-    versions = dict.fromkeys(
-        f"{e['date'][:10]} on {e['hardware']}; Python {e['python']}, {', '.join(f'{name} {number}' for name, number in e['versions'].items())}."
-        for group in ranked for e in (run["environment"] for run in group)
-    )  # fmt: skip
     commands = dict.fromkeys(f"    DATA={run['settings']['dataset']} {run['environment']['command']}" for group in ranked for run in group)
     text = [
         "# From scratch", markdown_table(header, rows),
         "Loss and accuracy are those after the last epoch, on the images that were evaluated; ± is the standard deviation over the seeds. "
         "images/s is the median epoch's.",
-        "## Measured", "\n".join(versions), "Commands:", "\n".join(commands),
+        "## Measured", "\n".join(machines([run["environment"] for group in ranked for run in group])), "Commands:", "\n".join(commands),
     ]  # fmt: skip
     write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
     figure, (loss, accuracy) = _axes(11, 4, columns=2)

@@ -8,8 +8,8 @@ import torch
 class StepGraph:
     """Replays ``update``: forward, backward, the reduction over the processes, clipping and the optimizer's step.
 
-    After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). A step that differs
-    in its shapes, kinds or scale is run as it is: the last one of an epoch, which has padding.
+    After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Steps of other
+    shapes, kinds or scale have a graph of their own; the last one of an epoch, which has padding, is run as it is.
 
     Args:
         update: (batches, scale) -> a device scalar. Reads nothing back from the device, and draws from torch's own
