@@ -27,6 +27,11 @@ class Stopped(Exception):
 class NonFiniteLoss(Exception):
     """The loss became infinite or NaN; raised on every process at once."""
 
+    def mend(self, args, rate: str, clip: str) -> str:
+        """What the user can do that is not done yet, by the names that this script has for it. ``args``: precision, max_norm."""
+        ways = [f"lower {rate}"] + [f"set {clip}"] * (not args.max_norm) + ["use bf16 or fp32"] * (args.precision == "fp16")
+        return f"{self}: {', or '.join(ways)}"
+
 
 def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
     """Linear warm-up, then a cosine to zero (Loshchilov and Hutter, 2017).
@@ -251,10 +256,7 @@ class Engine:
                 if not math.isfinite(loss):
                     bad = step + 1 - len(losses) + offset
                     bar.close()
-                    raise NonFiniteLoss(
-                        f"the loss became {loss} at step {bad + 1} (learning rate {lr_at(bad):.3g}): "
-                        "lower --learning_rate, set --max_norm 1, or use --precision fp32 or bf16"
-                    )
+                    raise NonFiniteLoss(f"the loss became {loss} at step {bad + 1} (learning rate {lr_at(bad):.3g})")
             counts = images_per_step[i + 1 - len(losses) : i + 1]
             progress.loss_sum += sum(loss * count for loss, count in zip(losses, counts))
             progress.images += sum(counts)

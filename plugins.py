@@ -366,6 +366,17 @@ def _bf16_autocast():
     return Autocast()
 
 
+def avoid_broken_attention(config) -> None:
+    """Let attention with dropout go by other kernels than cuDNN's, for the whole process.
+
+    On an H200 with torch 2.11 cuDNN's gives NaN for the gradient of a query whose products with all keys are far below zero,
+    where the number of tokens is 64 more than a multiple of 128 (pytorch/pytorch#196678): ViT-Lite without a class token met
+    it in step 3,491. Without dropout or mask another kernel runs, which does not.
+    """
+    if config.attention_probs_dropout_prob:
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> Boosted:
     """Shard, wrap and cast ``model`` as ``args.plugin`` does. Collective: every process calls it.
 
@@ -373,6 +384,7 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
     """
     from colossalai.booster import Booster
 
+    avoid_broken_attention(model.config)
     use_larger_products(model)
     if args.grad_checkpoint:
         # the re-entrant form costs the CPU less; Gemini's hooks know no other
@@ -422,6 +434,7 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
 
 def boost_mesh(model: nn.Module, args, layout: Layout) -> Boosted:
     """`boost` for what tensor_parallel.build returned. ``args``: precision, max_norm, weight_decay, learning_rate."""
+    avoid_broken_attention(model.config)
     adamw = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     return Boosted(
         booster=MeshBooster(),

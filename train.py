@@ -274,7 +274,7 @@ def main(argv: list[str] | None = None) -> None:
             sys.exit(128 + stopped.signum)
         except NonFiniteLoss as error:
             stop_distributed()
-            fail(f"{error}".replace("--learning_rate", "LEARNING_RATE").replace("--max_norm 1", "clip_grad_norm = 1").replace("--precision ", ""), code=1)
+            fail(error.mend(args, "LEARNING_RATE", "clip_grad_norm = 1"), code=1)
 
         except data.DataError as error:  # in the middle of an epoch, on one process: torchrun ends the others
             kept = f". The last checkpoint stays, {checkpoints.all()[-1]}: --resume auto goes on from there" if checkpoints.all() else ""

@@ -174,7 +174,7 @@ def main() -> None:
         except NonFiniteLoss as error:
             kept = f" The last checkpoint in {checkpoints.root} is from before." if checkpoints.all() else ""
             stop_distributed()
-            fail(f"{error}.{kept}", code=1)
+            fail(f"{error.mend(args, '--learning_rate', '--max_norm 1')}.{kept}", code=1)
         except data.DataError as error:  # in the middle of an epoch, on one process: torchrun ends the others
             print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
             os._exit(1)

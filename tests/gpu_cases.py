@@ -92,10 +92,22 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     return [*losses, evaluated["average_loss"]]
 
 
+def attention_gradients() -> list[torch.Tensor]:
+    """Of attention with dropout where all products are far below zero; see `plugins.avoid_broken_attention`."""
+    usual = torch.backends.cuda.cudnn_sdp_enabled()
+    plugins.avoid_broken_attention(Namespace(attention_probs_dropout_prob=0.1))
+    query, key, value = torch.randn(3, 1, 4, 64, 64, device=plugins.device(), dtype=torch.bfloat16, generator=torch.Generator(plugins.device()).manual_seed(0))
+    query[..., 0], key[..., 0] = 1, -960  # divided by the root of 64: -120
+    parts = [part.requires_grad_() for part in (query, key, value)]
+    attended = torch.nn.functional.scaled_dot_product_attention(*parts, dropout_p=0.1)
+    torch.backends.cuda.enable_cudnn_sdp(usual)
+    return torch.autograd.grad(attended.float().square().sum(), parts)
+
+
 def main() -> None:
     plugins.import_libraries()
     plugins.start_distributed(0)
-    results = {}
+    results = {"attention is finite": all(grad.isfinite().all().item() for grad in attention_gradients())}
     for name, changes in cases(int(os.environ["WORLD_SIZE"])).items():
         try:
             results[name] = run(**changes)

@@ -1,11 +1,13 @@
 """The learning rate, the normalisation, and the layout's arithmetic."""
 
 import math
+from argparse import Namespace
 
 import pytest
 import torch
 
-from engine import Mix, Normalize, learning_rate
+import plugins
+from engine import Mix, NonFiniteLoss, Normalize, learning_rate
 from layout import Layout
 from step_graph import StepGraph
 
@@ -45,7 +47,23 @@ def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
     result = two["diverging"]
     assert result["code"] == 1
     assert "the loss became nan at step 2 (learning rate 2e+30)" in result["err"]
-    assert "--learning_rate" in result["err"]
+    assert "lower --learning_rate, or set --max_norm 1." in result["err"]
+
+
+def test_advice_leaves_out_what_is_done_already():
+    args = Namespace(max_norm=1.0, precision="fp16")
+    assert NonFiniteLoss("it burst").mend(args, "RATE", "CLIP = 1") == "it burst: lower RATE, or use bf16 or fp32"
+
+
+def test_attention_with_dropout_is_not_cudnns():
+    usual = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for dropout, expected in ((0.0, True), (0.1, False)):
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            plugins.avoid_broken_attention(Namespace(attention_probs_dropout_prob=dropout))
+            assert torch.backends.cuda.cudnn_sdp_enabled() == expected
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(usual)
 
 
 # ---------------------------------------------------------------------------------------------- a step as a graph
