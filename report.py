@@ -827,14 +827,16 @@ def accuracy_report(folder: Path) -> None:
         "## Measured", "\n".join(machines([run["environment"] for group in ranked for run in group])), "Commands:", "\n".join(commands),
     ]  # fmt: skip
     write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
-    figure, (loss, accuracy) = _axes(11, 4, columns=2)
-    for label, group in zip(names, ranked):
-        for axis, column in ((loss, "average_loss"), (accuracy, "accuracy")):
-            values = list(zip(*([row[column] for row in run["epochs"]] for run in group)))
-            axis.plot(range(1, len(values) + 1), list(map(mean, values)), lw=1.2, label=label)
-    loss.set(xlabel="epoch", ylabel="loss, evaluated", ylim=(0, None))
-    accuracy.set(xlabel="epoch", ylabel="accuracy, evaluated")
-    accuracy.legend(frameon=False, fontsize=8, loc="lower right")
+    figure, axes = _axes(13, 4, columns=2)
+    for axis, column in zip(axes, ("average_loss", "accuracy")):
+        settled = []  # after a twentieth of the training: the first epochs would press the rest together
+        for i, (label, group) in enumerate(zip(names, ranked)):
+            values = [mean(epoch) for epoch in zip(*([row[column] for row in run["epochs"]] for run in group))]
+            settled += values[len(values) // 20 :]
+            axis.plot(range(1, len(values) + 1), values, lw=1.2, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4], label=label)
+        margin = 0.03 * (max(settled) - min(settled))
+        axis.set(xlabel="epoch", ylabel=f"{column.replace('average_', '')}, evaluated", ylim=(min(settled) - margin, max(settled) + margin) if margin else None)
+    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, folder / "epochs.png")
     print("\n\n".join(text[:2]))
     print(f"table.md and epochs.png in {folder}")
