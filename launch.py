@@ -86,11 +86,17 @@ def count_hosts(path):
     for host in hosts:
         if hosts.count(host) > 1:
             fail(f"HOSTFILE={path} names {host} twice")
-        try:
-            socket.getaddrinfo(host, None)
-        except (OSError, UnicodeError):
+        if not resolves(host):
             fail(f"HOSTFILE={path}: there is no machine called {host!r}")
     return len(hosts)
+
+
+def resolves(host):
+    """Whether this machine knows an address of ``host``."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except (OSError, UnicodeError):  # UnicodeError: no name at all, such as one with two dots
+        return False
 
 
 def version_of(requirement):

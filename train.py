@@ -10,7 +10,6 @@ epoch by epoch train, evaluate and save; at the end the last epoch is exported.
 
 import itertools
 import os
-import socket
 import sys
 import time
 from argparse import Namespace
@@ -23,6 +22,7 @@ console.silence_libraries()  # before anything imports colossalai or transformer
 import config as configs  # noqa: E402
 from args import Parser, check_hub, check_output, command_line, gpu_count  # noqa: E402
 from console import fail, predict_command, rank, say  # noqa: E402
+from launch import resolves  # noqa: E402
 
 MESHES = ("2d", "2.5d", "3d")  # built by tensor_parallel.py; the rest by plugins.boost
 
@@ -112,13 +112,6 @@ def join_by_hand(args, problems: list[str]) -> None:
     else:
         os.environ.update({name: str(value) for name, value in given.items()})
         print(f"rank {args.rank} of {args.world_size}: waiting for the others at {args.host}:{args.port}", flush=True)
-
-
-def resolves(host: str) -> bool:
-    try:
-        return bool(socket.getaddrinfo(host, None))
-    except OSError:
-        return False
 
 
 def build(args, labels: list[str]):

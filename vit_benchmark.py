@@ -198,7 +198,8 @@ def main() -> None:
         for case in impossible:
             record(case, status="impossible", reason=args.impossible[case.batch_size])
             say(f"{_title(case)}: impossible here: {args.impossible[case.batch_size]}")
-        if before := len(args.cases) - len(todo) - len(impossible):
+        again = len(written) > start  # a fresh process for the rest of this call's cases
+        if not again and (before := len(args.cases) - len(todo) - len(impossible)):
             say(f"{before} of {len(args.cases)} cases were measured before")
         raise SystemExit(0 if todo else NOTHING_TO_DO)
 

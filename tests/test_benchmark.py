@@ -190,6 +190,7 @@ def test_shell_goes_on_after_a_case_that_killed_its_process_and_one_without_memo
     flags = ["--windows", "2", "--window_steps", "2", "--remeasure"]
     done = subprocess.run(["bash", project / "run_benchmark.sh", *flags], env=os.environ | settings, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "1 case(s) did not run" in done.stderr, done.stdout + done.stderr
+    assert "measured before" not in done.stdout  # but in this call
     rows = read(tmp_path)
     assert [(r["batch_size"], r["status"]) for r in rows] == [(2, "ok"), (3, "failed"), (4, "out of memory"), (5, "ok")]
     assert "status 137" in rows[1]["reason"] and "--known_from" not in rows[0]["command"]

@@ -591,8 +591,9 @@ def test_command_line_says_all_that_is_wrong(monkeypatch, capsys, tmp_path):
         assert part in said, said
     assert "--config: name a config" in refused(monkeypatch, capsys)
     assert "no such folder" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="/none/there")
-    by_hand = ("--world_size", "2", "--rank", "1", "--local_rank", "0", "--port", "29500", "--host", "no.such.machine.invalid")
-    assert "there is no machine of that name" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), *by_hand)
+    by_hand = ("--world_size", "2", "--rank", "1", "--local_rank", "0", "--port", "29500", "--host")
+    for host in ("no.such.machine.invalid", "two..dots"):
+        assert "there is no machine of that name" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), *by_hand, host)
 
 
 if __name__ == "__main__":
