@@ -439,15 +439,22 @@ class Resize:
 
 @dataclass(frozen=True)
 class ResizeAndCrop:
-    """Preprocessing that keeps the proportions, as ImageNet's is: the shorter side to ``shorter`` pixels, then the middle size x size of it."""
+    """Preprocessing that keeps the proportions, as ImageNet's is: the shorter side to ``shorter`` pixels, then the middle size x size of it.
+
+    ``squeezed``: both sides to ``shorter`` pixels, as DeiT has it.
+    """
 
     size: int
     shorter: int
     resample: int = 2
+    squeezed: bool = False
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """-> uint8 (3, size, size)"""
-        image = resize_shorter(image, self.shorter, self.resample)
+        if self.squeezed:
+            image = image.resize((self.shorter, self.shorter), resample=self.resample)
+        else:
+            image = resize_shorter(image, self.shorter, self.resample)
         left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
         pixels = np.asarray(image.crop((left, top, left + self.size, top + self.size)))
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
@@ -458,6 +465,28 @@ class ResizeAndCrop:
 
         size, crop = {"shortest_edge": self.shorter}, {"height": self.size, "width": self.size}
         return BitImageProcessor(size=size, crop_size=crop, image_mean=list(mean), image_std=list(std), resample=self.resample)
+
+
+def preprocessing(processor) -> Resize | ResizeAndCrop:
+    """What a model's image processor of transformers does before it normalises.
+
+    Raises:
+        DataError: something else than these two.
+    """
+    sizes, resample = dict(processor.size), int(processor.resample)
+    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+    size, shorter, squeezed = (crop or sizes).get("height"), sizes.get("height") or sizes.get("shortest_edge"), "height" in sizes
+    if any(given and given.get("width") != given.get("height") for given in (sizes, crop)) or not size or not shorter or size > shorter:
+        raise DataError(f"the model's preprocessing, size {sizes}" + f" and crop_size {crop}" * bool(crop) + ", is neither a square size nor a square cut out of one")
+    return ResizeAndCrop(size, shorter, resample, squeezed) if crop else Resize(size, resample)
+
+
+def set_size(processor, size: int) -> None:
+    """Let an image processor make ``size`` x ``size`` pixels, of the same part of an image as before, in place."""
+    now = preprocessing(processor)
+    processor.size = {side: round(size / now.size * pixels) for side, pixels in processor.size.items()}
+    if isinstance(now, ResizeAndCrop):
+        processor.crop_size = {"height": size, "width": size}
 
 
 def resize_shorter(image: Image.Image, shorter: int, resample: int = 2) -> Image.Image:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+import data
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -134,7 +136,7 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
     if image_size and image_size != model.config.image_size:
         notes.append(f"position embeddings interpolated from {model.config.image_size} to {image_size} px")
         resize_positions(model, image_size)
-        processor.size = {"height": image_size, "width": image_size}
+        data.set_size(processor, image_size)
     pad_labels(model, tp)
     return LoadedModel(model, processor, notes)
 

@@ -44,7 +44,7 @@ def main() -> None:
             images = data.load_data(args)
             torch.manual_seed(args.seed)
             loaded = vit.load_model(args.model_name_or_path, images.label_names, layout.tp, args.image_size)
-            resize = data.Resize(loaded.processor.size["height"], int(loaded.processor.resample))
+            resize = data.preprocessing(loaded.processor)
             augment = data.Augment(resize.size, args.seed, resize.resample, policy=args.auto_augment) if args.augment else None
             images, decoded_bytes = data.decode(images, resize, augment, args, local_processes())
         except (ValueError, OSError) as error:

@@ -1,6 +1,7 @@
 """Images in: every source and mode, what is wrong with them, and which image is in which batch."""
 
 import io
+from argparse import Namespace
 from dataclasses import replace
 
 import datasets
@@ -218,13 +219,40 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
         assert np.abs(np.asarray(rgb).astype(int) - colour).max() <= 1
 
 
-def test_resize_and_crop_equals_the_image_processor(image_folder):
-    for path in sorted((image_folder / "train").rglob("*.png"))[:8]:
-        for resample in (2, 3):
-            resize, image = data.ResizeAndCrop(16, 20, resample), data.open_image(path)
-            processor = resize.processor([0.5] * 3, [0.5] * 3)
+SQUARE, CROP = ({"height": side, "width": side} for side in (20, 16))
+
+
+@pytest.mark.parametrize("size", [None, 24])
+@pytest.mark.parametrize("kind, settings", [
+    ("ViTImageProcessor", dict(size=CROP)),
+    ("BitImageProcessor", dict(size={"shortest_edge": 20}, crop_size=CROP)),  # what train.py exports for ImageNet
+    ("DeiTImageProcessor", dict(size=SQUARE, crop_size=CROP)),
+])  # fmt: skip
+def test_preprocessing_equals_the_image_processor(image_folder, kind, settings, size):
+    import transformers
+
+    for resample in (2, 3):
+        processor = getattr(transformers, kind)(**settings, resample=resample)
+        if size:
+            data.set_size(processor, size)
+        resize = data.preprocessing(processor)
+        assert resize.size == (size or 16)
+        for path in sorted((image_folder / "train").rglob("*.png"))[:8]:
+            image = data.open_image(path)
             expected = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
             assert (resize(image) == expected).all(), (path, image.size)
+
+
+def test_own_processors_do_what_they_say():
+    for resize in (data.Resize(16, 3), data.ResizeAndCrop(16, 20, 3)):
+        assert data.preprocessing(resize.processor([0.5] * 3, [0.5] * 3)) == resize
+
+
+@pytest.mark.parametrize("size, crop", [({"height": 20, "width": 16}, None), ({"shortest_edge": 20}, None), ({"shortest_edge": 12}, CROP)])
+def test_preprocessing_that_is_not_known_is_refused(size, crop):
+    processor = Namespace(size=size, crop_size=crop, do_center_crop=bool(crop), resample=2)
+    with pytest.raises(data.DataError, match="the model's preprocessing, size"):
+        data.preprocessing(processor)
 
 
 def test_exif_orientation_is_followed(tmp_path):
