@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import hub
@@ -301,6 +302,10 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
             problems.append("--optimizer hybrid_adam: its kernels need a GPU; use adamw")
         elif args.plugin == "gemini" and args.precision == "bf16" and args.max_norm and args.offload_optim_frac:
             problems.append("--max_norm with --optimizer hybrid_adam, bf16 and offload: the library skips the clipping; use --optimizer adamw")  # fmt: skip
+    if vars(args).get("tensorboard") and not find_spec("tensorboard"):
+        problems.append("--tensorboard: it is not installed; `pip install tensorboard`, or leave it out")
+    if args.cuda_graphs and args.optimizer == "hybrid_adam":
+        problems.append("--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded; use adamw")
     if args.cuda_graphs:
         if not gpus:
             problems.append("--cuda_graphs: needs a GPU; leave it out")
@@ -379,8 +384,8 @@ def check_model(args, problems: list[str]) -> None:
 def check_data(args, problems: list[str]) -> None:
     try:
         args.dataset_kind = locate(args.dataset)
-    except DataError as error:
-        problems.append(str(error))
+    except (DataError, OSError) as error:  # PermissionError
+        problems.append(str(error) if isinstance(error, DataError) else f"--dataset {args.dataset}: {error.strerror}")
         args.dataset_kind = None
 
 
@@ -426,15 +431,30 @@ def check_output(args, problems: list[str]) -> None:
     """Nothing that is there is overwritten unasked."""
     if args.eval_only or args.dry_run:
         return
-    folder = Path(args.output_path)
+    try:
+        _check_output(args, Path(args.output_path), problems)
+    except OSError as error:  # PermissionError in a folder above
+        problems.append(f"--output_path {args.output_path}: {error.strerror}")
+
+
+def _check_output(args, folder: Path, problems: list[str]) -> None:
     if folder.exists() and not folder.is_dir():
-        problems.append(f"--output_path {folder}: is a file")
-    elif folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output and not args.resume:
+        return problems.append(f"--output_path {folder}: is a file")
+    resumes = args.resume == "auto" or args.resume and folder.resolve() in Path(args.resume, "x").resolve().parents
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and args.overwrite_output:
+        for flag in ("model_name_or_path", "dataset"):
+            source = Path(getattr(args, flag) or "no such file")
+            if source.exists() and folder.resolve() in Path(source, "x").resolve().parents:
+                problems.append(f"--overwrite_output: {folder} would be emptied, and holds --{flag} {source}; set OUTPUT_PATH to another folder")
+        if not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "failed.json")):
+            problems.append(f"--overwrite_output: {folder} holds files, and none of a run's; set OUTPUT_PATH to another folder")
+    elif used and not resumes:
         problems.append(
             f"--output_path {folder}: is not empty; continue that run with --resume auto, replace it with "
             "--overwrite_output, or set OUTPUT_PATH to another folder"
         )
-    elif folder.is_dir() and args.resume == "auto" and not any((folder / "checkpoints").glob("*/meta.json")):
+    elif used and args.resume == "auto" and not any((folder / "checkpoints").glob("*/meta.json")):
         metrics = folder / "metrics.jsonl"
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         if lines and json.loads(lines[-1])["kind"] == "end":

@@ -278,8 +278,11 @@ def load(path: Path, boosted: Boosted, meta: dict) -> None:
     dist.barrier()
 
 
-def resume(checkpoints: Checkpoints, args, boosted: Boosted) -> tuple[Path, dict] | None:
+def resume(checkpoints: Checkpoints, args, boosted: Boosted, data: list) -> tuple[Path, dict] | None:
     """Find, check and load what ``args.resume`` names. -> (checkpoint, its meta), None for a run from the start. Collective.
+
+    Args:
+        data: what tells a data set from an earlier form of it, as the meta's ``data`` has it.
 
     Raises:
         CheckpointError: it cannot be used for this run.
@@ -292,6 +295,8 @@ def resume(checkpoints: Checkpoints, args, boosted: Boosted) -> tuple[Path, dict
         return None
     meta = read_meta(path)
     check_settings(path, meta, args)
+    if meta["data"] != data:
+        raise CheckpointError(f"--resume {path}: {args.dataset} has changed since (other training images or labels); start anew with --overwrite_output")
     load(path, boosted, meta)
     return path, meta
 

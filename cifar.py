@@ -23,8 +23,14 @@ TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
 class _Arrays(pickle.Unpickler):
     """Unpickles numpy arrays, and refuses to run anything else that a file may name."""
 
+    NEEDED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
+        (f"numpy.{core}.{where}", name)
+        for core in ("core", "_core")  # numpy 1 and 2
+        for where, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+    }
+
     def find_class(self, module: str, name: str):
-        if module.split(".")[0] == "numpy" or (module, name) == ("_codecs", "encode"):
+        if (module, name) in self.NEEDED:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it names {module}.{name}")
 

@@ -10,6 +10,7 @@ Everything is checked without a process group.
 import ast
 import builtins
 import enum
+import math
 import types
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def _number(kind, low=None, above=None, high=None, optional=False):
     def check(value):
         if optional and value is None:
             return None
-        right = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool) and value == value
+        right = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool) and math.isfinite(value)
         inside = right and (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
         return None if inside else what
 
@@ -218,7 +219,7 @@ def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
     names = run(Path(path), values | {other: values[name] for other, name in SYNONYMS.items() if name in values})
     found = {}
     for name, value in names.items():
-        if name.startswith("_") or isinstance(value, (types.ModuleType, types.FunctionType, type)):
+        if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue  # helpers and imports
         name = SYNONYMS.get(name, name)
         if name in NAMES:
@@ -309,6 +310,8 @@ def resolve(config: dict, problems: list[str]) -> None:
         problems.append(f"fp16 = {fp16!r}: must be dict(mode=AMP_TYPE.TORCH), APEX or NAIVE; all train with fp32 master weights and a loss scale")
     if fp16 is not None and config["bf16"]:
         problems.append("fp16 and bf16: give one of them")
+    for name in ("MEAN", "STD"):
+        config[name] = config[name] and tuple(config[name])
     if config["RAND_AUGMENT"] and len(config["RAND_AUGMENT"]) == 2:
         config["RAND_AUGMENT"] = (*config["RAND_AUGMENT"], 31)
     config["precision"] = "bf16" if config["bf16"] else "fp16" if fp16 is not None else "fp32"

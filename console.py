@@ -3,6 +3,7 @@
 import logging
 import os
 import shlex
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -38,16 +39,23 @@ def progress_bar(steps: int, label: str):
 
 
 def fail(*problems: str, code: int = 2) -> None:
-    """End the program with every problem named, once (rank 0), and no traceback.
+    """End the program with every problem named, once a machine, for it may be this one's alone, and no traceback.
 
     Raises:
         SystemExit: always, with ``code`` (2: the user's input, as argparse does).
     """
-    if rank() == 0:
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ  # started by hand, each in its own window
+    if alone or os.environ["LOCAL_RANK"] == "0":
+        where = f" on {socket.gethostname()}" if rank() else ""
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            print(f"error{where}: {problem}", file=sys.stderr)
         sys.stderr.flush()
     raise SystemExit(code)
+
+
+def cache_home() -> Path:
+    """The user's folder of caches (XDG Base Directory Specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # Path.home() fails for a user without one
 
 
 def silence_libraries() -> None:

@@ -12,7 +12,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader
 
+from console import cache_home
 from layout import Layout
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
@@ -30,7 +31,7 @@ SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation"
 IGNORE = -100  # label of a padding image: it fills up a batch and counts nowhere (torch's cross_entropy ignores it)
 DRAWN = "drawn"  # the name of the embedded data set (leaves.py)
 PREPARED = "prepared.json"  # in a folder that prepare_images.py wrote (packed.py)
-LARGE = 200_000  # images; a split of more is not read whole before training: that would take minutes
+LARGE = 200_000  # images; a training split of more is not read whole before training: that would take minutes
 SMALL = 1e-3  # seconds to decode an image; below it threads wait for each other in Python longer than they save
 
 
@@ -162,6 +163,13 @@ def load_data(args, hold_out: bool = True) -> ImageData:
             f"no validation split: {len(rest)} of {len(train)} training images held out "
             f"(--validation_fraction {args.validation_fraction}, stratified, seed {args.seed})"
         )
+    for split in ("validation", "test"):
+        if split in splits and not len(splits[split]):
+            if split == "validation":
+                mend = "use fewer folds" if args.fold else "add images" if not held_out else "add images, at least two of a class"
+                raise DataError(f"--dataset {name}: no image falls to the validation split: {mend}")
+            notes.append("the test split is empty: it is not used")
+            del splits[split]
     counts = np.bincount(splits["train"].labels, minlength=len(labels))
     if empty := [labels[i] for i in np.flatnonzero(counts == 0)]:
         raise DataError(f"--dataset {name}: no training images of class {', '.join(empty)}: add some, or remove the class")
@@ -180,7 +188,7 @@ def load_data(args, hold_out: bool = True) -> ImageData:
 
 def cache_folder() -> Path:
     """Where drawn images are kept between runs."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vit-colossalai"
+    return cache_home() / "vit-colossalai"
 
 
 def locate(name: str) -> str:
@@ -250,7 +258,11 @@ def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
     for split, folder in folders.items():
         found = [sorted(_image_paths(folder / name)) for name in labels]
         if not any(found):
-            flat = any(_is_image(entry.name) for entry in folder.iterdir())
+            flat = sorted(entry.path for entry in os.scandir(folder) if _is_image(entry.name))
+            if flat and split == "test":  # ImageNet's, for one: its labels are not given away
+                paths = Paths(folder, flat)
+                splits[split] = Split(split, paths, np.full(len(flat), -1), where=paths)
+                continue
             mend = "the images lie beside each other: move each into the folder of its class" if flat else ", ".join(sorted(IMAGE_SUFFIXES))
             raise DataError(f"--dataset {root}: no images under {folder}/<class>/ ({mend})")
         paths = Paths(folder, list(itertools.chain.from_iterable(found)))
@@ -310,6 +322,8 @@ def _read_datasets(name: str, kind: str, image_column: str | None, label_column:
             raise DataError(f"--dataset {name}: split {', '.join(lacking)} has no column {column!r}; add it, or leave the split out")
     if isinstance(features[label_column], datasets.ClassLabel):
         labels = features[label_column].names
+        if odd := [split for split in loaded if getattr(loaded[split].features[label_column], "names", None) != labels]:
+            raise DataError(f"--dataset {name}: split {', '.join(odd)} has other class names, or another order of them, than {next(iter(loaded))}: give all splits one ClassLabel")
     else:
         values = sorted(set().union(*(split.unique(label_column) for split in loaded.values())) - {None})
         labels = [str(value) for value in values]
@@ -572,6 +586,22 @@ def _mix(*numbers: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def machine_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes: the machine's memory, or what a container or a batch system leaves this process of it (Linux's control groups)."""
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    groups = proc.read_text().splitlines() if proc.exists() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in groups):
+        if controllers in ("", "memory"):  # version 2, version 1
+            base, file = (root / controllers, "memory.limit_in_bytes" if controllers else "memory.max")
+            own = base / path.lstrip("/")
+            for folder in (own, *own.parents):  # a group has its parents' limits, too
+                with suppress(OSError, ValueError):  # not there; "max"
+                    limits.append(int((folder / file).read_text()))
+    return min(limits)
+
+
 def decode(images: ImageData, resize: Resize, augment: Augment | None, args, processes: int) -> tuple[ImageData, int]:
     """Decode every split once and keep it as uint8, as far as the memory budget of a process allows.
 
@@ -584,14 +614,13 @@ def decode(images: ImageData, resize: Resize, augment: Augment | None, args, pro
     Raises:
         DataError: unreadable images, all named, unless ``--skip_bad_images``.
     """
-    import psutil
-
-    budget = (args.data_memory * 2**30 if args.data_memory else psutil.virtual_memory().total / 4) / processes
+    budget = (args.data_memory * 2**30 if args.data_memory else machine_memory() / 4) / processes
     threads = max(1, min(16, len(os.sched_getaffinity(0)) // processes))
     kept, notes, total = {}, [], 0
     for split in images.splits():
         keep, slot = (augment.keep, "sources") if augment and split.name == "train" else (resize, "resized")
-        if len(split) <= LARGE and getattr(split, slot) is None:
+        # a large training split is not read twice; what is evaluated must be whole before it counts
+        if (split.name != "train" or len(split) <= LARGE) and getattr(split, slot) is None:
             split, size, skipped = _decode_split(split, keep, slot, budget - total, threads, args.skip_bad_images)
             total += size
             notes += skipped
@@ -763,12 +792,18 @@ def _whole(batch: dict) -> dict:
     return batch
 
 
+def _leave_process_group(worker: int) -> None:
+    """Ctrl-C and torchrun signal a whole group; the step that the training finishes before it saves needs its workers."""
+    os.setpgrp()
+
+
 def make_loader(batches: Batches, order, workers: int) -> DataLoader:
     """A torch DataLoader over ``order`` (lists of (epoch, image) pairs, one per batch)."""
     return DataLoader(
         batches,
         batch_sampler=_Order(order),
         collate_fn=_whole,
+        worker_init_fn=_leave_process_group,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # or each loader would draw from the state that dropout depends on

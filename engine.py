@@ -11,9 +11,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from console import progress_bar
-from data import IGNORE, drawn_from
-from plugins import Boosted, all_max, all_sum, device
+from console import progress_bar, say
+from data import IGNORE, drawn_from, first_ten
+from plugins import Boosted, all_max, all_names, all_sum, device
 from step_graph import StepGraph
 
 
@@ -117,6 +117,19 @@ class SignalFlag:
     def __exit__(self, *exc):
         for signum, handler in self.previous.items():
             signal.signal(signum, handler)
+
+
+def count_skipped(row: dict, skipped: list[str], missing: list[str]) -> None:
+    """Note in an epoch's row how many training images could not be read, and say which are new. Collective.
+
+    Args:
+        skipped: those that this process met in the epoch.
+        missing: those left out from the start.
+    """
+    found = sorted(all_names(skipped))
+    row["skipped_images"] = len(found) + len(missing)
+    if found:
+        say(f"  note      {len(found)} unreadable training image(s) skipped: {first_ten(found)}")
 
 
 class Engine:
@@ -276,15 +289,17 @@ class Engine:
 
     def _read(self, shares: list[torch.Tensor], since: float, stop: SignalFlag | None) -> tuple[list[float], int, float]:
         """Wait for the device and agree: the mean loss of each step, the signal asked for (0: none), seconds passed."""
-        signum = float(stop.signum) if stop else 0.0
         losses = torch.stack(shares).tolist()  # waits for the steps to end
         mine = torch.tensor([*losses, time.perf_counter() - since], device=device(), dtype=torch.float64)
         *losses, elapsed = all_sum(mine).tolist()
-        signum = all_max(torch.tensor(signum, device=device())).item()
-        return losses, int(signum), elapsed / self.layout.world
+        return losses, self._asked(stop) if stop else 0, elapsed / self.layout.world
+
+    def _asked(self, stop: SignalFlag) -> int:
+        """The signal that any process was sent, 0: none. Collective."""
+        return int(all_max(torch.tensor(float(stop.signum), device=device())).item())
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[dict], expected: int) -> dict:
+    def evaluate(self, batches: Iterator[dict], expected: int, stop: SignalFlag | None = None) -> dict:
         """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights where there are any.
 
         Args:
@@ -296,18 +311,21 @@ class Engine:
 
         Raises:
             RuntimeError: the count is not ``expected``; the sums would be wrong.
+            Stopped: on every process together.
         """
         self.model.eval()
         with self.boosted.averaged_weights():
-            loss, correct, images = self._evaluate(batches)
+            loss, correct, images = self._evaluate(batches, stop)
         if images != expected:
             raise RuntimeError(f"evaluation counted {images:.0f} images instead of {expected}")
         return {"average_loss": loss / images, "accuracy": correct / images, "images": int(images)}
 
-    def _evaluate(self, batches: Iterator[dict]) -> list[float]:
+    def _evaluate(self, batches: Iterator[dict], stop: SignalFlag | None) -> list[float]:
         """-> sum of the loss, correct images and images, over all groups"""
         sums = torch.zeros(3, dtype=torch.float64, device=device())
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            if stop and i % 20 == 0 and (signum := self._asked(stop)):
+                raise Stopped(signum)
             batch = self.to_device(batch)
             labels = batch.pop("labels")
             if self.layout.pp > 1:

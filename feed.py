@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import cifar
 import data
@@ -254,12 +253,3 @@ def open_feeds(name: str, values: dict, device: torch.device, processes: int = 1
     return Feeds(
         train, feed(images.test or images.validation), feed(images.minival), images.label_names, normal, resize.processor(*normal), where, images.notes
     )
-
-
-def all_skipped(split: Resident | Streamed) -> set[str]:
-    """Unreadable images met by any process since the last call, by name. Collective."""
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, list(split.skipped))
-    if split.skipped:
-        split.skipped.clear()
-    return set().union(*found)

@@ -1,6 +1,7 @@
 """The HuggingFace hub, and a copy of a part of it in the cache: whether it can be had, and what goes to it."""
 
 import functools
+import http.client
 import os
 import re
 import threading
@@ -8,7 +9,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from console import fail, say
+from console import cache_home, fail, say
 
 NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
@@ -28,13 +29,12 @@ def answers(seconds: float = 6) -> bool:
     heard = []
 
     def ask():
-        request = urllib.request.Request(endpoint(), method="HEAD")
         try:
-            urllib.request.urlopen(request, timeout=seconds)
+            urllib.request.urlopen(urllib.request.Request(endpoint(), method="HEAD"), timeout=seconds)
             heard.append(True)
         except urllib.error.HTTPError:
             heard.append(True)  # it answered
-        except OSError:
+        except (OSError, ValueError, http.client.HTTPException):  # ValueError: HF_ENDPOINT is no address
             pass
 
     thread = threading.Thread(target=ask, daemon=True)
@@ -45,11 +45,11 @@ def answers(seconds: float = 6) -> bool:
 
 def is_cached(name: str, kind: str) -> bool:
     """Whether a hub repository has a local copy (the layout of huggingface_hub's and datasets' caches)."""
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+    home = Path(os.environ.get("HF_HOME") or cache_home() / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     copies = [hub / f"{kind}--{name.replace('/', '--')}" / "snapshots"]
     if kind == "datasets":
-        copies.append(Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")) / name.replace("/", "___").lower())
+        copies.append(Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / name.replace("/", "___").lower())
     return any(copy.is_dir() and any(copy.iterdir()) for copy in copies)
 
 

@@ -84,6 +84,7 @@ class LoadedModel:
 
     model: nn.Module
     processor: object  # ViTImageProcessor: size, mean, std, interpolation
+    untrained: bool  # the classifier has random weights
     notes: list[str]  # what was changed, one line each
 
 
@@ -109,6 +110,7 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
         processor = ViTImageProcessor(
             size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
         )
+        untrained = True
         notes.append(f"{name}: random initial weights")
     else:
         config = AutoConfig.from_pretrained(name)
@@ -127,9 +129,16 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
         fresh = set(loading["missing_keys"]) | mismatched
         if strangers := [key for key in fresh if not key.startswith("classifier.")]:
             raise ValueError(f"--model_name_or_path {name} lacks {len(strangers)} weights of a ViT, e.g. {strangers[0]}")
+        untrained = bool(fresh)
         if fresh:
             notes.append(f"fresh classifier for {len(labels)} labels (the checkpoint's does not fit)")
-        elif trained != labels:
+        elif sorted(trained) == sorted(labels):
+            rows = [trained.index(label) for label in labels]  # the data set may have them in another order
+            with torch.no_grad():
+                model.classifier.weight.copy_(model.classifier.weight[rows].clone())
+                model.classifier.bias.copy_(model.classifier.bias[rows].clone())
+        else:
+            untrained = True
             model.classifier.reset_parameters()
             notes.append(f"fresh classifier: the checkpoint's {len(labels)} labels have other names")
         processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
@@ -138,7 +147,7 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
         resize_positions(model, image_size)
         data.set_size(processor, image_size)
     pad_labels(model, tp)
-    return LoadedModel(model, processor, notes)
+    return LoadedModel(model, processor, untrained, notes)
 
 
 @torch.no_grad()

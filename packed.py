@@ -7,6 +7,7 @@
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -121,7 +122,7 @@ def read(folder: Path) -> tuple[dict[str, Split], list[str]]:
     for split in about["splits"]:
         try:
             index = dict(np.load(folder / f"{split}.npz"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise DataError(f"--dataset {folder}: {split}.npz cannot be read ({error}): copy the folder again") from None
         ends = index["offset"] + index["length"]
         for part in np.unique(index["part"]):

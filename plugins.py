@@ -49,6 +49,10 @@ def start_distributed(seed: int) -> None:
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     with _signals_end_at_once():
         colossalai.launch_from_torch(seed=seed, verbose=False)
+    if "LOCAL_WORLD_SIZE" not in os.environ:  # one process at a time
+        hosts = [None] * dist.get_world_size()
+        dist.all_gather_object(hosts, socket.gethostname())
+        os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
 
 
 @contextmanager
@@ -452,6 +456,13 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     """Sum over all processes, in place."""
     dist.all_reduce(values)
     return values
+
+
+def all_names(names: list[str]) -> set[str]:
+    """Those of all processes. Collective."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, list(names))
+    return set().union(*found)
 
 
 def all_max(values: torch.Tensor) -> torch.Tensor:

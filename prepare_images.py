@@ -1,7 +1,7 @@
 """Decode and resize a data set once, so that training only copies and crops: `python prepare_images.py DATA OUT --size 256`
 
-DATA is anything that train.py takes, such as ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG; OUT is then given to
-train.py or vit_train_demo.py in its place. The same command goes on where an interrupted one stopped.
+DATA is an image folder, such as ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or parquet or arrow files, or a hub
+name; OUT is then given to train.py or vit_train_demo.py in its place. The same command goes on where an interrupted one stopped.
 """
 
 import argparse
@@ -126,7 +126,7 @@ def main(argv=None) -> None:
     _shared.update(splits, args=args)
     unreadable = []
     bar = progress_bar(sum(counts.values()), "images")
-    bar.update(min(len(tasks) - len(left), len(tasks)) * PART if left else sum(counts.values()))
+    bar.update(len(tasks) - len(left) * PART if left else sum(counts.values()))
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("fork")) as pool:
         try:
             for done in as_completed([pool.submit(pack, task) for task in left]):

@@ -29,6 +29,7 @@ import console
 console.silence_libraries()  # before anything imports colossalai
 
 import args as command_lines  # noqa: E402
+import data  # noqa: E402
 import launch  # noqa: E402
 import report  # noqa: E402
 from args import Parser  # noqa: E402
@@ -210,9 +211,7 @@ class Slot:
             first = number % sweep.fitting * sweep.processes
             self.environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible[first : first + sweep.processes])
         if sweep.parallel_runs > 1:
-            import psutil
-
-            self.flags = ["--data_memory", f"{psutil.virtual_memory().total / 2**30 / 4 / sweep.parallel_runs:.2f}"]
+            self.flags = ["--data_memory", f"{data.machine_memory() / 2**30 / 4 / sweep.parallel_runs:.2f}"]
         self.run = self.process = None
 
     def start(self, run: Run, log: Path, ports: set[int]) -> None:

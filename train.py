@@ -43,9 +43,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser.number("--port", int, low=1, high=65535, help="a port that is free there")
     args = parser.parse(argv)
     problems = parser.problems
-    join_by_hand(args, problems)
     launched = "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if launched else (args.world_size or 1)
+    join_by_hand(args, problems)
+    world = int(os.environ.get("WORLD_SIZE", args.world_size or 1))
     gpus = gpu_count()
     if launched and gpus and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
         problems.append(f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {gpus} GPU(s)")
@@ -66,6 +66,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
             args.dataset_kind = feed.locate(args.dataset, config["NUM_CLASSES"], config["IMG_SIZE"])
             args.model_name_or_path, args.notes = Path(args.config).stem, []
             check_hub(args, problems)
+            if args.dataset_kind == feed.cifar.FOLDER and config["RANDOM_RESIZED_CROP"] is not None:
+                problems.append(f"RANDOM_RESIZED_CROP {config['RANDOM_RESIZED_CROP']}: is for image files; DATA={args.dataset} has pixels of one size: use RANDOM_CROP_PADDING")
         except feed.DataError as error:
             problems.append(str(error))
     args.output_path = args.output_path or config["LOG_PATH"] or f"./runs/{Path(args.config).stem}"
@@ -75,6 +77,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
         fail(*problems)
     if args.check:
         raise SystemExit(0)
+    if not launched and args.world_size:
+        print(f"rank {rank()} of {args.world_size}: waiting for the others at {args.host}:{args.port}", flush=True)
 
     # the names that plugins.py and checkpoint.py know
     args.layout = configs.layout(config, world, rank())
@@ -107,11 +111,12 @@ def join_by_hand(args, problems: list[str]) -> None:
         problems.append(f"{', '.join('--' + name for name in missing)}: missing; one process at a time needs --world_size, --rank, --local_rank, --host and --port")
     elif args.world_size < 1 or args.rank >= args.world_size or args.local_rank > args.rank:
         problems.append(f"--rank {args.rank} --local_rank {args.local_rank}: must be below --world_size {args.world_size}, the local rank at most the rank")
+    elif (gpus := gpu_count()) and args.local_rank >= gpus:
+        problems.append(f"--local_rank {args.local_rank}: this machine has {gpus} GPU(s), numbered from 0")
     elif not resolves(args.host):
         problems.append(f"--host {args.host}: there is no machine of that name; give rank 0's name or address")
     else:
         os.environ.update({name: str(value) for name, value in given.items()})
-        print(f"rank {args.rank} of {args.world_size}: waiting for the others at {args.host}:{args.port}", flush=True)
 
 
 def build(args, labels: list[str]):
@@ -150,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
     import model as vit
     import report
     from cifar import Augment
-    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
+    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, count_skipped, learning_rate
     from plugins import device, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
 
     values, layout, output = args.values, args.layout, Path(args.output_path)
@@ -194,11 +199,11 @@ def main(argv: list[str] | None = None) -> None:
             say(f"  note      {note}")
 
         # ---- output folder, or the run to go on with
-        checkpoints = ckpt.Checkpoints(output / "checkpoints", keep=1)
+        checkpoints, trained_on = ckpt.Checkpoints(output / "checkpoints", keep=1), [len(train), labels]
         rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": args.settings}]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
-            if resumed := ckpt.resume(checkpoints, args, boosted):
+            if resumed := ckpt.resume(checkpoints, args, boosted, trained_on):
                 found, meta = resumed
                 rows += meta["rows"]
                 progress, first_epoch = EpochProgress(**meta["progress"]), meta["epoch"]
@@ -216,13 +221,13 @@ def main(argv: list[str] | None = None) -> None:
         def save(epoch: int) -> None:
             meta = dict(
                 step=epoch * schedule.steps + -(-progress.images // schedule.per_step), epoch=epoch, progress=vars(progress),
-                rows=rows[1:], best_epoch=None, processes=layout.world, settings=args.settings,
+                rows=rows[1:], best_epoch=None, processes=layout.world, settings=args.settings, data=trained_on,
             )  # fmt: skip
             checkpoints.save(boosted, meta)
 
         def evaluate(split) -> dict:
             order = data.evaluation_order(len(split), schedule.rows, layout)
-            return engine.evaluate(split.batches(order), len(split))
+            return engine.evaluate(split.batches(order), len(split), stop)
 
         # a list: drawn from later, when first_step has changed
         starts = [(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, epochs)]
@@ -246,10 +251,8 @@ def main(argv: list[str] | None = None) -> None:
                 last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
                 row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
                 if args.skip_bad_images:
-                    skipped = sorted(feed.all_skipped(train))
-                    row["skipped_images"] = len(skipped) + len(train.missing)
-                    if skipped:
-                        say(f"  note      {len(skipped)} unreadable training image(s) skipped: {'; '.join(skipped[:10])}" + "; ..." * (len(skipped) > 10))
+                    count_skipped(row, train.skipped, train.missing)
+                    train.skipped = []
                 row["best"] = epoch + 1 == epochs  # the one exported: none is chosen by the split that it is judged by
                 rows.append(row)
                 progress, first_step = EpochProgress(), 0

@@ -48,8 +48,11 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
     from data import open_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForImageClassification.from_pretrained(model_path).eval().to(device)
-    processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
+    try:
+        model = AutoModelForImageClassification.from_pretrained(model_path).eval().to(device)
+        processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
+    except (OSError, ValueError) as error:  # no weights, no classifier
+        console.fail(f"--model {model_path}: {str(error).strip().splitlines()[0]}")
     topk = min(topk, model.config.num_labels)
     for start in range(0, len(images), batch_size):
         opened, results = [], {}

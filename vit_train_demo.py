@@ -28,7 +28,7 @@ def main() -> None:
     import hub
     import model as vit
     import report
-    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, learning_rate
+    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, count_skipped, learning_rate
     from plugins import boost, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
 
     with SignalFlag() as stop:
@@ -47,6 +47,8 @@ def main() -> None:
             resize = data.preprocessing(loaded.processor)
             augment = data.Augment(resize.size, args.seed, resize.resample, policy=args.auto_augment) if args.augment else None
             images, decoded_bytes = data.decode(images, resize, augment, args, local_processes())
+            if args.eval_only and loaded.untrained:
+                raise ValueError(f"--eval_only: {args.model_name_or_path} was not trained on the labels of {args.dataset} ({', '.join(images.label_names[:5])}, ...)")
         except (ValueError, OSError) as error:
             fail(str(error))
         args.notes += images.notes + loaded.notes
@@ -81,7 +83,7 @@ def main() -> None:
         def evaluate(split: data.Split) -> dict:
             order = data.evaluation_order(len(split), schedule.rows, layout)
             plain = data.Batches(split, resize, None, args.skip_bad_images)
-            return engine.evaluate(iter(data.make_loader(plain, order, 0 if split.resized is not None else workers)), len(split))
+            return engine.evaluate(iter(data.make_loader(plain, order, 0 if split.resized is not None else workers)), len(split), stop)
 
         if args.eval_only:
             for split in (images.validation, images.test):
@@ -91,14 +93,12 @@ def main() -> None:
             return stop_distributed()
 
         # ---- output folder, or the run to go on with
-        checkpoints = ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints)
+        checkpoints, trained_on = ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints), [len(images.train), images.label_names]
         rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": ckpt.settings_of(args)}]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
-            if resumed := ckpt.resume(checkpoints, args, boosted):
+            if resumed := ckpt.resume(checkpoints, args, boosted, trained_on):
                 found, meta = resumed
-                if meta["data"] != [len(images.train), images.label_names]:
-                    raise ckpt.CheckpointError(f"--resume {found}: {args.dataset} has changed since (other training images or labels); start anew with --overwrite_output")  # fmt: skip
                 rows += meta["rows"]
                 if meta["best_epoch"]:
                     checkpoints.adopt_best(meta["best_epoch"], found)
@@ -120,7 +120,7 @@ def main() -> None:
         def save(step: int, epoch: int) -> None:
             meta = dict(
                 step=step, epoch=epoch, progress=vars(progress), rows=rows[1:], best_epoch=best and best["epoch"],
-                processes=layout.world, settings=ckpt.settings_of(args), data=[len(images.train), images.label_names],
+                processes=layout.world, settings=ckpt.settings_of(args), data=trained_on,
             )  # fmt: skip
             checkpoints.save(boosted, meta)
 
@@ -129,7 +129,14 @@ def main() -> None:
         starts = [(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, args.num_epoch)]
         order = itertools.chain.from_iterable(itertools.starmap(schedule.batches, starts))
         training_set = data.Batches(images.train, resize, augment, args.skip_bad_images)
-        batches = iter(data.make_loader(training_set, order, workers))
+        skipped: list[str] = []  # by this process in this epoch
+
+        def read_batches():
+            for batch in data.make_loader(training_set, order, workers):
+                skipped.extend(batch.pop("skipped"))
+                yield batch
+
+        batches = read_batches()
         say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
         best = next((row for row in rows if row["kind"] == "epoch" and row["best"]), None)
         try:
@@ -150,6 +157,9 @@ def main() -> None:
                 result = evaluate(images.validation)
                 last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
                 row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
+                if args.skip_bad_images:
+                    count_skipped(row, skipped, images.train.unreadable)
+                    skipped.clear()
                 row["best"] = best is None or args.keep == "last" or report.quality(row) > report.quality(best)
                 rows.append(row)
                 if row["best"]:

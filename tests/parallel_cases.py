@@ -144,9 +144,9 @@ def evaluate(tp=1, pp=1, **changes) -> dict:
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
-def entry(output: str, *argv, dataset="images") -> dict:
+def entry(output: str, *argv, dataset="images", model="model") -> dict:
     """vit_train_demo.py's main in these processes, as if started anew; the process group lives on."""
-    words = ["--model_name_or_path", FOLDER / "model", "--dataset", FOLDER / dataset, "--output_path", FOLDER / output]
+    words = ["--model_name_or_path", FOLDER / model, "--dataset", FOLDER / dataset, "--output_path", FOLDER / output]
     out, err, code = io.StringIO(), io.StringIO(), 0
     torch.manual_seed(int(time.time()))  # nothing may depend on the state before the run
     sys.argv = ["vit_train_demo.py", *map(str, [*words, "--num_workers", 0, *argv])]
@@ -355,7 +355,8 @@ def all_cases() -> dict:
             (),
         )
         cases["dry run"] = (entry, ("dry", "--dry_run"))
-        cases["evaluation only"] = (entry, ("evaluated", "--eval_only", "--batch_size", 4))
+        cases["evaluation only"] = (lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"), ())
+        cases["evaluation of other labels"] = (entry, ("evaluated", "--eval_only"))
         cases["damaged, not in memory"] = (
             lambda: entry("skipped", *one_epoch, "--skip_bad_images", "--data_memory", 1e-9, dataset="damaged"),
             (),

@@ -1,5 +1,6 @@
 """Every bad setting is refused before anything starts, with its flag, its value and a mend; all of them at once."""
 
+import importlib.util
 import json
 import os
 import socket
@@ -7,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from helpers import ROOT, save_tiny_vit
+from helpers import ROOT, save_tiny_vit, write_folder
 
 import args as command
 
@@ -17,7 +18,8 @@ def parse(monkeypatch, tmp_path, image_folder, model_folder):
     """-> settings of a command line on a machine with ``gpus`` GPUs, in ``world`` processes; local model and images."""
     monkeypatch.chdir(tmp_path)
 
-    def parse(line="", gpus=0, world=1, bf16=True, local=True):
+    def parse(line="", gpus=0, world=1, bf16=True, local=True, without=""):
+        monkeypatch.setattr(command, "find_spec", lambda name: None if name == without else importlib.util.find_spec(name))
         monkeypatch.setattr(command, "gpu_count", lambda: gpus)
         monkeypatch.setattr(command, "_bf16", lambda: bf16)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -103,6 +105,11 @@ BAD = [
     ("--learning_rate inf", {}, "--learning_rate inf: must be a number > 0"),
     ("--plugin hybrid_parallel --pp_size 2 --compile", {"world": 2}, "--compile: pipeline parallelism is not proved with it; use PP_SIZE=1"),
     ("--output_path a_file", {}, "--output_path a_file: is a file"),
+    ("--output_path finished --resume full", {}, "--output_path finished: is not empty; continue that run with --resume auto"),
+    ("--output_path full --overwrite_output", {}, "--overwrite_output: full holds files, and none of a run's; set OUTPUT_PATH"),
+    ("--output_path finished --overwrite_output --dataset finished/train", {}, "--overwrite_output: finished would be emptied, and holds --dataset finished/train"),
+    ("--tensorboard", dict(without="tensorboard"), "--tensorboard: it is not installed; `pip install tensorboard`, or leave it out"),
+    ("--preset fast --plugin torch_ddp --cuda_graphs --optimizer hybrid_adam", dict(gpus=1), "--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded"),
     ("--resume nowhere", {}, "--resume nowhere: no such checkpoint folder"),
     ("--resume auto --overwrite_output", {}, "--resume with --overwrite_output"),
     ("--model_name_or_path nowhere", {}, "--model_name_or_path nowhere: no such folder, and no preset (vit-demo,"),
@@ -126,6 +133,7 @@ def test_bad_setting_is_named_with_a_mend(problems, tmp_path, line, machine, mes
     (tmp_path / "full" / "something").touch()
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "end", "seconds": 1.0}\n')
+    write_folder(tmp_path / "finished", {"train": 6})
     (tmp_path / "a_file").touch()
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
@@ -223,9 +231,17 @@ def test_unreachable_hub_is_one_error_and_no_long_wait(tmp_path, silent):
         assert part in run.stderr
 
 
-@pytest.mark.parametrize("model", [False, True])
-def test_cached_copies_do_without_the_hub(monkeypatch, tmp_path, parse, model):
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
-    (tmp_path / "cache" / "hub" / "models--someone--vit" / "snapshots" / "1").mkdir(parents=True)
-    settings = parse("--model_name_or_path someone/vit")
+@pytest.mark.parametrize("variable, below", [("HF_HOME", ""), ("XDG_CACHE_HOME", "huggingface/")])
+@pytest.mark.parametrize("flag, copy", [
+    ("--model_name_or_path", "hub/models--someone--leaves/snapshots/1"),
+    ("--dataset", "hub/datasets--someone--leaves/snapshots/1"),
+    ("--dataset", "datasets/someone___leaves/default"),
+])  # fmt: skip
+def test_cached_copies_do_without_the_hub(monkeypatch, tmp_path, parse, problems, variable, below, flag, copy):
+    for name in ("HF_HOME", "XDG_CACHE_HOME", "HOME"):  # HOME: a user without one
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    assert "no copy is cached" in problems(f"{flag} someone/leaves")[0]
+    (tmp_path / "cache" / below / copy).mkdir(parents=True)
+    settings = parse(f"{flag} someone/leaves")
     assert settings.notes == ["the HuggingFace hub does not answer: using the cached copies"]

@@ -174,6 +174,37 @@ def test_hidden_test_labels_are_said_and_not_used(tmp_path, pictures):
     assert images.test is None and images.notes == ["split 'test' is not used: its labels are hidden"]
 
 
+def test_splits_of_other_class_names_are_refused(tmp_path, pictures):
+    """Each split encoded by itself: the numbers of one are not those of the other."""
+    table = huggingface_table(pictures)
+    fewer = table.filter(lambda label: label > 0, input_columns="labels").cast_column("labels", datasets.Value("string"))
+    datasets.DatasetDict(train=table, validation=fewer.class_encode_column("labels")).save_to_disk(tmp_path / "a")
+    with pytest.raises(data.DataError, match="split validation has other class names, .* than train"):
+        load(tmp_path / "a")
+
+
+def test_test_images_without_labels_are_said_and_not_used(tmp_path):
+    write_folder(tmp_path, {"train": 9, "validation": 3})
+    write_image(tmp_path / "test" / "0.png", 0, 0)  # as ImageNet's lie
+    images = load(tmp_path)
+    assert images.test is None and images.notes == ["split 'test' is not used: its labels are hidden"]
+
+
+def test_empty_splits(tmp_path, pictures):
+    write_folder(tmp_path / "few", {"train": 9})
+    with pytest.raises(data.DataError, match="no image falls to the validation split: use fewer folds"):
+        load(tmp_path / "few", "--fold", "5/5")
+    write_folder(tmp_path / "one", {"train": 3})
+    with pytest.raises(data.DataError, match="no image falls to the validation split: add images, at least two of a class"):
+        load(tmp_path / "one")
+    table = huggingface_table(pictures)
+    for split in ("train", "validation"):
+        table.to_parquet(tmp_path / "a" / f"{split}.parquet")
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(tmp_path / "a" / "train.parquet").slice(0, 0), tmp_path / "a" / "test.parquet")
+    images = load(tmp_path / "a")
+    assert images.test is None and images.notes == ["the test split is empty: it is not used"]
+
+
 # ---------------------------------------------------------------------------------------------- modes
 
 
@@ -325,6 +356,27 @@ def test_split_of_many_images_is_not_read_before_training(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "LARGE", 5)
     kept, _ = decoded(images)
     assert kept.train.resized is None and len(kept.train) == 6 and kept.validation.resized is not None
+    monkeypatch.setattr(data, "LARGE", 2)  # what is evaluated is read whole in any case, or an epoch would end in an error
+    (tmp_path / "validation" / "red" / "002.png").write_text("broken")
+    kept, _ = decoded(images, "--skip_bad_images")
+    assert len(kept.validation) == 2 and "validation/red/002.png" in kept.notes[-1]
+
+
+@pytest.mark.parametrize("groups, file, limit", [
+    ("0::/job/step\n", "job/memory.max", 2**30),
+    ("5:cpu:/\n4:memory:/job\n", "memory/job/memory.limit_in_bytes", 2**31),
+    ("0::/job\n", "job/memory.max", "max"),
+    ("0::/job\n", "other/memory.max", 2**30),
+])  # fmt: skip
+def test_memory_of_a_container_is_the_machines(tmp_path, groups, file, limit):
+    (tmp_path / "cgroup").write_text(groups)
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).write_text(f"{limit}\n")
+    found = data.machine_memory(tmp_path / "cgroup", tmp_path)
+    if limit == "max" or file.startswith("other"):
+        assert found == data.machine_memory(tmp_path / "none") > 2**31
+    else:
+        assert found == limit
 
 
 def test_run_with_unreadable_images_that_are_not_kept_in_memory(one, shared):

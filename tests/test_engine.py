@@ -2,12 +2,13 @@
 
 import math
 from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 import plugins
-from engine import Mix, NonFiniteLoss, Normalize, learning_rate
+from engine import Engine, Mix, NonFiniteLoss, Normalize, Stopped, learning_rate
 from layout import Layout
 from step_graph import StepGraph
 
@@ -53,6 +54,15 @@ def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
 def test_advice_leaves_out_what_is_done_already():
     args = Namespace(max_norm=1.0, precision="fp16")
     assert NonFiniteLoss("it burst").mend(args, "RATE", "CLIP = 1") == "it burst: lower RATE, or use bf16 or fp32"
+
+
+def test_a_signal_ends_an_evaluation(monkeypatch):
+    monkeypatch.setattr("engine.all_max", lambda values: values)
+    engine = Engine.__new__(Engine)
+    engine.model, engine.boosted = torch.nn.Identity(), Namespace(averaged_weights=nullcontext)
+    with pytest.raises(Stopped) as end:
+        engine.evaluate(iter([{}]), 1, Namespace(signum=15))
+    assert end.value.signum == 15
 
 
 def test_attention_with_dropout_is_not_cudnns():

@@ -28,6 +28,11 @@ def test_card_metadata_is_what_the_hub_reads():
     assert found["accuracy"].dataset_type == "AI-Lab-Makerere/beans" and found["accuracy"].dataset_split == "test"
 
 
+def test_an_endpoint_that_is_no_address_does_not_answer(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example")
+    assert not hub.answers.__wrapped__(5)
+
+
 def test_names_of_folders_on_this_machine_stay_out_of_the_metadata(tmp_path):
     folder = tmp_path / "leaves"
     folder.mkdir()

@@ -148,7 +148,13 @@ def test_same_classes_keep_their_head_and_other_names_do_not(tmp_path):
     saved = ViTForImageClassification.from_pretrained(tmp_path).state_dict()
     same = vit.load_model(str(tmp_path), LABELS)
     assert weights_are(same.model, saved) and same.notes == []
+    assert not same.untrained
+    turned = vit.load_model(str(tmp_path), LABELS[::-1])
+    assert turned.notes == [] and not turned.untrained and turned.model.config.id2label[0] == LABELS[-1]
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.equal(turned.model.state_dict()[name], saved[name].flip(0))
     other = vit.load_model(str(tmp_path), ["x", "y", "z"])
+    assert other.untrained
     assert not torch.equal(other.model.classifier.weight, saved["classifier.weight"])
     assert "have other names" in other.notes[0] and other.model.config.id2label[0] == "x"
 

@@ -93,6 +93,7 @@ def test_nothing_but_bad_images_still_is_valid_output(predict):
     [
         (["--model", "./nowhere", "images"], "--model ./nowhere: no such model folder"),
         (["--model", "nowhere", "images"], "--model nowhere: no such model folder"),
+        (["--model", "bare", "images"], "--model bare: "),
         (["empty"], "no images under empty"),
         (["--topk", "0", "images"], "--topk 0: must be a whole number >= 1"),
         (["--format", "xml", "images"], "invalid choice: 'xml'"),
@@ -100,6 +101,8 @@ def test_nothing_but_bad_images_still_is_valid_output(predict):
 )
 def test_bad_arguments_are_named_and_end_with_2(predict, folder, capsys, words, message):
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "bare").mkdir(exist_ok=True)
+    (folder / "bare" / "config.json").write_text('{"model_type": "vit"}')  # and no weights
     with pytest.raises(SystemExit) as end:
         predict(*words)
     assert end.value.code == 2 and message in capsys.readouterr().err

@@ -150,6 +150,11 @@ def test_folder_that_was_not_copied_whole_is_refused(tree, tmp_path, capsys, par
     part.unlink()
     with pytest.raises(data.DataError, match="train-00003.bin is missing or cut short"):
         load(out)
+    index = (out / "train.npz").read_bytes()
+    for left in (0, len(index) // 2):
+        (out / "train.npz").write_bytes(index[:left])
+        with pytest.raises(data.DataError, match="train.npz cannot be read .*: copy the folder again"):
+            load(out)
     (out / "prepared.json").write_text("{")
     with pytest.raises(data.DataError, match="prepared.json is damaged"):
         load(out)

@@ -142,6 +142,13 @@ def test_one_problem_hides_no_other(overrides, world, said):
     assert len(found) == len(said) and all(any(part in message for message in found) for part in said), found
 
 
+def test_lists_and_imported_functions_are_taken(tmp_path):
+    path = write(tmp_path / "own.py", CONFIGS[-1].read_text() + "\nfrom math import sqrt\nLEARNING_RATE = sqrt(4e-6)\nMEAN = STD = [0.5, 0.5, 0.5]\n")
+    config, problems = configs.load(path)
+    assert problems + configs.check(config, 1) == [] and config["LEARNING_RATE"] == pytest.approx(2e-3)
+    assert hash((config["MEAN"], config["STD"]))  # Normalize keeps them by it
+
+
 def test_values_on_the_command_line_are_expressions_as_in_a_config():
     values, problems = configs.parse_overrides(
         ["parallel=dict(pipeline=2, tensor=dict(mode='1d', size=2))", "LEARNING_RATE=1e-3*2", "AUTO_AUGMENT=cifar10", "LOG_PATH=./runs/a-1", "fp16=dict(mode=AMP_TYPE.TORCH)", "seed=7"]  # fmt: skip
@@ -162,6 +169,7 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
         (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "parallel={'pipeline': 2}"], 8, "goes with 1d and vanilla"),
     (["TENSOR_PARALLEL_SIZE=4", "TENSOR_PARALLEL_MODE=2d", "DROP_PATH=0.1"], 4, "DROP_PATH 0.1: goes with 1d and vanilla"),
         (["TENSOR_PARALLEL_MODE=4d"], 4, "must be one of"),
+        (["LEARNING_RATE=1e999"], 4, "must be a number > 0"),
         (["TENSOR_PARALLEL_SIZE=2"], 4, "needs a mode"),
         (["parallel={'data': 2}"], 4, "data parallelism follows"),
         (["gradient_accumulation=3", "BATCH_SIZE=100"], 4, "TOTAL_BATCH_SIZE 512"),
@@ -255,9 +263,10 @@ def test_damaged_folders_are_named(tmp_path):
     (folder / "data_batch_2").write_bytes(whole[:1000])
     with pytest.raises(DataError, match="data_batch_2 is damaged"):
         read(folder)
-    (folder / "data_batch_2").write_bytes(pickle.dumps(os.getcwd))  # a pickle that would call something
-    with pytest.raises(DataError, match="it names"):
-        read(folder)
+    for function in (os.getcwd, np.load):  # a pickle that would call something
+        (folder / "data_batch_2").write_bytes(pickle.dumps(function))
+        with pytest.raises(DataError, match="it names"):
+            read(folder)
     (folder / "data_batch_2").unlink()
     with pytest.raises(DataError, match="lacks data_batch_2"):
         feed.locate(str(folder), 10, 32)
@@ -437,7 +446,8 @@ RUNS = {  # name -> config, processes, overrides
     "2d fp16": ("2d", 4, [*PLAIN, "fp16={'mode': 'torch'}"]),
     "vanilla straight": ("vanilla", 1, [MIMETIC]),
     "2d straight": ("2d", 4, [MIMETIC, "EMA=0.8"]),
-    "1d straight": ("1d", 2, [TWO, *DRAWN]),
+    "1d straight": ("1d", 2, [TWO, MIMETIC, *DRAWN]),
+    "dropped paths": ("vanilla", 1, [MIMETIC, "DROP_PATH=0.5"]),
     "mixed": ("vanilla", 1, ["CUTMIX=1.0"]),
     "mixed at first": ("vanilla", 1, ["CUTMIX=1.0", "MIX_EPOCHS=1"]),
 }
@@ -502,7 +512,8 @@ def test_modes_start_and_augment_alike(runs):
 
 
 def test_draws_and_averages_change_the_result(runs):
-    assert rows(runs / "1d straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla straight")[0]["train_loss"], abs=1e-3)
+    for name in ("1d straight", "dropped paths"):
+        assert rows(runs / name)[0]["train_loss"] != pytest.approx(rows(runs / "vanilla straight")[0]["train_loss"], abs=1e-3)
     assert rows(runs / "2d straight")[1]["average_loss"] != pytest.approx(rows(runs / "vanilla straight")[1]["average_loss"], abs=1e-3)
 
 
@@ -513,10 +524,10 @@ def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
     lines = [line.strip("|").split("|") for line in (runs / "table.md").read_text().splitlines() if line.startswith("|")]
     header, *body = [[cell.strip() for cell in line] for line in (lines[0], *lines[2:])]
     found = {line[0]: dict(zip(header, line)) for line in body}
-    assert header[-1] == "differs from 2d resumed"  # of the settings that several runs have, the first
-    assert found["2d resumed"]["seed"] == "42 42" and found["2d resumed"]["accuracy"].endswith("± 0.0000") and found["2d resumed"][header[-1]] == ""
+    compared = found[header[-1].removeprefix("differs from ")]  # of the settings that several runs have
+    assert compared["seed"] == "42 42" and compared["accuracy"].endswith("± 0.0000") and compared[header[-1]] == ""
     assert found["mixed"]["accuracy"] == f"{rows(runs / 'mixed')[-1]['accuracy']:.4f}"
-    assert "CUTMIX 1.0, MIX_EPOCHS 1, mode vanilla" in found["mixed at first"][header[-1]]
+    assert "CUTMIX 1.0, MIX_EPOCHS 1" in found["mixed at first"][header[-1]]
     accuracies = [float(line["accuracy"].split(" ")[0]) for line in found.values()]
     assert accuracies == sorted(accuracies, reverse=True)
     assert (runs / "epochs.png").stat().st_size > 10_000
@@ -591,9 +602,18 @@ def test_command_line_says_all_that_is_wrong(monkeypatch, capsys, tmp_path):
         assert part in said, said
     assert "--config: name a config" in refused(monkeypatch, capsys)
     assert "no such folder" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="/none/there")
+    cropped = ("--config", str(CONFIGS[-1]), "--set", "RANDOM_RESIZED_CROP=0.3", "RANDOM_CROP_PADDING=0")
+    assert "RANDOM_RESIZED_CROP 0.3: is for image files" in refused(monkeypatch, capsys, *cropped, data=str(write_cifar(tmp_path)))
     by_hand = ("--world_size", "2", "--rank", "1", "--local_rank", "0", "--port", "29500", "--host")
     for host in ("no.such.machine.invalid", "two..dots"):
         assert "there is no machine of that name" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), *by_hand, host)
+
+
+def test_every_process_started_by_hand_says_what_is_wrong(tmp_path):
+    by_hand = ("--world_size=2", "--rank=1", "--local_rank=0", "--host=127.0.0.1", "--port=29500")
+    environment = {name: value for name, value in os.environ.items() if name != "DATA"}
+    run = subprocess.run([sys.executable, ROOT / "train.py", *by_hand, f"--config={CONFIGS[-1]}"], env=environment, text=True, capture_output=True, timeout=120)
+    assert run.returncode == 2 and "DATA: set this environment variable" in run.stderr and run.stdout == ""
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """vit_train_demo.py as a process: what it prints, the folder that it leaves, and how it ends."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -119,21 +120,27 @@ def test_dry_run_prints_the_plan_and_writes_nothing(one, shared):
 
 
 def test_evaluation_alone_writes_nothing(one, shared):
-    result = one["evaluation only"]
-    assert result["code"] == 0 and not (shared / "evaluated").exists()
-    assert re.search(r"validation: average_loss=\d\.\d{4}, accuracy=0\.\d{4} \(13 images\)\ntest: .* \(7 images\)", result["out"])
+    result, trained = one["evaluation only"], one["no checkpoints kept"]["out"]
+    assert result["code"] == 0 and not (shared / "evaluated").exists(), result["err"]
+    found = re.search(r"validation: (average_loss=\d\.\d{4}, accuracy=0\.\d{4}) \(13 images\)\ntest: (.*) \(7 images\)", result["out"])
+    assert found[1] in trained and found[2] in trained
+
+
+def test_evaluation_of_a_model_of_other_labels_is_refused(one):
+    result = one["evaluation of other labels"]
+    assert result["code"] == 2 and "was not trained on the labels of" in result["err"]
 
 
 def test_sigterm_of_a_running_process_saves_and_its_run_goes_on(tmp_path, image_folder, model_folder):
     """The signal of an operator; that all processes agree on one is test_resume.py's."""
     words = [sys.executable, SCRIPT, "--model_name_or_path", model_folder, "--dataset", image_folder, "--output_path", tmp_path / "out"]
-    words += ["--batch_size", "8", "--max_train_samples", "16", "--max_eval_samples", "3", "--num_epoch", "60"]
-    with subprocess.Popen([str(word) for word in words], text=True, stdout=subprocess.PIPE) as run:
+    words += ["--batch_size", "8", "--max_train_samples", "16", "--max_eval_samples", "3", "--num_epoch", "60", "--augment", "--num_workers", "2"]
+    with subprocess.Popen([str(word) for word in words], text=True, stdout=subprocess.PIPE, start_new_session=True) as run:
         lines = []
         for line in run.stdout:
             lines.append(line)
             if line.startswith("Evaluation result for epoch 2:"):
-                run.send_signal(signal.SIGTERM)
+                os.killpg(run.pid, signal.SIGTERM)  # as torchrun does, and a terminal at Ctrl-C: the data workers are not to end
     assert run.returncode == 143, lines
     assert lines[-1].startswith("stopped after step ")
     assert not (tmp_path / "out" / "model.safetensors").exists()

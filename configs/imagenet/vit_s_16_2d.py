@@ -1,7 +1,7 @@
 """ViT-S/16 on ImageNet-1k from scratch, 2d tensor parallel. Model and recipe: vit_s_16_vanilla.py.
 
 Command   DATA=/path/to/imagenet torchrun --nproc_per_node=8 train.py --config=configs/imagenet/vit_s_16_2d.py
-          any multiple of 4 processes: a mesh of 2 x 2, times data parallel
+          4 processes, a mesh of 2 x 2, times a power of two of data parallel
 Published about 74.5 % top-1 in 16.5 hours on eight A100s
 Measured  accuracy not, in this form
 """
