@@ -163,13 +163,8 @@ def load_data(args, hold_out: bool = True) -> ImageData:
             f"no validation split: {len(rest)} of {len(train)} training images held out "
             f"(--validation_fraction {args.validation_fraction}, stratified, seed {args.seed})"
         )
-    for split in ("validation", "test"):
-        if split in splits and not len(splits[split]):
-            if split == "validation":
-                mend = "use fewer folds" if args.fold else "add images" if not held_out else "add images, at least two of a class"
-                raise DataError(f"--dataset {name}: no image falls to the validation split: {mend}")
-            notes.append("the test split is empty: it is not used")
-            del splits[split]
+    if "validation" in splits and not len(splits["validation"]):
+        raise DataError(f"--dataset {name}: no image falls to the validation split: " + ("use fewer folds" if args.fold else "give a class two images or more"))
     counts = np.bincount(splits["train"].labels, minlength=len(labels))
     if empty := [labels[i] for i in np.flatnonzero(counts == 0)]:
         raise DataError(f"--dataset {name}: no training images of class {', '.join(empty)}: add some, or remove the class")

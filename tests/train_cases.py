@@ -59,6 +59,7 @@ class Cases:
     def start(self, name: str, config: str, data: Path, processes: int, overrides: list[str], *options: str, stop_at_step: int | None = None):
         """One run. ``stop_at_step``: it gets a SIGTERM when it begins (the rest of) an epoch from that global step on."""
         import engine
+        import plugins
         import train
 
         os.environ["DATA"] = str(data)
@@ -76,6 +77,7 @@ class Cases:
 
                 engine.Engine.train_epoch = train_epoch
             train.main([*argv, *map(str, hand), "--set", *overrides])
+            assert plugins.local_processes() == processes  # found out, where no launcher says it
 
         codes = in_processes(processes, one, self.root / f"{name}.log")
         self.statuses.setdefault(name, []).append(codes)
