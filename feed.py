@@ -216,6 +216,7 @@ class Feeds:
     normal: tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in units of 255
     processor: object  # transformers': the preprocessing of the evaluation
     where: str  # the images are, and what is done to them there
+    held_out: bool  # what is evaluated was cut from train
     notes: list[str]
 
 
@@ -233,7 +234,7 @@ def open_feeds(name: str, values: dict, device: torch.device, processes: int = 1
         judged = Synthetic(values["TOTAL_BATCH_SIZE"], size, classes, device)
         notes = ["synthetic images, noise with random labels: they measure speed, and the accuracy means nothing"]
         labels, normal = [f"class {i}" for i in range(classes)], normal or half
-        return Feeds(train, judged, None, labels, normal, resize.processor(*normal), f"made on {device.type}", notes)
+        return Feeds(train, judged, None, labels, normal, resize.processor(*normal), f"made on {device.type}", False, notes)
 
     images = read(name, values, processes, skip_bad)
     workers = data.auto_workers(images, augment, processes) if values["NUM_WORKERS"] is None else values["NUM_WORKERS"]
@@ -251,5 +252,5 @@ def open_feeds(name: str, values: dict, device: torch.device, processes: int = 1
         images.notes.append("MEAN and STD: 0.5, for a set that does not lie on the device is not measured")
     where = f"on {device.type}" if isinstance(train, Resident) else f"read by {workers} worker(s) of each process"
     return Feeds(
-        train, feed(images.test or images.validation), feed(images.minival), images.label_names, normal, resize.processor(*normal), where, images.notes
+        train, feed(images.test or images.validation), feed(images.minival), images.label_names, normal, resize.processor(*normal), where, images.held_out, images.notes
     )

@@ -198,7 +198,7 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
     )
     title = f"{Path(settings['model_name_or_path']).name}, {how} on {Path(settings['dataset']).name}"
     return f"""---
-{_card_metadata(title, settings, base=not from_scratch, split=split, result=result)}
+{_card_metadata(title, settings, base=not from_scratch, split=split, result=result, whole=bool(test) or not run.get("held_out"))}
 ---
 
 # {title}
@@ -212,7 +212,7 @@ print(pipeline("image-classification", model=".")("image.jpg"))
 
 ## Measured
 
-{tested}{evaluated.capitalize()} split ({best["images"]} images), after each epoch (saved here: epoch {best["epoch"]}):
+{tested}{"Held-out part of the training" if run.get("held_out") else evaluated.capitalize()} split ({best["images"]} images), after each epoch (saved here: epoch {best["epoch"]}):
 
 {table}
 ![loss and accuracy per epoch](metrics.png)
@@ -225,14 +225,14 @@ On {run["hardware"]}, {run["layout"]}, {run["date"]}; {versions}.
 """
 
 
-def _card_metadata(title: str, settings: dict, base: bool, split: str, result: dict) -> str:
+def _card_metadata(title: str, settings: dict, base: bool, split: str, result: dict, whole: bool) -> str:
     """The hub's metadata (YAML) of a model card; names of this machine's folders are left out of it.
 
-    A fold, or a part of a split, is no split of the data set: its numbers are none that the hub may rank.
+    A fold, or a part of a split (not ``whole``), is no split of the data set: its numbers are none that the hub may rank.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
-    whole = not settings.get("fold") and not settings.get("max_eval_samples")
+    whole = whole and not settings.get("fold") and not settings.get("max_eval_samples")
     dataset, model = settings["dataset"], settings["model_name_or_path"]
     where = dict(dataset_type=dataset if hub.is_name(dataset) else Path(dataset).name, dataset_name=Path(dataset).name, dataset_split=split)
     card = ModelCardData(

@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
 
         # ---- output folder, or the run to go on with
         checkpoints, trained_on = ckpt.Checkpoints(output / "checkpoints", keep=1), [len(train), labels]
-        rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": args.settings}]
+        rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": args.settings, "held_out": images.held_out}]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
             if resumed := ckpt.resume(checkpoints, args, boosted, trained_on):

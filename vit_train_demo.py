@@ -94,7 +94,7 @@ def main() -> None:
 
         # ---- output folder, or the run to go on with
         checkpoints, trained_on = ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints), [len(images.train), images.label_names]
-        rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": ckpt.settings_of(args)}]
+        rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": ckpt.settings_of(args), "held_out": images.held_out}]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
             if resumed := ckpt.resume(checkpoints, args, boosted, trained_on):

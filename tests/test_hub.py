@@ -52,6 +52,15 @@ def test_parts_of_a_split_are_no_result_of_it(part):
     assert "model-index" not in metadata and "0.98" not in metadata and "accuracy 0.9844" in told
 
 
+@pytest.mark.parametrize("tested", [False, True])
+def test_a_part_held_out_of_train_is_no_split_of_the_set(tested):
+    found = rows(0.75)[: 2 + tested]
+    found[0] |= {"held_out": True}
+    card = ModelCard(report.model_card(found, {"model_name_or_path": "a/vit", "dataset": "a/leaves"}, ["a", "b"]))
+    assert "Held-out part of the training split (133 images)" in card.text
+    assert [result.dataset_split for result in card.data.eval_results or []] == ["test", "test"] * tested
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload of small files asks for."""
 
