@@ -4,7 +4,6 @@ All bad settings are reported together, each with its flag, its value and a mend
 """
 
 import argparse
-import json
 import math
 import os
 import re
@@ -304,7 +303,7 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
             problems.append("--max_norm with --optimizer hybrid_adam, bf16 and offload: the library skips the clipping; use --optimizer adamw")  # fmt: skip
     if vars(args).get("tensorboard") and not find_spec("tensorboard"):
         problems.append("--tensorboard: it is not installed; `pip install tensorboard`, or leave it out")
-    if args.cuda_graphs and args.optimizer == "hybrid_adam":
+    if args.cuda_graphs and args.optimizer == "hybrid_adam" and args.plugin in ("torch_ddp", "none"):
         problems.append("--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded; use adamw")
     if args.cuda_graphs:
         if not gpus:
@@ -427,37 +426,47 @@ def check_push(args, problems: list[str]) -> None:
             problems.append(f"--push_to_hub {args.push_to_hub}: not logged in; run `huggingface-cli login`, or set HF_TOKEN")
 
 
-def check_output(args, problems: list[str]) -> None:
-    """Nothing that is there is overwritten unasked."""
+# What a run writes into its output folder, and --overwrite_output removes.
+WRITTEN = ("checkpoints", "tensorboard", "model.safetensors", "config.json", "preprocessor_config.json", "metrics.jsonl", "metrics.png", "README.md")
+
+
+def check_output(args, problems: list[str], sources: tuple[str, ...] = ("model_name_or_path", "dataset")) -> None:
+    """Nothing that is there is overwritten unasked, nor what the run is made from. ``sources``: the settings that name that."""
     if args.eval_only or args.dry_run:
         return
     try:
-        _check_output(args, Path(args.output_path), problems)
+        _check_output(args, Path(args.output_path), [name for name in sources if getattr(args, name, None)], problems)
     except OSError as error:  # PermissionError in a folder above
         problems.append(f"--output_path {args.output_path}: {error.strerror}")
 
 
-def _check_output(args, folder: Path, problems: list[str]) -> None:
+def _check_output(args, folder: Path, sources: list[str], problems: list[str]) -> None:
     if folder.exists() and not folder.is_dir():
         return problems.append(f"--output_path {folder}: is a file")
-    resumes = args.resume == "auto" or args.resume and folder.resolve() in Path(args.resume, "x").resolve().parents
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    finished = bool(lines) and '"kind": "end"' in lines[-1]
+    saved = any((folder / "checkpoints").glob("*/meta.json"))
     used = folder.is_dir() and any(folder.iterdir())
+    # of this folder's run, or of another into a folder where there is nothing to lose yet
+    resumes = args.resume == "auto" or args.resume and (folder.resolve() in Path(args.resume, "x").resolve().parents or lines and not finished and not saved)
     if used and args.overwrite_output:
-        for flag in ("model_name_or_path", "dataset"):
-            source = Path(getattr(args, flag) or "no such file")
-            if source.exists() and folder.resolve() in Path(source, "x").resolve().parents:
-                problems.append(f"--overwrite_output: {folder} would be emptied, and holds --{flag} {source}; set OUTPUT_PATH to another folder")
-        if not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "failed.json")):
-            problems.append(f"--overwrite_output: {folder} holds files, and none of a run's; set OUTPUT_PATH to another folder")
+        removed = [(folder / name).resolve() for name in WRITTEN if (folder / name).exists()]
+        for name in sources:
+            source = Path(getattr(args, name)).resolve()
+            own_model = name == "model_name_or_path" and source == folder.resolve()
+            if removed and (own_model or set(removed) & {source, *source.parents}):
+                problems.append(f"--overwrite_output: {folder} holds {getattr(args, name)}, which this run is made from; set OUTPUT_PATH to another folder")
+        if removed and not any((folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "failed.json")):
+            named = ", ".join(path.name for path in removed)
+            problems.append(f"--overwrite_output: {folder} would lose {named}, and holds no run that they are of; set OUTPUT_PATH to another folder")
     elif used and not resumes:
         problems.append(
             f"--output_path {folder}: is not empty; continue that run with --resume auto, replace it with "
             "--overwrite_output, or set OUTPUT_PATH to another folder"
         )
-    elif used and args.resume == "auto" and not any((folder / "checkpoints").glob("*/meta.json")):
-        metrics = folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if lines and json.loads(lines[-1])["kind"] == "end":
+    elif used and args.resume == "auto" and not saved:
+        if finished:
             problems.append(f"--output_path {folder}: holds a finished run and no checkpoint to go on from; set OUTPUT_PATH to another folder, or replace it with --overwrite_output")  # fmt: skip
         elif not lines and any(path.name not in ("failed.json", "checkpoints") for path in folder.iterdir()):
             problems.append(f"--output_path {folder}: is not empty and holds no run to resume; set OUTPUT_PATH to another folder")

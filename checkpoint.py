@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from console import rank, say
+from args import WRITTEN
 from plugins import Boosted, device
 
 # What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes are not
@@ -222,11 +223,11 @@ def remove(folder: Path) -> None:
 
 def empty_run_folder(output: Path) -> None:
     """Remove what a run of this example writes into its output folder, and nothing else."""
-    for name in ("checkpoints", "tensorboard"):
-        if (output / name).exists():
-            remove(output / name)
-    for name in ("model.safetensors", "config.json", "preprocessor_config.json", "metrics.jsonl", "metrics.png", "README.md"):
-        (output / name).unlink(missing_ok=True)
+    for path in (output / name for name in WRITTEN):
+        if path.is_dir():
+            remove(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def read_meta(path: Path) -> dict:
@@ -295,7 +296,7 @@ def resume(checkpoints: Checkpoints, args, boosted: Boosted, data: list) -> tupl
         return None
     meta = read_meta(path)
     check_settings(path, meta, args)
-    if meta["data"] != data:
+    if meta.get("data", data) != data:  # train.py's had none at first
         raise CheckpointError(f"--resume {path}: {args.dataset} has changed since (other training images or labels); start anew with --overwrite_output")
     load(path, boosted, meta)
     return path, meta

@@ -317,7 +317,8 @@ def _read_datasets(name: str, kind: str, image_column: str | None, label_column:
             raise DataError(f"--dataset {name}: split {', '.join(lacking)} has no column {column!r}; add it, or leave the split out")
     if isinstance(features[label_column], datasets.ClassLabel):
         labels = features[label_column].names
-        if odd := [split for split in loaded if getattr(loaded[split].features[label_column], "names", None) != labels]:
+        used = [split for split in loaded if split in SPLIT_NAMES]
+        if odd := [split for split in used if getattr(loaded[split].features[label_column], "names", labels) != labels]:
             raise DataError(f"--dataset {name}: split {', '.join(odd)} has other class names, or another order of them, than {next(iter(loaded))}: give all splits one ClassLabel")
     else:
         values = sorted(set().union(*(split.unique(label_column) for split in loaded.values())) - {None})

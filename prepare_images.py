@@ -126,7 +126,7 @@ def main(argv=None) -> None:
     _shared.update(splits, args=args)
     unreadable = []
     bar = progress_bar(sum(counts.values()), "images")
-    bar.update(len(tasks) - len(left) * PART if left else sum(counts.values()))
+    bar.update((len(tasks) - len(left)) * PART if left else sum(counts.values()))
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("fork")) as pool:
         try:
             for done in as_completed([pool.submit(pack, task) for task in left]):

@@ -72,7 +72,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
             problems.append(str(error))
     args.output_path = args.output_path or config["LOG_PATH"] or f"./runs/{Path(args.config).stem}"
     args.eval_only = args.dry_run = False
-    check_output(args, problems)
+    check_output(args, problems, sources=("dataset",))
     if problems:
         fail(*problems)
     if args.check:

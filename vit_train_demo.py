@@ -80,7 +80,7 @@ def main() -> None:
         engine = Engine(boosted, labels, normalize, args.label_smoothing, mix)
         workers = args.num_workers if args.num_workers is not None else data.auto_workers(images, augment, local_processes())
 
-        def evaluate(split: data.Split) -> dict:
+        def evaluate(split: data.Split, stop: SignalFlag | None = None) -> dict:
             order = data.evaluation_order(len(split), schedule.rows, layout)
             plain = data.Batches(split, resize, None, args.skip_bad_images)
             return engine.evaluate(iter(data.make_loader(plain, order, 0 if split.resized is not None else workers)), len(split), stop)
@@ -88,7 +88,11 @@ def main() -> None:
         if args.eval_only:
             for split in (images.validation, images.test):
                 if split is not None:
-                    result = evaluate(split)
+                    try:
+                        result = evaluate(split, stop)
+                    except Stopped as stopped:
+                        stop_distributed()
+                        sys.exit(128 + stopped.signum)
                     say(f"{split.name}: average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f} ({result['images']} images)")
             return stop_distributed()
 
@@ -154,7 +158,7 @@ def main() -> None:
                     save=lambda step: save(step, epoch),
                 )
                 evaluated_at = time.perf_counter()
-                result = evaluate(images.validation)
+                result = evaluate(images.validation, stop)
                 last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
                 row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
                 if args.skip_bad_images:

@@ -106,8 +106,7 @@ BAD = [
     ("--plugin hybrid_parallel --pp_size 2 --compile", {"world": 2}, "--compile: pipeline parallelism is not proved with it; use PP_SIZE=1"),
     ("--output_path a_file", {}, "--output_path a_file: is a file"),
     ("--output_path finished --resume full", {}, "--output_path finished: is not empty; continue that run with --resume auto"),
-    ("--output_path full --overwrite_output", {}, "--overwrite_output: full holds files, and none of a run's; set OUTPUT_PATH"),
-    ("--output_path finished --overwrite_output --dataset finished/train", {}, "--overwrite_output: finished would be emptied, and holds --dataset finished/train"),
+    ("--output_path bare --overwrite_output", {}, "--overwrite_output: bare would lose config.json, and holds no run that they are of; set OUTPUT_PATH"),
     ("--tensorboard", dict(without="tensorboard"), "--tensorboard: it is not installed; `pip install tensorboard`, or leave it out"),
     ("--preset fast --plugin torch_ddp --cuda_graphs --optimizer hybrid_adam", dict(gpus=1), "--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded"),
     ("--resume nowhere", {}, "--resume nowhere: no such checkpoint folder"),
@@ -133,12 +132,34 @@ def test_bad_setting_is_named_with_a_mend(problems, tmp_path, line, machine, mes
     (tmp_path / "full" / "something").touch()
     (tmp_path / "finished").mkdir()
     (tmp_path / "finished" / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "end", "seconds": 1.0}\n')
-    write_folder(tmp_path / "finished", {"train": 6})
     (tmp_path / "a_file").touch()
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (tmp_path / "bert" / "config.json").write_text(json.dumps({"model_type": "bert"}))
     found = problems(line, **machine)
     assert len(found) == 1 and message in found[0]
+
+
+def test_overwriting_spares_what_the_run_is_made_from(parse, problems, tmp_path):
+    out = save_tiny_vit(tmp_path / "out")
+    write_folder(out, {"train": 6, "validation": 3})
+    (out / "metrics.jsonl").write_text('{"kind": "run"}\n')
+    assert problems("--output_path out --overwrite_output --model_name_or_path out")[0].startswith("--overwrite_output: out holds out, which this run is made from")
+    assert parse("--output_path out --overwrite_output --dataset out").overwrite_output  # the images stay
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "train.log").touch()
+    assert parse("--output_path new --overwrite_output").overwrite_output  # nothing is lost
+
+
+def test_a_run_that_was_begun_from_another_ones_checkpoint_can_be_begun_again(parse, problems, tmp_path):
+    for name, last in (("begun", "epoch"), ("done", "end")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "%s"}\n' % last)
+    (tmp_path / "other" / "checkpoints").mkdir(parents=True)
+    assert parse("--output_path begun --resume other").resume == "other"
+    assert "done: is not empty" in problems("--output_path done --resume other")[0]
+    (tmp_path / "begun" / "checkpoints" / "1").mkdir(parents=True)
+    (tmp_path / "begun" / "checkpoints" / "1" / "meta.json").touch()
+    assert "begun: is not empty" in problems("--output_path begun --resume other")[0]
 
 
 def test_more_processes_than_gpus_are_refused(problems, monkeypatch):

@@ -181,6 +181,9 @@ def test_splits_of_other_class_names_are_refused(tmp_path, pictures):
     datasets.DatasetDict(train=table, validation=fewer.class_encode_column("labels")).save_to_disk(tmp_path / "a")
     with pytest.raises(data.DataError, match="split validation has other class names, .* than train"):
         load(tmp_path / "a")
+    hidden = table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4)  # numbers without names
+    datasets.DatasetDict(train=table, test=hidden, unlabelled=hidden).save_to_disk(tmp_path / "b")
+    assert load(tmp_path / "b").test is None
 
 
 def test_test_images_without_labels_are_said_and_not_used(tmp_path):

@@ -602,6 +602,9 @@ def test_command_line_says_all_that_is_wrong(monkeypatch, capsys, tmp_path):
         assert part in said, said
     assert "--config: name a config" in refused(monkeypatch, capsys)
     assert "no such folder" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="/none/there")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "metrics.jsonl").touch()
+    assert "DATA: set this" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), "--overwrite_output", "--output_path", str(tmp_path / "out"))
     cropped = ("--config", str(CONFIGS[-1]), "--set", "RANDOM_RESIZED_CROP=0.3", "RANDOM_CROP_PADDING=0")
     assert "RANDOM_RESIZED_CROP 0.3: is for image files" in refused(monkeypatch, capsys, *cropped, data=str(write_cifar(tmp_path)))
     by_hand = ("--world_size", "2", "--rank", "1", "--local_rank", "0", "--port", "29500", "--host")
