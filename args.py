@@ -550,5 +550,7 @@ def command_line(without: str | None = None) -> str:
         at = words.index(without)
         del words[at : at + 2]
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    start = ["python"] if processes == 1 else ["torchrun", f"--nproc_per_node={processes}"]
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+    by_hand = "TORCHELASTIC_RUN_ID" not in os.environ  # the words have all of it
+    start = ["python"] if processes == 1 or by_hand else ["torchrun", *[f"--nnodes={processes // here}"] * (processes > here), f"--nproc_per_node={here}"]
     return shlex.join([*start, os.path.basename(sys.argv[0]), *words])

@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from console import rank, say
 from args import WRITTEN
-from plugins import Boosted, device
+from plugins import Boosted, all_names, device
 
 # What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes are not
 # among them: they are worked out again.
@@ -230,8 +230,18 @@ def empty_run_folder(output: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+AFTER_REMOVAL = "remove this folder, and --resume auto goes on from the checkpoint before it"
+
+
 def read_meta(path: Path) -> dict:
-    return json.loads((path / "meta.json").read_text())
+    """
+    Raises:
+        CheckpointError: it is damaged.
+    """
+    try:
+        return json.loads((path / "meta.json").read_text())
+    except ValueError:
+        raise CheckpointError(f"--resume {path}: meta.json is damaged: {AFTER_REMOVAL}") from None
 
 
 def settings_of(args) -> dict:
@@ -257,20 +267,27 @@ def check_settings(path: Path, meta: dict, args) -> None:
 
 
 def load(path: Path, boosted: Boosted, meta: dict) -> None:
-    """Restore model, optimizer, scaler and random states of ``path``. Collective."""
+    """Restore model, optimizer, scaler and random states of ``path``. Collective.
+
+    Raises:
+        CheckpointError: a file is damaged; on every process.
+    """
     saved_dp = meta["processes"] // (boosted.layout.tp * boosted.layout.pp)
+    recut = is_sharded(boosted) and saved_dp != boosted.layout.dp
+    random_path, damaged = path / f"random_{rank()}.pt", []
 
-    def shard(dp_rank: int) -> dict:
-        return torch.load(path / f"state_{shard_name(boosted, dp_rank)}.pt", map_location="cpu", weights_only=True)
+    def read(file: Path) -> dict:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except Exception:  # torch raises many kinds
+            damaged.append(file.name)
 
-    if is_sharded(boosted) and saved_dp != boosted.layout.dp:
-        state = _merge_zero_shards(boosted, [shard(i) for i in range(saved_dp)])
-    else:
-        state = shard(boosted.layout.dp_rank)
-    load_local_state(boosted, state)
-    random_path = path / f"random_{rank()}.pt"
-    if random_path.exists() and meta["processes"] == boosted.layout.world:
-        random = torch.load(random_path, map_location="cpu", weights_only=True)
+    shards = [read(path / f"state_{shard_name(boosted, i)}.pt") for i in (range(saved_dp) if recut else [boosted.layout.dp_rank])]
+    random = read(random_path) if random_path.exists() and meta["processes"] == boosted.layout.world else None
+    if found := sorted(all_names(damaged)):
+        raise CheckpointError(f"--resume {path}: {', '.join(found)} missing or damaged: {AFTER_REMOVAL}")
+    load_local_state(boosted, _merge_zero_shards(boosted, shards) if recut else shards[0])
+    if random:
         torch.set_rng_state(random["cpu"])
         for own, state in zip(_randomizers(boosted), random["layers"], strict=True):
             own.device_rng_state = state

@@ -24,10 +24,10 @@ def say(text: str = "") -> None:
 
 
 def predict_command(output) -> str:
-    """How to use what a run left in ``output``, with the Python that it was installed for."""
+    """How to use what a run left in ``output``, from where it was started, with the Python that it was installed for."""
     here = Path(__file__).resolve().parent
-    python = ".venv/bin/python" if Path(sys.prefix) == here / ".venv" else "python"
-    return f"{shlex.join([python, 'vit_predict.py', '--model', str(output)])} IMAGE_OR_FOLDER"
+    python = os.path.relpath(here / ".venv/bin/python") if Path(sys.prefix) == here / ".venv" else "python"
+    return f"{shlex.join([python, os.path.relpath(here / 'vit_predict.py'), '--model', str(output)])} IMAGE_OR_FOLDER"
 
 
 def progress_bar(steps: int, label: str):

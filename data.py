@@ -248,7 +248,7 @@ def class_folders(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
 
 
 def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
-    folders, classes = class_folders(root)
+    folders, classes = class_folders(root if root.name else root.absolute())  # `.` has no name for `Paths` to cut off
     splits, labels = {}, classes["train"]
     for split, folder in folders.items():
         found = [sorted(_image_paths(folder / name)) for name in labels]
@@ -279,7 +279,9 @@ def _first_image(folder: Path) -> str | None:
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    """Class folders: not the hidden ones, and not what a run or prepare_images.py left in there."""
+    ours = ("metrics.jsonl", PREPARED)
+    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".") and not any((d / name).exists() for name in ours))
 
 
 def _read_datasets(name: str, kind: str, image_column: str | None, label_column: str | None):

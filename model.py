@@ -99,6 +99,7 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
     Raises:
         ValueError: the folder or hub model is not a ViT, or ``image_size`` is no multiple of the patch size.
     """
+    from safetensors import SafetensorError
     from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
 
     notes = []
@@ -117,14 +118,17 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
         if config.model_type not in FAMILIES:
             raise ValueError(f"--model_name_or_path {name} is a {config.model_type!r} model; this example trains ViTs")
         trained = [config.id2label[i] for i in range(config.num_labels)]
-        model, loading = AutoModelForImageClassification.from_pretrained(
-            name,
-            num_labels=len(labels),
-            id2label=id2label,
-            label2id=label2id,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        try:
+            model, loading = AutoModelForImageClassification.from_pretrained(
+                name,
+                num_labels=len(labels),
+                id2label=id2label,
+                label2id=label2id,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except SafetensorError as error:
+            raise ValueError(f"--model_name_or_path {name}: model.safetensors is damaged ({error}): copy it again") from None
         mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
         fresh = set(loading["missing_keys"]) | mismatched
         if strangers := [key for key in fresh if not key.startswith("classifier.")]:

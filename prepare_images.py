@@ -8,6 +8,7 @@ import argparse
 import io
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -126,7 +127,7 @@ def main(argv=None) -> None:
     _shared.update(splits, args=args)
     unreadable = []
     bar = progress_bar(sum(counts.values()), "images")
-    bar.update((len(tasks) - len(left)) * PART if left else sum(counts.values()))
+    bar.update(sum(counts.values()) - sum(min(PART, counts[name] - part * PART) for name, part in left))
     with ProcessPoolExecutor(args.processes, multiprocessing.get_context("fork")) as pool:
         try:
             for done in as_completed([pool.submit(pack, task) for task in left]):
@@ -153,7 +154,7 @@ def main(argv=None) -> None:
     packed.write_about(args.out, about | {"complete": True, "splits": written})
     for name, part in tasks:
         packed.part_path(args.out, name, part).with_suffix(".npz").unlink(missing_ok=True)
-    say(f"written: DATA={args.out} is used in place of {args.data}")
+    say(f"written: DATA={shlex.quote(str(args.out))} is used in place of {args.data}")
 
 
 if __name__ == "__main__":

@@ -38,8 +38,24 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+class DamagedRows(ValueError):
+    """A file of rows that is none; the message says where."""
+
+
 def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    """Inverse of `write_rows`.
+
+    Raises:
+        DamagedRows: a line is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError):
+                raise DamagedRows(f"{path}, line {number}: is damaged; remove the line, or the file") from None
+    return rows
 
 
 def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:
@@ -275,7 +291,7 @@ def case_name(row: dict) -> str:
     parts = [name, row["precision"]]
     parts += [f"{axis} {row[f'{axis}_size']}" for axis in ("tp", "pp") if row[f"{axis}_size"] > 1]
     parts += [f"ZeRO {row['zero_stage']}"] * (row["plugin"] == "hybrid_parallel" and row["zero_stage"] > 0)
-    parts += [f"{row['world']} GPUs"] * (row["world"] > 1)
+    parts += [f"{row['world']} {'processes' if row['hardware'].startswith('CPU') else 'GPUs'}"] * (row["world"] > 1)
     parts += ["compiled"] * row["compile"] + ["CUDA graphs"] * row["cuda_graphs"]
     return " ".join(parts)
 
@@ -320,7 +336,8 @@ def benchmark_report(folder: Path) -> None:
         ("peak_memory", "peak_memory_gib", "peak memory, GiB (max over processes)"),
     ):
         _bars(list(sections.items()), column, label, folder / f"{name}.png")
-    print(f"{folder}/table.md, table.csv, throughput.png, batches_per_second.png, peak_memory.png\n")
+    charts = "throughput.png, batches_per_second.png, peak_memory.png" if any(row["status"] == "ok" for row in rows) else "no charts: no case ran"
+    print(f"{folder}/table.md, table.csv, {charts}\n")
     print("\n".join(text))
 
 
@@ -384,7 +401,7 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
 
     sections = [(key, part) for key, cases in sections for part in _legible([row for row in cases if row["status"] == "ok"])]
     if not sections:
-        return
+        return path.unlink(missing_ok=True)  # an earlier one shows what is not there
     figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
     for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
         names = list(dict.fromkeys(row["case"] for row in cases))
@@ -426,10 +443,15 @@ def short(rate: float) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """A run's folder: ``status`` finished, failed, unfinished or absent, its settings and its epochs."""
+    """A run's folder: ``status`` finished, failed, unfinished, absent or damaged, its settings and its epochs."""
     metrics, failure = folder / "metrics.jsonl", folder / "failed.json"
-    rows = read_rows(metrics) if metrics.exists() else []
-    failed = json.loads(failure.read_text()) if failure.exists() else {}
+    try:
+        rows = read_rows(metrics) if metrics.exists() else []
+        failed = dict(json.loads(failure.read_text())) if failure.exists() else {}
+    except DamagedRows as error:
+        return {"status": "damaged", "why": str(error), "settings": {}}
+    except (ValueError, TypeError):
+        return {"status": "damaged", "why": f"{failure}: is damaged; remove it", "settings": {}}
     ended = bool(rows) and rows[-1]["kind"] == "end"
     first = rows[0] if rows else failed
     return {
@@ -444,6 +466,15 @@ def read_run(folder: Path) -> dict:
         "exit_status": failed.get("exit_status"),
         "last_lines": failed.get("last_lines", []),
     }
+
+
+def read_runs(folder: Path) -> list[dict]:
+    """`read_run` of every folder below, by name; names the damaged ones, which are left out."""
+    runs = [read_run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
+    for run in runs:
+        if run["status"] == "damaged":
+            print(f"left out: {run['why']}", file=sys.stderr)
+    return [run for run in runs if run["status"] not in ("absent", "damaged")]
 
 
 @cache
@@ -516,8 +547,7 @@ def sweep_report(folder: Path) -> None:
     """table.md, table.csv, epochs.csv and charts of the runs in ``folder``."""
     from console import fail
 
-    runs = [read_run(path) for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    runs = [run for run in runs if run["status"] != "absent"]
+    runs = [run for run in read_runs(folder) if run["settings"].get("plugin") in PLUGINS]  # and none of train.py
     if not runs:
         fail(f"{folder}: holds no runs of run_finetuning.sh; python report.py sweep FOLDER reads another folder")
     names, defaults = dict.fromkeys(name for run in runs for name in run["settings"]), flag_defaults()
@@ -793,8 +823,7 @@ def accuracy_report(folder: Path) -> None:
 
     usual = {name: default for name, (default, _) in config.NAMES.items() if name not in config.FREE}  # an older run has not all names
     groups: dict[str, list[dict]] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        run = read_run(path) if path.is_dir() else {"status": "absent"}
+    for run in read_runs(folder):
         if run["status"] == "finished" and "NUM_EPOCHS" in run["settings"]:
             own = run["settings"] = usual | run["settings"]
             groups.setdefault(json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []).append(run)
@@ -819,7 +848,7 @@ def accuracy_report(folder: Path) -> None:
             ]
         )  # fmt: skip
     header = ["run", "seed", "hardware", "average_loss", "accuracy", "images", "training, s", "images/s", "peak GiB", f"differs from {compared}"]
-    commands = dict.fromkeys(f"    DATA={run['settings']['dataset']} {run['environment']['command']}" for group in ranked for run in group)
+    commands = dict.fromkeys(f"    DATA={shlex.quote(run['settings']['dataset'])} {run['environment']['command']}" for group in ranked for run in group)
     text = [
         "# From scratch", markdown_table(header, rows),
         "Loss and accuracy are those after the last epoch, on the images that were evaluated; ± is the standard deviation over the seeds. "
@@ -848,7 +877,10 @@ def main(argv: list[str]) -> None:
     argv = argv or ["sweep", "./finetuning_results"]
     if len(argv) != 2 or argv[0] not in REPORTS:
         fail(f"usage: python report.py {{{','.join(REPORTS)}}} FOLDER")
-    REPORTS[argv[0]](Path(argv[1]))
+    try:
+        REPORTS[argv[0]](Path(argv[1]))
+    except DamagedRows as error:
+        fail(str(error))
 
 
 REPORTS = {"benchmark": benchmark_report, "sweep": sweep_report, "accuracy": accuracy_report}

@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -123,6 +124,8 @@ class Run:
     def problems(self) -> list[str]:
         """Whether its folder holds a run of other settings."""
         found = report.read_run(self.folder)
+        if found["status"] == "damaged":
+            return [f"{found['why']}; without {self.folder} the run is made again"]
         now, then = self.settings | {"layout": self.layout}, report.flag_defaults() | found["settings"]
         different = [f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)]
         if not found["started"] or not different:
@@ -290,7 +293,7 @@ def run_all(runs: list[Run], sweep) -> int:
     for number, handler in previous.items():
         signal.signal(number, handler)
     if stopped:
-        say(f"stopped with {done} of {len(runs)} runs done: the same command goes on; python report.py sweep {sweep.results} compares them")
+        say(f"stopped with {done} of {len(runs)} runs done: the same command goes on; python report.py sweep {shlex.quote(sweep.results)} compares them")
         return 128 + stopped[0]
     report.sweep_report(Path(sweep.results))
     for run in failed:
@@ -322,7 +325,10 @@ def record_command(sweep, flags: list[str]) -> None:
     if shares_gpus(sweep):
         call["variables"]["PARALLEL_RUNS"] = str(sweep.parallel_runs)
     path = Path(sweep.results) / "sweep.jsonl"
-    calls = report.read_rows(path) if path.exists() else []
+    try:
+        calls = report.read_rows(path) if path.exists() else []
+    except report.DamagedRows as error:
+        fail(str(error))
     if call not in calls:
         report.write_rows(path, [*calls, call])
 

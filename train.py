@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None) -> None:
             settings = {"model_name_or_path": args.model_name_or_path} | args.settings
             report.write_atomically(output / "README.md", report.model_card(rows, settings, labels, from_scratch=evaluated.name))
         last = rows[-2]
-        say(f"\n{evaluated.name} accuracy {last['accuracy']:.4f} after {epochs} epochs, {trained:.0f} s of training ({time.perf_counter() - started:.0f} s in all)")
+        say(f"\n{evaluated.name} accuracy {last['accuracy']:.4f} after {report.counted(epochs, 'epoch')}, {trained:.0f} s of training ({time.perf_counter() - started:.0f} s {'since it resumed' if resumed else 'in all'})")
         say(f"the model is in {output}/: {predict_command(output)}")
         stop_distributed()
 

@@ -17,7 +17,7 @@ import console
 console.silence_libraries()  # before anything imports colossalai or transformers
 
 from args import command_line, parse_benchmark  # noqa: E402
-from console import rank, say  # noqa: E402
+from console import fail, rank, say  # noqa: E402
 
 OUT_OF_MEMORY = 75  # exit status: a case did not fit; started again, the rest may
 NOTHING_TO_DO = 76  # exit status of --check: every case is measured, or impossible here
@@ -175,7 +175,10 @@ def main() -> None:
         return report.case_key(row, same)
 
     def rows() -> list[dict]:
-        return report.read_rows(results) if results.exists() else []
+        try:
+            return report.read_rows(results) if results.exists() else []
+        except report.DamagedRows as error:
+            fail(str(error))
 
     written = rows()
     start = len(written) if args.known_from is None else args.known_from  # rows from here on are of this call
@@ -211,6 +214,8 @@ def main() -> None:
     if args.mem_cap and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.mem_cap / total))
+    for note in dict.fromkeys(note for case in todo for note in case.notes):
+        say(f"  note      {note}")
     failed = False
     for number, case in enumerate(todo, 1):
         started = time.perf_counter()

@@ -43,6 +43,7 @@ def find_images(paths: list[str]) -> list[Path]:
 def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
     """Yield (path, [(label, probability), ...] best first) or (path, error message), in order."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
     from data import open_image
@@ -51,7 +52,7 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
     try:
         model = AutoModelForImageClassification.from_pretrained(model_path).eval().to(device)
         processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
-    except (OSError, ValueError) as error:  # no weights, no classifier
+    except (OSError, ValueError, SafetensorError) as error:  # no weights, no classifier, a damaged file
         console.fail(f"--model {model_path}: {str(error).strip().splitlines()[0]}")
     topk = min(topk, model.config.num_labels)
     for start in range(0, len(images), batch_size):

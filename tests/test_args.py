@@ -266,3 +266,24 @@ def test_cached_copies_do_without_the_hub(monkeypatch, tmp_path, parse, problems
     (tmp_path / "cache" / below / copy).mkdir(parents=True)
     settings = parse(f"{flag} someone/leaves")
     assert settings.notes == ["the HuggingFace hub does not answer: using the cached copies"]
+
+
+def test_commands_are_recorded_as_they_can_be_given_again(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/there/train.py", "--config", "a b.py"])
+    assert command.command_line() == "python train.py --config 'a b.py'"
+    for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    assert command.command_line() == "python train.py --config 'a b.py'"  # each started by hand, with flags that say so
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    assert command.command_line() == "torchrun --nproc_per_node=8 train.py --config 'a b.py'"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert command.command_line() == "torchrun --nnodes=2 --nproc_per_node=4 train.py --config 'a b.py'"
+
+
+def test_how_to_predict_is_said_for_where_the_run_was_started(monkeypatch):
+    from console import predict_command
+
+    monkeypatch.chdir(ROOT)
+    assert predict_command("out").endswith(" vit_predict.py --model out IMAGE_OR_FOLDER")
+    monkeypatch.chdir(ROOT / "tests")
+    assert predict_command("out").endswith(" ../vit_predict.py --model out IMAGE_OR_FOLDER")

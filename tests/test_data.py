@@ -63,6 +63,21 @@ def test_train_alone_is_split_with_its_class_proportions(tmp_path, nested):
     assert list(load(tmp_path, "--validation_fraction", 0.25, "--seed", 1).validation.where) != held_out
 
 
+def test_the_folder_one_stands_in(tmp_path, monkeypatch):
+    write_folder(tmp_path / "flat", {"train": 9})
+    monkeypatch.chdir(tmp_path / "flat" / "train")
+    images = load(".")
+    assert images.label_names == list(CLASSES) and len(decoded(images)[0].train) + len(images.validation) == 9
+
+
+def test_what_runs_leave_among_the_classes_is_no_class(tmp_path):
+    write_folder(tmp_path, {"train": 9, "validation": 3})
+    for name, file in (("output_model", "metrics.jsonl"), ("packed", "prepared.json")):
+        (tmp_path / "train" / name).mkdir()
+        (tmp_path / "train" / name / file).touch()
+    assert load(tmp_path).label_names == list(CLASSES)
+
+
 def test_samples_are_limited_by_seed(image_folder):
     images = load(image_folder, "--max_train_samples", 10, "--max_eval_samples", 5)
     assert [len(split) for split in images.splits()] == [10, 5, 5]

@@ -94,6 +94,7 @@ def test_nothing_but_bad_images_still_is_valid_output(predict):
         (["--model", "./nowhere", "images"], "--model ./nowhere: no such model folder"),
         (["--model", "nowhere", "images"], "--model nowhere: no such model folder"),
         (["--model", "bare", "images"], "--model bare: "),
+        (["--model", "cut", "images"], "--model cut: "),
         (["empty"], "no images under empty"),
         (["--topk", "0", "images"], "--topk 0: must be a whole number >= 1"),
         (["--format", "xml", "images"], "invalid choice: 'xml'"),
@@ -101,6 +102,9 @@ def test_nothing_but_bad_images_still_is_valid_output(predict):
 )
 def test_bad_arguments_are_named_and_end_with_2(predict, folder, capsys, words, message):
     (folder / "empty").mkdir(exist_ok=True)
+    (folder / "cut").mkdir(exist_ok=True)
+    (folder / "cut" / "config.json").write_text('{"model_type": "vit"}')
+    (folder / "cut" / "model.safetensors").write_bytes(bytes(20))
     (folder / "bare").mkdir(exist_ok=True)
     (folder / "bare" / "config.json").write_text('{"model_type": "vit"}')  # and no weights
     with pytest.raises(SystemExit) as end:

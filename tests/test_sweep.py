@@ -489,3 +489,17 @@ def test_the_wrapper_refuses_what_only_the_demo_reads(tmp_path, name):
     assert run.returncode == 2 and run.stderr.count("\n") == 1
     assert "--tp_size 2 --pp_size 2 behind the command" in run.stderr and "RESULTS for OUTPUT_PATH" in run.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_damaged_rows_are_named_and_left_out(tmp_path, capsys):
+    for name, text in (("a", '{"kind": "run"'), ("b", "[1, 2]\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "failed.json").write_text("{")
+    (tmp_path / "rows.jsonl").write_text('{"kind": "case"}\n{"ki')
+    for kind, files in (("sweep", ("a/metrics.jsonl, line 1", "b/metrics.jsonl, line 1", "c/failed.json")), ("accuracy", ()), ("benchmark", ("rows.jsonl, line 2",))):
+        with pytest.raises(SystemExit) as end:
+            report.main([kind, str(tmp_path)])
+        said = capsys.readouterr().err
+        assert end.value.code == 2 and all(f"{tmp_path}/{file}: is damaged" in said for file in files)

@@ -152,3 +152,8 @@ def test_sigterm_of_a_running_process_saves_and_its_run_goes_on(tmp_path, image_
     epochs = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in epochs if row["kind"] == "epoch"] == list(range(1, 61))
     assert FILES <= {path.name for path in (tmp_path / "out").iterdir()}
+    newest = max((tmp_path / "out" / "checkpoints").iterdir())
+    (newest / "state_tp0_pp0_dp0.pt").write_bytes(b"cut")
+    damaged = subprocess.run([*map(str, words), "--resume", "auto"], text=True, capture_output=True)
+    assert damaged.returncode == 2 and "Traceback" not in damaged.stderr
+    assert f"{newest.name}: state_tp0_pp0_dp0.pt missing or damaged: remove this folder" in damaged.stderr
