@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from console import rank, say
 from args import WRITTEN
-from plugins import Boosted, all_names, device
+from console import rank, say
+from plugins import Boosted, all_of, device
 
 # What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes are not
 # among them: they are worked out again.
@@ -234,9 +234,10 @@ AFTER_REMOVAL = "remove this folder, and --resume auto goes on from the checkpoi
 
 
 def read_meta(path: Path) -> dict:
-    """
+    """Position, settings and rows of a checkpoint.
+
     Raises:
-        CheckpointError: it is damaged.
+        CheckpointError: its meta.json is damaged.
     """
     try:
         return json.loads((path / "meta.json").read_text())
@@ -284,7 +285,7 @@ def load(path: Path, boosted: Boosted, meta: dict) -> None:
 
     shards = [read(path / f"state_{shard_name(boosted, i)}.pt") for i in (range(saved_dp) if recut else [boosted.layout.dp_rank])]
     random = read(random_path) if random_path.exists() and meta["processes"] == boosted.layout.world else None
-    if found := sorted(all_names(damaged)):
+    if found := sorted(set().union(*all_of(damaged))):
         raise CheckpointError(f"--resume {path}: {', '.join(found)} missing or damaged: {AFTER_REMOVAL}")
     load_local_state(boosted, _merge_zero_shards(boosted, shards) if recut else shards[0])
     if random:

@@ -85,7 +85,8 @@ class Paths:
 
     def __init__(self, root: Path, paths: list[str]):
         self.root = str(root)
-        self.names = np.array([os.fsencode(path[len(self.root) + 1 :]) for path in paths])
+        prefix = os.path.join(self.root, "")  # paths below `.` may come without it
+        self.names = np.array([os.fsencode(path.removeprefix(prefix)) for path in paths])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -248,7 +249,7 @@ def class_folders(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
 
 
 def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
-    folders, classes = class_folders(root if root.name else root.absolute())  # `.` has no name for `Paths` to cut off
+    folders, classes = class_folders(root)
     splits, labels = {}, classes["train"]
     for split, folder in folders.items():
         found = [sorted(_image_paths(folder / name)) for name in labels]

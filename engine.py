@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from console import progress_bar, say
 from data import IGNORE, drawn_from, first_ten
-from plugins import Boosted, all_max, all_names, all_sum, device
+from plugins import Boosted, all_max, all_of, all_sum, device
 from step_graph import StepGraph
 
 
@@ -126,7 +126,7 @@ def count_skipped(row: dict, skipped: list[str], missing: list[str]) -> None:
         skipped: those that this process met in the epoch.
         missing: those left out from the start.
     """
-    found = sorted(all_names(skipped))
+    found = sorted(set().union(*all_of(list(skipped))))
     row["skipped_images"] = len(found) + len(missing)
     if found:
         say(f"  note      {len(found)} unreadable training image(s) skipped: {first_ten(found)}")

@@ -50,9 +50,8 @@ def start_distributed(seed: int) -> None:
     with _signals_end_at_once():
         colossalai.launch_from_torch(seed=seed, verbose=False)
     if "LOCAL_WORLD_SIZE" not in os.environ:  # one process at a time
-        hosts = [None] * dist.get_world_size()
-        dist.all_gather_object(hosts, socket.gethostname())
-        os.environ["LOCAL_WORLD_SIZE"] = str(hosts.count(socket.gethostname()))
+        host = socket.gethostname()
+        os.environ["LOCAL_WORLD_SIZE"] = str(all_of(host).count(host))
 
 
 @contextmanager
@@ -458,11 +457,11 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def all_names(names: list[str]) -> set[str]:
-    """Those of all processes. Collective."""
+def all_of(value) -> list:
+    """What every process has, by rank; anything that can be pickled. Collective."""
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, list(names))
-    return set().union(*found)
+    dist.all_gather_object(found, value)
+    return found
 
 
 def all_max(values: torch.Tensor) -> torch.Tensor:

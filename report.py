@@ -330,14 +330,16 @@ def benchmark_report(folder: Path) -> None:
         text.append(f"## {title}\n\n{_section(cases)}")
     write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
     write_csv(folder / "table.csv", rows, without=("kind", "versions", "case"))
-    for name, column, label in (
-        ("throughput", "images_per_second", "images/s"),
-        ("batches_per_second", "steps_per_second", "batches/s"),
-        ("peak_memory", "peak_memory_gib", "peak memory, GiB (max over processes)"),
-    ):
-        _bars(list(sections.items()), column, label, folder / f"{name}.png")
-    charts = "throughput.png, batches_per_second.png, peak_memory.png" if any(row["status"] == "ok" for row in rows) else "no charts: no case ran"
-    print(f"{folder}/table.md, table.csv, {charts}\n")
+    charts = [
+        name
+        for name, column, label in (
+            ("throughput.png", "images_per_second", "images/s"),
+            ("batches_per_second.png", "steps_per_second", "batches/s"),
+            ("peak_memory.png", "peak_memory_gib", "peak memory, GiB (max over processes)"),
+        )
+        if _bars(list(sections.items()), column, label, folder / name)
+    ]
+    print(f"{folder}/table.md, table.csv, {', '.join(charts) or 'no charts: no case ran'}\n")
     print("\n".join(text))
 
 
@@ -392,8 +394,8 @@ def _legible(cases: list[dict]) -> list[list[dict]]:
     return list(forms.values())
 
 
-def _bars(sections: list, column: str, label: str, path: Path) -> None:
-    """One row of bars per section: groups are batch sizes, colours are plugins."""
+def _bars(sections: list, column: str, label: str, path: Path) -> bool:
+    """One row of bars per section: groups are batch sizes, colours are plugins. -> whether there was anything to draw"""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -401,7 +403,8 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
 
     sections = [(key, part) for key, cases in sections for part in _legible([row for row in cases if row["status"] == "ok"])]
     if not sections:
-        return path.unlink(missing_ok=True)  # an earlier one shows what is not there
+        path.unlink(missing_ok=True)  # an earlier one shows what is not there
+        return False
     figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
     for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
         names = list(dict.fromkeys(row["case"] for row in cases))
@@ -422,6 +425,7 @@ def _bars(sections: list, column: str, label: str, path: Path) -> None:
         axis.grid(axis="y", alpha=0.25)
         axis.legend(handles, names, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, path)
+    return True
 
 
 # ---------------------------------------------------------------------------------------------- sweep

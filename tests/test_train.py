@@ -524,10 +524,10 @@ def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
     lines = [line.strip("|").split("|") for line in (runs / "table.md").read_text().splitlines() if line.startswith("|")]
     header, *body = [[cell.strip() for cell in line] for line in (lines[0], *lines[2:])]
     found = {line[0]: dict(zip(header, line)) for line in body}
-    compared = found[header[-1].removeprefix("differs from ")]  # of the settings that several runs have
-    assert compared["seed"] == "42 42" and compared["accuracy"].endswith("± 0.0000") and compared[header[-1]] == ""
+    assert header[-1] == "differs from 1d resumed"  # of the settings that several runs have, the first
+    assert found["1d resumed"]["seed"] == "42 42" and found["1d resumed"]["accuracy"].endswith("± 0.0000") and found["1d resumed"][header[-1]] == ""
     assert found["mixed"]["accuracy"] == f"{rows(runs / 'mixed')[-1]['accuracy']:.4f}"
-    assert "CUTMIX 1.0, MIX_EPOCHS 1" in found["mixed at first"][header[-1]]
+    assert "CUTMIX 1.0, MIX_EPOCHS 1, mode vanilla" in found["mixed at first"][header[-1]]
     accuracies = [float(line["accuracy"].split(" ")[0]) for line in found.values()]
     assert accuracies == sorted(accuracies, reverse=True)
     assert (runs / "epochs.png").stat().st_size > 10_000
