@@ -1,7 +1,8 @@
 """AdamW for Gemini without a compiler.
 
 Gemini demands one of Colossal-AI's own Adam classes, and those compile CUDA and AVX kernels at first use
-(about a minute, and an nvcc that matches torch). torch ships the same fused kernel for CPU and GPU; this class
+(about a minute, and an nvcc that matches torch). torch ships the same fused kernel for CPU and GPU; this
+class
 puts it behind the interface that Gemini calls.
 """
 
@@ -16,7 +17,9 @@ class GeminiAdamW(torch.optim.Optimizer):
 
     num_fp32_shards_per_param = 4  # weight, gradient, two moments: Gemini's `auto` placement budgets with it
 
-    def __init__(self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0):
+    def __init__(
+        self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
@@ -54,7 +57,10 @@ class GeminiAdamW(torch.optim.Optimizer):
 
 
 def _batched(params: list[torch.Tensor], elements: int = 2**23):
-    """Split into lists on one device of about ``elements`` each: few kernels, and few gradients in fp32 at a time."""
+    """Split into lists on one device of about ``elements`` each.
+
+    Few kernels, and few gradients in fp32 at a time.
+    """
     batch, size = [], 0
     for param in params:
         if batch and (size + param.numel() > elements or param.device != batch[0].device):

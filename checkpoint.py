@@ -1,13 +1,17 @@
-"""Save, resume and prune, for every plugin and layout; a kill at any instant leaves the previous checkpoint whole.
+"""Save, resume and prune, for every plugin and layout; a kill at any instant leaves the previous checkpoint
+whole.
 
-A checkpoint is a folder ``<number>_epoch_<epochs done>_image_<images of the next>``, written beside and renamed when
-complete. Numbers only rise and nothing is replaced: the highest is the newest, whatever was resumed from where.
+A checkpoint is a folder ``<number>_epoch_<epochs done>_image_<images of the next>``, written beside and
+renamed when
+complete. Numbers only rise and nothing is replaced: the highest is the newest, whatever was resumed from
+where.
 
     meta.json             position, settings and the metrics so far
     state_<shard>.pt      weights, fp32 master weights, optimizer and loss scaler of one shard
     random_<rank>.pt      random states of one process
 
-Each process saves what it holds, bit for bit; equal copies are saved once. (Booster's own save functions gather
+Each process saves what it holds, bit for bit; equal copies are saved once. (Booster's own save functions
+gather
 16-bit weights and would round the master weights away.) All processes must see one folder: with several
 machines, put it on a shared file system.
 """
@@ -24,14 +28,45 @@ from args import WRITTEN
 from console import rank, say
 from plugins import Boosted, all_of, device
 
-# What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes are not
+# What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes
+# are not
 # among them: they are worked out again.
 SETTINGS = (
-    "model_name_or_path", "dataset", "image_size", "plugin", "precision", "optimizer", "tp_size", "pp_size",
-    "zero_stage", "batch_size", "gradient_accumulation_steps", "learning_rate", "scale_lr", "num_epoch",
-    "weight_decay", "warmup_ratio", "max_norm", "augment", "auto_augment", "label_smoothing", "layer_decay", "drop_path", "mixup",
-    "cutmix", "ema", "keep", "fold", "seed", "max_train_samples", "max_eval_samples", "validation_fraction", "image_column", "label_column", "skip_bad_images",
-)  # fmt: skip
+    "model_name_or_path",
+    "dataset",
+    "image_size",
+    "plugin",
+    "precision",
+    "optimizer",
+    "tp_size",
+    "pp_size",
+    "zero_stage",
+    "batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "scale_lr",
+    "num_epoch",
+    "weight_decay",
+    "warmup_ratio",
+    "max_norm",
+    "augment",
+    "auto_augment",
+    "label_smoothing",
+    "layer_decay",
+    "drop_path",
+    "mixup",
+    "cutmix",
+    "ema",
+    "keep",
+    "fold",
+    "seed",
+    "max_train_samples",
+    "max_eval_samples",
+    "validation_fraction",
+    "image_column",
+    "label_column",
+    "skip_bad_images",
+)
 
 
 class CheckpointError(ValueError):
@@ -71,7 +106,10 @@ def _masters(boosted: Boosted) -> list[torch.Tensor]:
 
 
 def _randomizers(boosted: Boosted) -> list:
-    """The random states of hybrid_parallel's dropout layers: their own, so that slices draw different masks."""
+    """The random states of hybrid_parallel's dropout layers.
+
+    Their own, so that slices draw different masks.
+    """
     return [module.randomizer for module in boosted.model.modules() if hasattr(module, "randomizer")]
 
 
@@ -84,7 +122,9 @@ def local_state(boosted: Boosted) -> dict:
         "masters": _masters(boosted),
         "averages": boosted.average.averages if boosted.average else [],
         "optimizer": boosted.optimizer.optim.state_dict(),
-        "scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, torch.Tensor))} if scaler else {},
+        "scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, torch.Tensor))}
+        if scaler
+        else {},
     }
 
 
@@ -126,7 +166,9 @@ def _merge_zero_shards(boosted: Boosted, shards: list[dict]) -> dict:
     for i, master in enumerate(params):
         for name, value in state["optimizer"]["state"][i].items():
             if isinstance(value, torch.Tensor) and value.ndim:
-                state["optimizer"]["state"][i][name] = recut([s["optimizer"]["state"][i][name] for s in shards], master)
+                state["optimizer"]["state"][i][name] = recut(
+                    [s["optimizer"]["state"][i][name] for s in shards], master
+                )
     return state
 
 
@@ -141,7 +183,9 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(p for p in self.root.glob("*_epoch_*") if p.name[0].isdigit() and (p / "meta.json").exists())
+        return sorted(
+            p for p in self.root.glob("*_epoch_*") if p.name[0].isdigit() and (p / "meta.json").exists()
+        )
 
     def end_of(self, epoch: int) -> Path | None:
         """The newest checkpoint that was made when ``epoch`` epochs were done."""
@@ -159,7 +203,10 @@ class Checkpoints:
         dist.barrier()
         if is_sharded(boosted) or boosted.layout.dp_rank == 0:
             _write(local_state(boosted), partial / f"state_{shard_name(boosted, boosted.layout.dp_rank)}.pt")
-        random = {"cpu": torch.get_rng_state(), "layers": [own.device_rng_state for own in _randomizers(boosted)]}
+        random = {
+            "cpu": torch.get_rng_state(),
+            "layers": [own.device_rng_state for own in _randomizers(boosted)],
+        }
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
         _write(random, partial / f"random_{rank()}.pt")
@@ -167,7 +214,9 @@ class Checkpoints:
         if rank() == 0:
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
             number = 1 + max((int(p.name.split("_")[0]) for p in self.all()), default=0)
-            os.replace(partial, self.root / f"{number:05d}_epoch_{meta['epoch']}_image_{meta['progress']['images']}")
+            os.replace(
+                partial, self.root / f"{number:05d}_epoch_{meta['epoch']}_image_{meta['progress']['images']}"
+            )
             self.prune(meta["best_epoch"])
         dist.barrier()
 
@@ -186,7 +235,9 @@ class Checkpoints:
         here, there = self.end_of(epoch), Checkpoints(found.parent, 1).end_of(epoch)
         dist.barrier()  # every process has looked before one writes: all must come to the same answer
         if here is None and there is None:
-            raise CheckpointError(f"--resume {found}: the checkpoint of its best epoch, {epoch}, is not beside it")
+            raise CheckpointError(
+                f"--resume {found}: the checkpoint of its best epoch, {epoch}, is not beside it"
+            )
         if here is None and rank() == 0:
             shutil.rmtree(self.root / ".partial", ignore_errors=True)
             shutil.copytree(there, self.root / ".partial")
@@ -201,7 +252,9 @@ class Checkpoints:
                 path = path / "checkpoints"
             path = next(reversed(Checkpoints(path, 1).all()), path)
             if not (path / "meta.json").exists():
-                raise CheckpointError(f"--resume {resume}: holds no complete checkpoint (a folder with meta.json)")
+                raise CheckpointError(
+                    f"--resume {resume}: holds no complete checkpoint (a folder with meta.json)"
+                )
             return path
         return next(reversed(self.all()), None)
 
@@ -254,7 +307,9 @@ def settings_of(args) -> dict:
 def check_settings(path: Path, meta: dict, args) -> None:
     """Raises CheckpointError naming every setting that differs from the checkpoint's."""
     now, then = settings_of(args), meta["settings"]
-    different = [f"{name} is {now[name]}, was {then.get(name)}" for name in now if now[name] != then.get(name)]
+    different = [
+        f"{name} is {now[name]}, was {then.get(name)}" for name in now if now[name] != then.get(name)
+    ]
     if different:
         raise CheckpointError(
             f"--resume {path}: the checkpoint is of another run: {'; '.join(different)}. "
@@ -262,7 +317,8 @@ def check_settings(path: Path, meta: dict, args) -> None:
         )
     if meta["processes"] != args.layout.world and args.plugin == "gemini":
         raise CheckpointError(
-            f"--resume {path}: saved by {meta['processes']} processes, and Gemini's chunks cannot be cut anew for "
+            f"--resume {path}: saved by {meta['processes']} processes, and Gemini's chunks cannot "
+            "be cut anew for "
             f"{args.layout.world}: resume with GPUNUM={meta['processes']}"
         )
 
@@ -283,7 +339,10 @@ def load(path: Path, boosted: Boosted, meta: dict) -> None:
         except Exception:  # torch raises many kinds
             damaged.append(file.name)
 
-    shards = [read(path / f"state_{shard_name(boosted, i)}.pt") for i in (range(saved_dp) if recut else [boosted.layout.dp_rank])]
+    shards = [
+        read(path / f"state_{shard_name(boosted, i)}.pt")
+        for i in (range(saved_dp) if recut else [boosted.layout.dp_rank])
+    ]
     random = read(random_path) if random_path.exists() and meta["processes"] == boosted.layout.world else None
     if found := sorted(set().union(*all_of(damaged))):
         raise CheckpointError(f"--resume {path}: {', '.join(found)} missing or damaged: {AFTER_REMOVAL}")
@@ -298,7 +357,8 @@ def load(path: Path, boosted: Boosted, meta: dict) -> None:
 
 
 def resume(checkpoints: Checkpoints, args, boosted: Boosted, data: list) -> tuple[Path, dict] | None:
-    """Find, check and load what ``args.resume`` names. -> (checkpoint, its meta), None for a run from the start. Collective.
+    """Find, check and load what ``args.resume`` names. -> (checkpoint, its meta), None for a run from the
+    start. Collective.
 
     Args:
         data: what tells a data set from an earlier form of it, as the meta's ``data`` has it.
@@ -315,7 +375,10 @@ def resume(checkpoints: Checkpoints, args, boosted: Boosted, data: list) -> tupl
     meta = read_meta(path)
     check_settings(path, meta, args)
     if meta.get("data", data) != data:  # train.py's had none at first
-        raise CheckpointError(f"--resume {path}: {args.dataset} has changed since (other training images or labels); start anew with --overwrite_output")
+        raise CheckpointError(
+            f"--resume {path}: {args.dataset} has changed since (other training images or "
+            "labels); start anew with --overwrite_output"
+        )
     load(path, boosted, meta)
     return path, meta
 

@@ -1,6 +1,7 @@
 """CIFAR-10 in torchvision's form, and the augmentation of batches on the device.
 
-A batch is cut and augmented by a few kernels over all its images, each image with its own draw, so no loader can
+A batch is cut and augmented by a few kernels over all its images, each image with its own draw, so no
+loader can
 hold the GPU back. CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
 """
 
@@ -26,7 +27,11 @@ class _Arrays(pickle.Unpickler):
     NEEDED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
         (f"numpy.{core}.{where}", name)
         for core in ("core", "_core")  # numpy 1 and 2
-        for where, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))
+        for where, name in (
+            ("multiarray", "_reconstruct"),
+            ("multiarray", "scalar"),
+            ("numeric", "_frombuffer"),
+        )
     }
 
     def find_class(self, module: str, name: str):
@@ -38,7 +43,11 @@ class _Arrays(pickle.Unpickler):
 def batches_folder(name: str) -> Path | None:
     """The folder in torchvision's format that ``name`` is or holds; None where there is none."""
     for folder in (Path(name), Path(name) / FOLDER):
-        if folder.name == FOLDER and folder.is_dir() or any((folder / file).is_file() for file in (*TRAIN_FILES, "batches.meta")):
+        if (
+            folder.name == FOLDER
+            and folder.is_dir()
+            or any((folder / file).is_file() for file in (*TRAIN_FILES, "batches.meta"))
+        ):
             return folder
     return None
 
@@ -50,8 +59,12 @@ def is_folder(name: str) -> bool:
         DataError: files of it are missing.
     """
     folder = batches_folder(name)
-    if folder and (missing := [file for file in (*TRAIN_FILES, "batches.meta") if not (folder / file).is_file()]):
-        raise DataError(f"DATA={name}: {folder} lacks {', '.join(missing)}: unpack cifar-10-python.tar.gz again")
+    if folder and (
+        missing := [file for file in (*TRAIN_FILES, "batches.meta") if not (folder / file).is_file()]
+    ):
+        raise DataError(
+            f"DATA={name}: {folder} lacks {', '.join(missing)}: unpack cifar-10-python.tar.gz again"
+        )
     return folder is not None
 
 
@@ -70,10 +83,14 @@ def _read_batches(folder: Path) -> dict[str, Split]:
             continue  # a copy without the test batch
         batches = [_unpickle(folder / file) for file in files]
         try:
-            pixels = np.concatenate([batch["data"] for batch in batches]).astype(np.uint8).reshape(-1, 3, 32, 32)
+            pixels = (
+                np.concatenate([batch["data"] for batch in batches]).astype(np.uint8).reshape(-1, 3, 32, 32)
+            )
             labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
         except (KeyError, ValueError, TypeError):
-            raise DataError(f"DATA: {folder}/{files[0]} is no CIFAR-10 batch (data, N x 3072, and labels)") from None
+            raise DataError(
+                f"DATA: {folder}/{files[0]} is no CIFAR-10 batch (data, N x 3072, and labels)"
+            ) from None
         splits[name] = Split(name, None, labels, resized=pixels)
     return splits
 
@@ -113,8 +130,10 @@ def _hash(x: torch.Tensor) -> torch.Tensor:
 def uniform(seed: int, epoch: int, index: torch.Tensor, draws: int) -> torch.Tensor:
     """Numbers in [0, 1), (N, draws), that depend on seed, epoch and the image's index alone.
 
-    So they are equal on all processes of a tensor-parallel group, on any device, in any batch and after a resume. A
-    hash of a counter instead of a generator's state (Salmon et al., 2011, "Parallel random numbers: as easy as 1, 2, 3").
+    So they are equal on all processes of a tensor-parallel group, on any device, in any batch and after a
+    resume. A
+    hash of a counter instead of a generator's state (Salmon et al., 2011, "Parallel random numbers: as easy
+    as 1, 2, 3").
     """
     key = data._mix(seed, epoch)
     image = _hash(_hash((index + (key & _MASK)) & _MASK) ^ (key >> 32))
@@ -125,16 +144,33 @@ def uniform(seed: int, epoch: int, index: torch.Tensor, draws: int) -> torch.Ten
 # ---------------------------------------------------------------------------------------------- augmentation
 
 OPERATIONS = (
-    "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness",
-    "Posterize", "Solarize", "AutoContrast", "Equalize", "Invert",
-)  # fmt: skip
+    "ShearX",
+    "ShearY",
+    "TranslateX",
+    "TranslateY",
+    "Rotate",
+    "Brightness",
+    "Color",
+    "Contrast",
+    "Sharpness",
+    "Posterize",
+    "Solarize",
+    "AutoContrast",
+    "Equalize",
+    "Invert",
+)
 
 
 def _take(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``pixels[n, :, y, x]`` with whole numbers x, y (N, H, W); black outside."""
     n, channels, height, width = pixels.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    flat = (y.clamp(0, height - 1) * width + x.clamp(0, width - 1)).long().view(n, 1, -1).expand(-1, channels, -1)
+    flat = (
+        (y.clamp(0, height - 1) * width + x.clamp(0, width - 1))
+        .long()
+        .view(n, 1, -1)
+        .expand(-1, channels, -1)
+    )
     return pixels.flatten(2).gather(2, flat).view_as(pixels) * inside[:, None]
 
 
@@ -150,8 +186,12 @@ def _move(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
     x = torch.arange(width, device=pixels.device).view(1, 1, -1) + 0.5
     angle = amount("Rotate").deg2rad()
     cos, sin = angle.cos(), angle.sin()
-    from_x = (cos * (x - width / 2) + width / 2 - amount("TranslateX").trunc()) + (amount("ShearX") * y - sin * (y - height / 2))
-    from_y = (cos * (y - height / 2) + height / 2 - amount("TranslateY").trunc()) + (amount("ShearY") * x + sin * (x - width / 2))
+    from_x = (cos * (x - width / 2) + width / 2 - amount("TranslateX").trunc()) + (
+        amount("ShearX") * y - sin * (y - height / 2)
+    )
+    from_y = (cos * (y - height / 2) + height / 2 - amount("TranslateY").trunc()) + (
+        amount("ShearY") * x + sin * (x - width / 2)
+    )
     return _take(pixels, from_x.floor_().int(), from_y.floor_().int())
 
 
@@ -206,7 +246,11 @@ def _autocontrast(pixels: torch.Tensor, *_) -> torch.Tensor:
 def _equalize(pixels: torch.Tensor, *_) -> torch.Tensor:
     levels = pixels.flatten(2).long()
     one = torch.ones((), dtype=torch.int32, device=pixels.device)  # not a whole tensor of them
-    counts = torch.zeros(*levels.shape[:2], 256, dtype=torch.int32, device=pixels.device).scatter_add_(2, levels, one.expand_as(levels)).long()
+    counts = (
+        torch.zeros(*levels.shape[:2], 256, dtype=torch.int32, device=pixels.device)
+        .scatter_add_(2, levels, one.expand_as(levels))
+        .long()
+    )
     # as PIL: the brightest level's pixels are left out of the step
     step = (counts.sum(2, keepdim=True) - counts.gather(2, levels.amax(2, keepdim=True))) // 255
     flat = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
@@ -219,7 +263,18 @@ def _invert(pixels: torch.Tensor, *_) -> torch.Tensor:
 
 
 # Each image goes through its own operation only; those that move pixels are one.
-CHANGES = (*[_move] * 5, _brightness, _color, _contrast, _sharpness, _posterize, _solarize, _autocontrast, _equalize, _invert)
+CHANGES = (
+    *[_move] * 5,
+    _brightness,
+    _color,
+    _contrast,
+    _sharpness,
+    _posterize,
+    _solarize,
+    _autocontrast,
+    _equalize,
+    _invert,
+)
 
 
 def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
@@ -227,7 +282,8 @@ def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
 
     Args:
         pixels: uint8 (N, 3, H, W).
-        operation: (N,) index into `OPERATIONS`; -1: none. On the CPU, which thus knows what to do without waiting for a GPU.
+        operation: (N,) index into `OPERATIONS`; -1: none. On the CPU, which thus knows what to do without
+            waiting for a GPU.
         magnitude: (N,) in the operation's own unit (Posterize: bits kept). On the CPU.
     """
     changed = pixels.clone()
@@ -235,13 +291,17 @@ def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
         meant = torch.tensor([i for i, own in enumerate(CHANGES) if own is change])
         chosen = torch.isin(operation, meant).nonzero()[:, 0]
         if len(chosen):
-            there, *asked = (part.to(pixels.device, non_blocking=True) for part in (chosen, operation[chosen], magnitude[chosen]))
+            there, *asked = (
+                part.to(pixels.device, non_blocking=True)
+                for part in (chosen, operation[chosen], magnitude[chosen])
+            )
             changed.index_copy_(0, there, change(pixels[there], *asked))
     return changed
 
 
 def magnitude_of(name: str, bin: int | None, size: int, bins: int = 10) -> float:
-    """The magnitude number ``bin`` of ``bins`` of an operation in its own unit, as torchvision's AutoAugment and RandAugment have it.
+    """The magnitude number ``bin`` of ``bins`` of an operation in its own unit, as torchvision's
+    AutoAugment and RandAugment have it.
 
     After Cubuk et al., 2019, table 6, where there are ten.
     """
@@ -250,13 +310,20 @@ def magnitude_of(name: str, bin: int | None, size: int, bins: int = 10) -> float
         return 8 - round(4 * part)
     if name == "Solarize":
         return 255 * (1 - part)
-    largest = {"ShearX": 0.3, "ShearY": 0.3, "TranslateX": 150 / 331 * size, "TranslateY": 150 / 331 * size, "Rotate": 30}
+    largest = {
+        "ShearX": 0.3,
+        "ShearY": 0.3,
+        "TranslateX": 150 / 331 * size,
+        "TranslateY": 150 / 331 * size,
+        "Rotate": 30,
+    }
     largest |= dict.fromkeys(("Brightness", "Color", "Contrast", "Sharpness"), 0.9)
     return largest.get(name, 0.0) * part
 
 
 class Augment:
-    """Random crop out of the padded image, random flip, then AutoAugment or RandAugment (Cubuk et al., 2019, both).
+    """Random crop out of the padded image, random flip, then AutoAugment or RandAugment (Cubuk et al.,
+    2019, both).
 
     Args:
         seed: with epoch and image it decides every draw (`uniform`).
@@ -266,15 +333,31 @@ class Augment:
         rand_augment: (layers, magnitude, magnitudes there are) of RandAugment, or None.
     """
 
-    def __init__(self, seed: int, size: int, padding: int = 0, flip: bool = False, policy: str | None = None, rand_augment: tuple[int, int, int] | None = None):
+    def __init__(
+        self,
+        seed: int,
+        size: int,
+        padding: int = 0,
+        flip: bool = False,
+        policy: str | None = None,
+        rand_augment: tuple[int, int, int] | None = None,
+    ):
         self.seed, self.padding, self.flip, self.policy = seed, padding, flip, policy
         if policy:
             from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-            policies = AutoAugment(AutoAugmentPolicy(policy)).policies  # pairs of (operation, probability, bin)
-            self.operations = torch.tensor([[OPERATIONS.index(name) for name, _, _ in pair] for pair in policies])
-            self.probabilities = torch.tensor([[probability for _, probability, _ in pair] for pair in policies])
-            self.magnitudes = torch.tensor([[magnitude_of(name, bin, size) for name, _, bin in pair] for pair in policies])
+            policies = AutoAugment(
+                AutoAugmentPolicy(policy)
+            ).policies  # pairs of (operation, probability, bin)
+            self.operations = torch.tensor(
+                [[OPERATIONS.index(name) for name, _, _ in pair] for pair in policies]
+            )
+            self.probabilities = torch.tensor(
+                [[probability for _, probability, _ in pair] for pair in policies]
+            )
+            self.magnitudes = torch.tensor(
+                [[magnitude_of(name, bin, size) for name, _, bin in pair] for pair in policies]
+            )
         self.layers = 0
         if rand_augment:
             self.layers, bin, bins = rand_augment
@@ -283,22 +366,34 @@ class Augment:
 
     def __call__(self, pixels: torch.Tensor, epoch: int, index: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, H, W), on the device, of the images ``index`` (N,), on the CPU -> the same shape"""
-        right, down, mirrored, policy, *chances = uniform(self.seed, epoch, index, 8 + 2 * self.layers).unbind(1)
+        right, down, mirrored, policy, *chances = uniform(
+            self.seed, epoch, index, 8 + 2 * self.layers
+        ).unbind(1)
         if self.padding or self.flip:
-            pixels = self._crop(pixels, *(draws.to(pixels.device, non_blocking=True) for draws in (right, down, mirrored)))
+            pixels = self._crop(
+                pixels, *(draws.to(pixels.device, non_blocking=True) for draws in (right, down, mirrored))
+            )
         if self.policy:
             chosen = (policy * len(self.operations)).long()
             for i in (0, 1):
-                operation = torch.where(chances[i] < self.probabilities[chosen, i], self.operations[chosen, i], -1)
-                pixels = apply(pixels, operation, _signed(operation, self.magnitudes[chosen, i], chances[2 + i]))
+                operation = torch.where(
+                    chances[i] < self.probabilities[chosen, i], self.operations[chosen, i], -1
+                )
+                pixels = apply(
+                    pixels, operation, _signed(operation, self.magnitudes[chosen, i], chances[2 + i])
+                )
         if self.layers:
             for chosen, sign in zip(chances[4::2], chances[5::2]):
                 operation = (chosen * len(OPERATIONS)).long()
                 magnitude = _signed(operation, self.rand_magnitudes[operation], sign)
-                pixels = apply(pixels, torch.where(operation == OPERATIONS.index("Invert"), -1, operation), magnitude)
+                pixels = apply(
+                    pixels, torch.where(operation == OPERATIONS.index("Invert"), -1, operation), magnitude
+                )
         return pixels
 
-    def _crop(self, pixels: torch.Tensor, right: torch.Tensor, down: torch.Tensor, mirrored: torch.Tensor) -> torch.Tensor:
+    def _crop(
+        self, pixels: torch.Tensor, right: torch.Tensor, down: torch.Tensor, mirrored: torch.Tensor
+    ) -> torch.Tensor:
         height, width = pixels.shape[-2:]
         shift = [((u * (2 * self.padding + 1)).long() - self.padding).view(-1, 1, 1) for u in (right, down)]
         x = torch.arange(width, device=pixels.device).view(1, 1, -1)

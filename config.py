@@ -1,9 +1,11 @@
-"""A training run as a Python file: read it, override values, and say everything that is wrong with it at once.
+"""A training run as a Python file: read it, override values, and say everything that is wrong with it at
+once.
 
     config, problems = load("configs/cifar10/vit_lite_7_4_2d.py", ["NUM_EPOCHS=10"])
     problems += check(config, world=4)
 
-Upper-case names are the trainer's, lower-case ones Colossal-AI's, as in its published configs. `NAMES` lists them all.
+Upper-case names are the trainer's, lower-case ones Colossal-AI's, as in its published configs. `NAMES`
+lists them all.
 Everything is checked without a process group.
 """
 
@@ -31,14 +33,27 @@ class AMP_TYPE(enum.Enum):
 
 def _number(kind, low=None, above=None, high=None, optional=False):
     """A check: None when the value is fine, else what it must be."""
-    bounds = " and ".join(f"{sign} {bound}" for sign, bound in ((">=", low), (">", above), ("<=", high)) if bound is not None)
-    what = f"must be {'a whole number' if kind is int else 'a number'} {bounds}".rstrip() + " or None" * optional
+    bounds = " and ".join(
+        f"{sign} {bound}" for sign, bound in ((">=", low), (">", above), ("<=", high)) if bound is not None
+    )
+    what = (
+        f"must be {'a whole number' if kind is int else 'a number'} {bounds}".rstrip() + " or None" * optional
+    )
 
     def check(value):
         if optional and value is None:
             return None
-        right = isinstance(value, (int, float) if kind is float else int) and not isinstance(value, bool) and math.isfinite(value)
-        inside = right and (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+        right = (
+            isinstance(value, (int, float) if kind is float else int)
+            and not isinstance(value, bool)
+            and math.isfinite(value)
+        )
+        inside = (
+            right
+            and (low is None or value >= low)
+            and (above is None or value > above)
+            and (high is None or value <= high)
+        )
         return None if inside else what
 
     return check
@@ -57,32 +72,58 @@ def _text(value):
 
 
 def _rgb(value):
-    right = isinstance(value, (tuple, list)) and len(value) == 3 and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value)
-    return None if value is None or right else "must be three numbers from 0 to 1 (red, green, blue), or None: measured"
+    right = (
+        isinstance(value, (tuple, list))
+        and len(value) == 3
+        and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value)
+    )
+    return (
+        None
+        if value is None or right
+        else "must be three numbers from 0 to 1 (red, green, blue), or None: measured"
+    )
 
 
 def _rand_augment(value):
     if value is None:
         return None
-    whole = isinstance(value, (tuple, list)) and len(value) in (2, 3) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    whole = (
+        isinstance(value, (tuple, list))
+        and len(value) in (2, 3)
+        and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+    )
     layers, magnitude, bins = (*value, 31)[:3] if whole else (0, 0, 0)
     right = 1 <= layers <= 8 and 0 <= magnitude < bins and bins > 1
-    return None if right else "must be None, or (layers from 1 to 8, magnitude from 0 to 30), or (layers, magnitude, magnitudes there are)"
+    return (
+        None
+        if right
+        else (
+            "must be None, or (layers from 1 to 8, magnitude from 0 to 30), or (layers, "
+            "magnitude, magnitudes there are)"
+        )
+    )
 
 
 def _dictionary(value):
     return None if value is None or isinstance(value, dict) else "must be a dict or None"
 
 
-# name -> (default, check). The defaults of the model are ViT-S/16, which the published ImageNet configs mean without
+# name -> (default, check). The defaults of the model are ViT-S/16, which the published ImageNet configs
+# mean without
 # saying so.
 NAMES = {
     "TOTAL_BATCH_SIZE": (None, _number(int, low=1, optional=True)),  # images of a step, over all processes
     "BATCH_SIZE": (None, _number(int, low=1, optional=True)),  # images of a micro-step, over all processes
     "LEARNING_RATE": (REQUIRED, _number(float, above=0)),  # peak, for the whole batch
-    "WEIGHT_DECAY": (REQUIRED, _number(float, low=0)),  # of matrices; biases, LayerNorms and embeddings have none
+    "WEIGHT_DECAY": (
+        REQUIRED,
+        _number(float, low=0),
+    ),  # of matrices; biases, LayerNorms and embeddings have none
     "NUM_EPOCHS": (REQUIRED, _number(int, low=1)),
-    "WARMUP_EPOCHS": (None, _number(float, low=0, optional=True)),  # linear, then a cosine to zero; a fifth of the training where it would not fit
+    "WARMUP_EPOCHS": (
+        None,
+        _number(float, low=0, optional=True),
+    ),  # linear, then a cosine to zero; a fifth of the training where it would not fit
     "WARMUP_STEPS": (None, _number(int, low=0, optional=True)),  # instead of WARMUP_EPOCHS
     "LABEL_SMOOTHING": (0.0, _number(float, low=0, high=0.99)),
     "SEED": (42, _number(int, low=0, high=2**31 - 1)),  # of initial weights, order and augmentation
@@ -96,24 +137,48 @@ NAMES = {
     "NUM_CLASSES": (1000, _number(int, low=2)),
     "DROPOUT": (0.0, _number(float, low=0, high=0.99)),
     "ATTENTION_DROPOUT": (0.0, _number(float, low=0, high=0.99)),
-    "DROP_PATH": (0.0, _number(float, low=0, high=0.99)),  # chance that an image skips the last layer's branches; falls to 0 at the first
-    "EMA": (0.0, _number(float, low=0, high=0.99999)),  # decay of the weights' moving average, which is evaluated and exported; 0: the weights
-    "POOLING": ("class", _choice("class", "mean")),  # what is classified: a class token, or the mean of the patches (there is no class token then)
+    "DROP_PATH": (
+        0.0,
+        _number(float, low=0, high=0.99),
+    ),  # chance that an image skips the last layer's branches; falls to 0 at the first
+    "EMA": (
+        0.0,
+        _number(float, low=0, high=0.99999),
+    ),  # decay of the weights' moving average, which is evaluated and exported; 0: the weights
+    "POOLING": (
+        "class",
+        _choice("class", "mean"),
+    ),  # what is classified: a class token, or the mean of the patches (there is no class token then)
     "POSITIONS": ("learned", _choice("learned", "sincos")),  # sincos: fixed, in two dimensions
-    "INITIAL_WEIGHTS": ("usual", _choice("usual", "mimetic")),  # usual: transformers'; mimetic: attention as trained ViTs have it, learned positions from sines
+    "INITIAL_WEIGHTS": (
+        "usual",
+        _choice("usual", "mimetic"),
+    ),  # usual: transformers'; mimetic: attention as trained ViTs have it, learned positions from sines
     # the images
-    "RANDOM_RESIZED_CROP": (None, _number(float, above=0, high=1, optional=True)),  # smallest area of a crop; evaluation: shorter side, centre crop
+    "RANDOM_RESIZED_CROP": (
+        None,
+        _number(float, above=0, high=1, optional=True),
+    ),  # smallest area of a crop; evaluation: shorter side, centre crop
     "RANDOM_CROP_PADDING": (0, _number(int, low=0)),  # pixels; 0: no crop
     "RANDOM_FLIP": (False, _switch),
     "AUTO_AUGMENT": (None, _choice(None, "cifar10", "imagenet", "svhn")),
-    "RAND_AUGMENT": (None, _rand_augment),  # (layers, magnitude) of torchvision's 31 magnitudes, or with their number: (2, 10, 11)
+    "RAND_AUGMENT": (
+        None,
+        _rand_augment,
+    ),  # (layers, magnitude) of torchvision's 31 magnitudes, or with their number: (2, 10, 11)
     "MIXUP": (0.0, _number(float, low=0)),  # alpha; 0: never
     "CUTMIX": (0.0, _number(float, low=0)),  # alpha; with MIXUP one of the two at random
-    "MIX_EPOCHS": (None, _number(int, low=0, optional=True)),  # how many epochs, from the first, are mixed; None: all
+    "MIX_EPOCHS": (
+        None,
+        _number(int, low=0, optional=True),
+    ),  # how many epochs, from the first, are mixed; None: all
     "MEAN": (None, _rgb),
     "STD": (None, _rgb),
     "VALIDATION_FRACTION": (None, _number(float, above=0, high=0.9, optional=True)),  # of train, held out
-    "NUM_WORKERS": (None, _number(int, low=0, high=256, optional=True)),  # processes that decode, of each process; None: by the cores
+    "NUM_WORKERS": (
+        None,
+        _number(int, low=0, high=256, optional=True),
+    ),  # processes that decode, of each process; None: by the cores
     # parallelism
     "TENSOR_PARALLEL_SIZE": (None, _number(int, low=1, optional=True)),
     "TENSOR_PARALLEL_MODE": (None, _choice(None, "vanilla", *MODES)),
@@ -132,7 +197,15 @@ NAMES = {
 }
 SYNONYMS = {"NUM_LAYERS": "DEPTH", "gradient_clipping": "clip_grad_norm", "seed": "SEED"}
 # What may differ between a run and its continuation.
-FREE = ("LOG_PATH", "CHECKPOINT_EPOCHS", "BATCH_SIZE", "gradient_accumulation", "NUM_WORKERS", "COMPILE", "CUDA_GRAPHS")
+FREE = (
+    "LOG_PATH",
+    "CHECKPOINT_EPOCHS",
+    "BATCH_SIZE",
+    "gradient_accumulation",
+    "NUM_WORKERS",
+    "COMPILE",
+    "CUDA_GRAPHS",
+)
 
 
 class ConfigError(ValueError):
@@ -162,7 +235,10 @@ def run(path: Path, overrides: dict) -> dict:
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]
             names = [t.id for t in targets if isinstance(t, ast.Name) and t.id in overrides]
             if names:
-                node.value = ast.copy_location(ast.Subscript(ast.Name("__overrides__", ast.Load()), ast.Constant(names[0]), ast.Load()), node)
+                node.value = ast.copy_location(
+                    ast.Subscript(ast.Name("__overrides__", ast.Load()), ast.Constant(names[0]), ast.Load()),
+                    node,
+                )
     ast.fix_missing_locations(tree)
 
     def imports(name, globals=None, locals=None, fromlist=(), level=0):
@@ -175,7 +251,12 @@ def run(path: Path, overrides: dict) -> dict:
             return module
         return builtins.__import__(name, globals, locals, fromlist, level)
 
-    names = {"__builtins__": vars(builtins) | {"__import__": imports}, "__overrides__": overrides, "__name__": path.stem, "__file__": str(path)}
+    names = {
+        "__builtins__": vars(builtins) | {"__import__": imports},
+        "__overrides__": overrides,
+        "__name__": path.stem,
+        "__file__": str(path),
+    }
     try:
         exec(compile(tree, str(path), "exec"), names)
     except (Exception, SystemExit) as error:
@@ -193,7 +274,10 @@ def run(path: Path, overrides: dict) -> dict:
 
 
 def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
-    """``NAME=VALUE`` words to values: Python expressions as in a config, and bare words as texts. -> (values, problems)"""
+    """``NAME=VALUE`` words to values: Python expressions as in a config, and bare words as texts.
+
+    -> (values, problems)
+    """
     values, problems = {}, []
     for word in words:
         name, equals, text = word.partition("=")
@@ -216,7 +300,9 @@ def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
     """
     values, problems = parse_overrides(overrides)
     # a file may assign the synonym
-    names = run(Path(path), values | {other: values[name] for other, name in SYNONYMS.items() if name in values})
+    names = run(
+        Path(path), values | {other: values[name] for other, name in SYNONYMS.items() if name in values}
+    )
     found = {}
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
@@ -225,7 +311,11 @@ def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
         if name in NAMES:
             found[name] = value
         elif name.isupper() or name.islower():
-            problems.append(f"{name} = {value!r}: config.py knows no such name" + _nearest(name) + "; helpers begin with an underscore")
+            problems.append(
+                f"{name} = {value!r}: config.py knows no such name"
+                + _nearest(name)
+                + "; helpers begin with an underscore"
+            )
     found |= values
     config = {}
     for name, (default, wrong) in NAMES.items():
@@ -263,25 +353,47 @@ def docstring(path: str) -> str:
 
 
 def resolve(config: dict, problems: list[str]) -> None:
-    """Fill in what follows from other values, in place: batch sizes, ``mode``, ``tp``, ``pp``, ``depth``, ``precision``."""
-    accumulation, total, batch = config["gradient_accumulation"], config["TOTAL_BATCH_SIZE"], config["BATCH_SIZE"]
+    """Fill in what follows from other values, in place.
+
+    Batch sizes, ``mode``, ``tp``, ``pp``, ``depth``, ``precision``.
+    """
+    accumulation, total, batch = (
+        config["gradient_accumulation"],
+        config["TOTAL_BATCH_SIZE"],
+        config["BATCH_SIZE"],
+    )
     if batch is None:
         if total % accumulation:
-            problems.append(f"TOTAL_BATCH_SIZE {total}: is no multiple of gradient_accumulation {accumulation}")
+            problems.append(
+                f"TOTAL_BATCH_SIZE {total}: is no multiple of gradient_accumulation {accumulation}"
+            )
         batch = total // accumulation
     elif total is not None and total != batch * accumulation:
-        problems.append(f"TOTAL_BATCH_SIZE {total}: is not BATCH_SIZE {batch} x gradient_accumulation {accumulation}")
+        problems.append(
+            f"TOTAL_BATCH_SIZE {total}: is not BATCH_SIZE {batch} x gradient_accumulation {accumulation}"
+        )
     config["TOTAL_BATCH_SIZE"], config["BATCH_SIZE"] = batch * accumulation, batch
 
     parallel = config["parallel"] or {}
     tensor = parallel.get("tensor") or {}
     tensor = {"size": tensor} if isinstance(tensor, int) else tensor  # Colossal-AI's short form
     strangers = [f"parallel[{name!r}]" for name in set(parallel) - {"pipeline", "tensor"}]
-    strangers += [f"parallel['tensor'][{name!r}]" for name in set(tensor) - {"mode", "size", "depth"}] if isinstance(tensor, dict) else ["parallel['tensor']"]
+    strangers += (
+        [f"parallel['tensor'][{name!r}]" for name in set(tensor) - {"mode", "size", "depth"}]
+        if isinstance(tensor, dict)
+        else ["parallel['tensor']"]
+    )
     if strangers:
-        problems.append(f"{', '.join(sorted(strangers))}: parallel is dict(pipeline=, tensor=dict(mode=, size=, depth=)); data parallelism follows")
+        problems.append(
+            f"{', '.join(sorted(strangers))}: parallel is dict(pipeline=, tensor=dict(mode=, "
+            "size=, depth=)); data parallelism follows"
+        )
         tensor = tensor if isinstance(tensor, dict) else {}
-    for name, key in (("TENSOR_PARALLEL_MODE", "mode"), ("TENSOR_PARALLEL_SIZE", "size"), ("TENSOR_PARALLEL_DEPTH", "depth")):
+    for name, key in (
+        ("TENSOR_PARALLEL_MODE", "mode"),
+        ("TENSOR_PARALLEL_SIZE", "size"),
+        ("TENSOR_PARALLEL_DEPTH", "depth"),
+    ):
         if config[name] is not None and key in tensor and config[name] != tensor[key]:
             problems.append(f"{name} {config[name]}: parallel['tensor'][{key!r}] is {tensor[key]!r}")
 
@@ -294,7 +406,11 @@ def resolve(config: dict, problems: list[str]) -> None:
     pipeline = given(parallel.get("pipeline"), 1)
     pipeline = pipeline.get("size", 1) if isinstance(pipeline, dict) else pipeline
     numbers = {"tensor parallel size": size, "depth": depth, "pipeline": pipeline}
-    wrong = [f"{what} {number!r}: {mend}" for what, number in numbers.items() if (mend := _number(int, low=1)(number))]
+    wrong = [
+        f"{what} {number!r}: {mend}"
+        for what, number in numbers.items()
+        if (mend := _number(int, low=1)(number))
+    ]
     if mode not in (*MODES, "vanilla"):
         wrong.append(f"tensor parallel mode {mode!r}: must be one of {', '.join(MODES)}, vanilla")
     elif mode == "vanilla" and size != 1 and not wrong:
@@ -306,8 +422,15 @@ def resolve(config: dict, problems: list[str]) -> None:
 
     fp16 = config["fp16"]
     kind = (fp16 or {}).get("mode")
-    if fp16 is not None and (set(fp16) - {"mode"} or not isinstance(kind, (AMP_TYPE, str)) or getattr(kind, "value", kind) not in {t.value for t in AMP_TYPE}):
-        problems.append(f"fp16 = {fp16!r}: must be dict(mode=AMP_TYPE.TORCH), APEX or NAIVE; all train with fp32 master weights and a loss scale")
+    if fp16 is not None and (
+        set(fp16) - {"mode"}
+        or not isinstance(kind, (AMP_TYPE, str))
+        or getattr(kind, "value", kind) not in {t.value for t in AMP_TYPE}
+    ):
+        problems.append(
+            f"fp16 = {fp16!r}: must be dict(mode=AMP_TYPE.TORCH), APEX or NAIVE; all train with "
+            "fp32 master weights and a loss scale"
+        )
     if fp16 is not None and config["bf16"]:
         problems.append("fp16 and bf16: give one of them")
     for name in ("MEAN", "STD"):
@@ -322,19 +445,36 @@ def layout(config: dict, world: int, rank: int = 0) -> Layout:
 
 
 def model_config(config: dict, labels: list[str] | None = None):
-    """HuggingFace's config of the model: a ViT, or I-JEPA's form of it, which classifies the mean of the patches."""
+    """HuggingFace's config of the model.
+
+    A ViT, or I-JEPA's form of it, which classifies the mean of the patches.
+    """
     from model import Preset, mean_pooled
 
     hidden = config["HIDDEN_SIZE"]
-    sizes = Preset(config["IMG_SIZE"], config["PATCH_SIZE"], hidden, config["DEPTH"], config["NUM_HEADS"], round(hidden * config["MLP_RATIO"]))
-    names = {} if labels is None else {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    sizes = Preset(
+        config["IMG_SIZE"],
+        config["PATCH_SIZE"],
+        hidden,
+        config["DEPTH"],
+        config["NUM_HEADS"],
+        round(hidden * config["MLP_RATIO"]),
+    )
+    names = (
+        {}
+        if labels is None
+        else {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
+    )
     vit = sizes.config(config["NUM_CLASSES"], **names)
     vit.hidden_dropout_prob, vit.attention_probs_dropout_prob = config["DROPOUT"], config["ATTENTION_DROPOUT"]
     return mean_pooled(vit) if config["POOLING"] == "mean" else vit
 
 
 def check(config: dict, world: int) -> list[str]:
-    """Everything in a loaded config that does not fit together or with ``world`` processes. Calls `resolve`."""
+    """Everything in a loaded config that does not fit together or with ``world`` processes.
+
+    Calls `resolve`.
+    """
     problems = []
     resolve(config, problems)
     mode, tp, pp, depth = config["mode"], config["tp"], config["pp"], config["depth"]
@@ -344,39 +484,65 @@ def check(config: dict, world: int) -> list[str]:
     if hidden % heads:
         problems.append(f"HIDDEN_SIZE {hidden}: is no multiple of NUM_HEADS {heads}")
     if config["WARMUP_EPOCHS"] is not None and config["WARMUP_STEPS"] is not None:
-        problems.append(f"WARMUP_EPOCHS {config['WARMUP_EPOCHS']} and WARMUP_STEPS {config['WARMUP_STEPS']}: give one of them, the other as None")
+        problems.append(
+            f"WARMUP_EPOCHS {config['WARMUP_EPOCHS']} and WARMUP_STEPS {config['WARMUP_STEPS']}: "
+            "give one of them, the other as None"
+        )
     if (config["MEAN"] is None) != (config["STD"] is None) or (config["STD"] and not all(config["STD"])):
         problems.append("MEAN and STD: give both or neither, and no STD of 0")
     if config["RANDOM_RESIZED_CROP"] is not None and config["RANDOM_CROP_PADDING"]:
-        problems.append(f"RANDOM_RESIZED_CROP and RANDOM_CROP_PADDING {config['RANDOM_CROP_PADDING']}: give one of them")
+        problems.append(
+            f"RANDOM_RESIZED_CROP and RANDOM_CROP_PADDING {config['RANDOM_CROP_PADDING']}: give one of them"
+        )
     if config["MIX_EPOCHS"] is not None and not (config["MIXUP"] or config["CUTMIX"]):
-        problems.append(f"MIX_EPOCHS {config['MIX_EPOCHS']}: nothing is mixed; set MIXUP or CUTMIX, or leave it out")
+        problems.append(
+            f"MIX_EPOCHS {config['MIX_EPOCHS']}: nothing is mixed; set MIXUP or CUTMIX, or leave it out"
+        )
     if config["AUTO_AUGMENT"] and config["RAND_AUGMENT"]:
         problems.append("AUTO_AUGMENT and RAND_AUGMENT: give one of them")
-    sines = [f"{name} {value!r}" for name, value in (("POSITIONS", "sincos"), ("INITIAL_WEIGHTS", "mimetic")) if config[name] == value]
+    sines = [
+        f"{name} {value!r}"
+        for name, value in (("POSITIONS", "sincos"), ("INITIAL_WEIGHTS", "mimetic"))
+        if config[name] == value
+    ]
     if sines and (hidden % 4 or hidden < 8):
-        problems.append(f"{', '.join(sines)}: needs a HIDDEN_SIZE that is a multiple of 4 from 8, not {hidden}")
+        problems.append(
+            f"{', '.join(sines)}: needs a HIDDEN_SIZE that is a multiple of 4 from 8, not {hidden}"
+        )
     if config["CUDA_GRAPHS"] and config["gradient_accumulation"] > 1:
-        problems.append(f"CUDA_GRAPHS: a graph runs a whole batch at once, gradient_accumulation is {config['gradient_accumulation']}")
+        problems.append(
+            "CUDA_GRAPHS: a graph runs a whole batch at once, gradient_accumulation is "
+            f"{config['gradient_accumulation']}"
+        )
     if config["CUDA_GRAPHS"] and not gpu_count():
         problems.append("CUDA_GRAPHS: needs a GPU; leave it out")
     if tp * pp > 1:
         alone = {"POOLING": "class", "POSITIONS": "learned", "COMPILE": False, "CUDA_GRAPHS": False}
-        problems += [f"{name} {config[name]!r}: only goes with data parallelism, not with {mode}, pipeline {pp}" for name in alone if config[name] != alone[name]]
+        problems += [
+            f"{name} {config[name]!r}: only goes with data parallelism, not with {mode}, pipeline {pp}"
+            for name in alone
+            if config[name] != alone[name]
+        ]
     if world % (tp * pp):
         problems.append(
-            f"{world} process(es): tensor parallel size {tp} x pipeline {pp} needs a multiple of {tp * pp} (GPUNUM, --nproc_per_node)"
+            f"{world} process(es): tensor parallel size {tp} x pipeline {pp} needs a multiple of "
+            f"{tp * pp} (GPUNUM, --nproc_per_node)"
         )
         world = tp * pp  # for what follows
     dp = layout(config, world).dp
     if batch % dp:
-        problems.append(f"BATCH_SIZE {batch}: is no multiple of the {dp} data-parallel groups of {world} processes")
+        problems.append(
+            f"BATCH_SIZE {batch}: is no multiple of the {dp} data-parallel groups of {world} processes"
+        )
     rows = batch // dp
     if mode in ("2d", "2.5d", "3d"):
         import tensor_parallel
 
         if config["DROP_PATH"]:
-            problems.append(f"DROP_PATH {config['DROP_PATH']}: goes with 1d and vanilla; in {mode} the slices of an image would not be skipped together")
+            problems.append(
+                f"DROP_PATH {config['DROP_PATH']}: goes with 1d and vanilla; in {mode} the slices of "
+                "an image would not be skipped together"
+            )
         if pp > 1:
             problems.append(f"pipeline {pp}: goes with 1d and vanilla, not with {mode}")
         problems += tensor_parallel.problems(mode, tp, depth, model_config(config), rows)
@@ -394,12 +560,31 @@ def check(config: dict, world: int) -> list[str]:
         if pieces < pp:
             problems.append(f"NUM_MICRO_BATCHES {pieces}: would leave some of the {pp} stages idle")
         if rows % pieces:
-            problems.append(f"NUM_MICRO_BATCHES {pieces}: does not divide the {rows} images of a data-parallel group")
+            problems.append(
+                f"NUM_MICRO_BATCHES {pieces}: does not divide the {rows} images of a data-parallel group"
+            )
     return problems
 
 
 def settings(config: dict) -> dict:
-    """What must be equal for a resumed run to be the same run, as JSON keeps it. See checkpoint.check_settings."""
-    kept = {name: config[name] for name in [*NAMES, "mode", "tp", "pp", "depth", "precision"] if name not in FREE}
-    drop = ("parallel", "fp16", "bf16", "TENSOR_PARALLEL_MODE", "TENSOR_PARALLEL_SIZE", "TENSOR_PARALLEL_DEPTH", "NUM_MICRO_BATCHES")
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in kept.items() if name not in drop}
+    """What must be equal for a resumed run to be the same run, as JSON keeps it.
+
+    See checkpoint.check_settings.
+    """
+    kept = {
+        name: config[name] for name in [*NAMES, "mode", "tp", "pp", "depth", "precision"] if name not in FREE
+    }
+    drop = (
+        "parallel",
+        "fp16",
+        "bf16",
+        "TENSOR_PARALLEL_MODE",
+        "TENSOR_PARALLEL_SIZE",
+        "TENSOR_PARALLEL_DEPTH",
+        "NUM_MICRO_BATCHES",
+    )
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in kept.items()
+        if name not in drop
+    }

@@ -24,22 +24,38 @@ def say(text: str = "") -> None:
 
 
 def predict_command(output) -> str:
-    """How to use what a run left in ``output``, from where it was started, with the Python that it was installed for."""
+    """How to use what a run left in ``output``, from where it was started, with the Python that it was
+    installed for.
+    """
     here = Path(__file__).resolve().parent
     python = os.path.relpath(here / ".venv/bin/python") if Path(sys.prefix) == here / ".venv" else "python"
-    return f"{shlex.join([python, os.path.relpath(here / 'vit_predict.py'), '--model', str(output)])} IMAGE_OR_FOLDER"
+    return (
+        f"{shlex.join([python, os.path.relpath(here / 'vit_predict.py'), '--model', str(output)])} "
+        "IMAGE_OR_FOLDER"
+    )
 
 
 def progress_bar(steps: int, label: str):
-    """tqdm on rank 0, if someone watches: a terminal, or PROGRESS=1 (launch.sh sets it; the launchers are in between)."""
+    """tqdm on rank 0, if someone watches: a terminal, or PROGRESS=1 (launch.sh sets it.
+
+    The launchers are in between).
+    """
     from tqdm import tqdm
 
     watched = sys.stderr.isatty() or os.environ.get("PROGRESS") == "1"
-    return tqdm(total=steps, desc=label, unit="step", leave=False, dynamic_ncols=True, disable=rank() != 0 or not watched)
+    return tqdm(
+        total=steps,
+        desc=label,
+        unit="step",
+        leave=False,
+        dynamic_ncols=True,
+        disable=rank() != 0 or not watched,
+    )
 
 
 def fail(*problems: str, code: int = 2) -> None:
-    """End the program with every problem named, once a machine, for it may be this one's alone, and no traceback.
+    """End the program with every problem named, once a machine, for it may be this one's alone, and no
+    traceback.
 
     Raises:
         SystemExit: always, with ``code`` (2: the user's input, as argparse does).
@@ -55,7 +71,9 @@ def fail(*problems: str, code: int = 2) -> None:
 
 def cache_home() -> Path:
     """The user's folder of caches (XDG Base Directory Specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # Path.home() fails for a user without one
+    return Path(
+        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    )  # Path.home() fails for a user without one
 
 
 def silence_libraries() -> None:
@@ -72,14 +90,22 @@ def silence_libraries() -> None:
     # a library's warning tells its developer something; ours are printed with say()
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # data workers and compile workers
-    for name in (None, "bitsandbytes", "colossalai", "datasets", "torch.distributed", "torch.utils.checkpoint"):
+    for name in (
+        None,
+        "bitsandbytes",
+        "colossalai",
+        "datasets",
+        "torch.distributed",
+        "torch.utils.checkpoint",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_colossalai_logger() -> None:
     """Call after colossalai is imported: its logger sets its own level when it is made.
 
-    Its calls also walk the whole Python stack before they look at the level, which costs Gemini milliseconds a step.
+    Its calls also walk the whole Python stack before they look at the level, which costs Gemini
+    milliseconds a step.
     """
     from colossalai.logging import DistributedLogger
 

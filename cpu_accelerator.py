@@ -22,7 +22,8 @@ class _NoStream:
 
 
 class Cpu(CpuAccelerator):
-    """`colossalai/accelerator/cpu_accelerator.py` with the methods that raise, or return the wrong thing, filled in.
+    """`colossalai/accelerator/cpu_accelerator.py` with the methods that raise, or return the wrong thing,
+    filled in.
 
     Can go when the methods of that file stop raising "not supported for cpu accelerator".
     """
@@ -57,25 +58,34 @@ class Cpu(CpuAccelerator):
     def empty_cache(self) -> None: ...
 
     def autocast(self, enabled=True, dtype=torch.float16, cache_enabled=True):
-        return torch.autocast("cpu", dtype=dtype, enabled=enabled)  # the library returns a class, not a context
+        return torch.autocast(
+            "cpu", dtype=dtype, enabled=enabled
+        )  # the library returns a class, not a context
 
 
 def _mend_pipeline() -> None:
-    """`colossalai/pipeline/p2p.py`, _check_for_nccl_hccl_backend: reads Backend.HCCL, which torch does not define."""
+    """`colossalai/pipeline/p2p.py`, _check_for_nccl_hccl_backend.
+
+    Reads Backend.HCCL, which torch does not define.
+    """
     from colossalai.pipeline import p2p
 
     p2p._check_for_nccl_hccl_backend = lambda group: False
 
 
 def _mend_zero() -> None:
-    """`colossalai/zero/low_level/low_level_optim.py`, _sanity_checks: asserts that the accelerator is cuda or npu."""
+    """`colossalai/zero/low_level/low_level_optim.py`, _sanity_checks.
+
+    Asserts that the accelerator is cuda or npu.
+    """
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
     LowLevelZeroOptimizer._sanity_checks = lambda self: None
 
 
 def _mend_gemini() -> None:
-    """`colossalai/zero/gemini/chunk/chunk.py`: a shard on the device "cpu" counts as offloaded, and is moved away.
+    """`colossalai/zero/gemini/chunk/chunk.py`: a shard on the device "cpu" counts as offloaded, and is
+    moved away.
 
     Here the CPU is the device, so a shard is always resident: nothing moves, nothing is offloaded.
     """
@@ -93,7 +103,10 @@ def _mend_gemini() -> None:
 
 
 def _mend_fp16() -> None:
-    """`colossalai/booster/mixed_precision/fp16_torch.py`: torch.cuda's GradScaler disables itself without a GPU."""
+    """`colossalai/booster/mixed_precision/fp16_torch.py`.
+
+    Torch.cuda's GradScaler disables itself without a GPU.
+    """
     from colossalai.booster.mixed_precision import fp16_torch
 
     library_init = fp16_torch.TorchAMPOptimizer.__init__
@@ -106,7 +119,10 @@ def _mend_fp16() -> None:
 
 
 def install() -> None:
-    """Make Colossal-AI use the CPU as its device in this process. Idempotence is not needed: called once, at start."""
+    """Make Colossal-AI use the CPU as its device in this process. Idempotence is not needed.
+
+    Called once, at start.
+    """
     set_accelerator(Cpu())
     _mend_pipeline()
     _mend_zero()

@@ -1,6 +1,7 @@
 """Images in, batches out: from the hub, a folder, parquet or arrow files, or the drawn leaves.
 
-Every image becomes RGB uint8. Its size, and for training its random crop and flip, are settled here on the CPU;
+Every image becomes RGB uint8. Its size, and for training its random crop and flip, are settled here on the
+CPU;
 conversion to floats happens on the device (engine.Normalize).
 """
 
@@ -26,13 +27,25 @@ from console import cache_home
 from layout import Layout
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-SPLIT_NAMES = {"train": "train", "training": "train", "validation": "validation", "val": "validation",
-               "valid": "validation", "dev": "validation", "test": "test", "testing": "test"}  # fmt: skip
-IGNORE = -100  # label of a padding image: it fills up a batch and counts nowhere (torch's cross_entropy ignores it)
+SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "dev": "validation",
+    "test": "test",
+    "testing": "test",
+}
+IGNORE = (
+    -100
+)  # label of a padding image: it fills up a batch and counts nowhere (torch's cross_entropy ignores it)
 DRAWN = "drawn"  # the name of the embedded data set (leaves.py)
 PREPARED = "prepared.json"  # in a folder that prepare_images.py wrote (packed.py)
 LARGE = 200_000  # images; a training split of more is not read whole before training: that would take minutes
-SMALL = 1e-3  # seconds to decode an image; below it threads wait for each other in Python longer than they save
+SMALL = (
+    1e-3  # seconds to decode an image; below it threads wait for each other in Python longer than they save
+)
 
 
 class DataError(ValueError):
@@ -43,7 +56,8 @@ class DataError(ValueError):
 class Split:
     """Encoded images and their labels.
 
-    ``images[i]`` is a path, or the bytes of an image file, or a PIL image, or uint8 (H, W, 3); ``labels`` is int64 (N,).
+    ``images[i]`` is a path, or the bytes of an image file, or a PIL image, or uint8 (H, W, 3); ``labels``
+    is int64 (N,).
     """
 
     name: str
@@ -51,7 +65,8 @@ class Split:
     labels: np.ndarray
     where: object = None  # names of the images for messages; None: their index
     resized: object = None  # uint8 (3, S, S) each: what Resize made of them, when kept in memory
-    sources: object = None  # uint8 (H, W, 3) each: what Augment.keep made of them, when kept in memory; or a prepared folder's
+    # uint8 (H, W, 3) each: what Augment.keep made of them, when kept in memory; or a prepared folder's
+    sources: object = None
     unreadable: tuple[str, ...] = ()  # images left out, by name
 
     def __len__(self) -> int:
@@ -60,7 +75,10 @@ class Split:
     def take(self, indices) -> "Split":
         """The images at ``indices``, in that order."""
         fields = ("images", "where", "resized", "sources")
-        taken = {name: None if getattr(self, name) is None else Subset(getattr(self, name), indices) for name in fields}
+        taken = {
+            name: None if getattr(self, name) is None else Subset(getattr(self, name), indices)
+            for name in fields
+        }
         return replace(self, labels=self.labels[indices], **taken)
 
     def describe(self, i: int) -> str:
@@ -81,7 +99,10 @@ class Subset:
 
 
 class Paths:
-    """Paths under a folder as one array: a million of Python's own texts, copied into every worker, would fill the memory."""
+    """Paths under a folder as one array.
+
+    A million of Python's own texts, copied into every worker, would fill the memory.
+    """
 
     def __init__(self, root: Path, paths: list[str]):
         self.root = str(root)
@@ -97,7 +118,10 @@ class Paths:
 
 @dataclass
 class ImageData:
-    """A data set: splits that share ``label_names``. ``test`` may be None, and where `load_data` holds out none, ``validation``."""
+    """A data set: splits that share ``label_names``.
+
+    ``test`` may be None, and where `load_data` holds out none, ``validation``.
+    """
 
     train: Split
     validation: Split | None
@@ -108,7 +132,9 @@ class ImageData:
     minival: Split | None = None  # cut from train to choose by, beside a split to judge by
 
     def splits(self) -> list[Split]:
-        return [split for split in (self.train, self.validation, self.test, self.minival) if split is not None]
+        return [
+            split for split in (self.train, self.validation, self.test, self.minival) if split is not None
+        ]
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -140,14 +166,19 @@ def load_data(args, hold_out: bool = True) -> ImageData:
     if "train" not in splits:
         raise DataError(f"--dataset {name} has no train split; it has: {', '.join(splits) or 'nothing'}")
     if len(labels) < 2:
-        raise DataError(f"--dataset {name} has one class, {labels[0]}: there is nothing to tell apart. An image folder holds train/CLASS/IMAGE")
+        raise DataError(
+            f"--dataset {name} has one class, {labels[0]}: there is nothing to tell apart. An "
+            "image folder holds train/CLASS/IMAGE"
+        )
     for split in list(splits):
         if split not in ("train", "validation", "test"):
             notes.append(f"split {split!r} is not used")
             del splits[split]
         elif (splits[split].labels < 0).any():
             if split == "train":
-                raise DataError(f"--dataset {name}: {int((splits[split].labels < 0).sum())} training images have no label")
+                raise DataError(
+                    f"--dataset {name}: {int((splits[split].labels < 0).sum())} training images have no label"
+                )
             notes.append(f"split {split!r} is not used: its labels are hidden")
             del splits[split]
     train = splits["train"]
@@ -155,7 +186,9 @@ def load_data(args, hold_out: bool = True) -> ImageData:
         number, count = map(int, args.fold.split("/"))
         keep, rest = stratified_fold(train.labels, number, count)
         splits = {"train": train.take(keep), "validation": replace(train.take(rest), name="validation")}
-        notes.append(f"fold {args.fold} of the training split is the validation split; the others are not used")
+        notes.append(
+            f"fold {args.fold} of the training split is the validation split; the others are not used"
+        )
     held_out = hold_out and "validation" not in splits
     if held_out:
         keep, rest = stratified(train.labels, args.validation_fraction, args.seed)
@@ -165,16 +198,25 @@ def load_data(args, hold_out: bool = True) -> ImageData:
             f"(--validation_fraction {args.validation_fraction}, stratified, seed {args.seed})"
         )
     if "validation" in splits and not len(splits["validation"]):
-        raise DataError(f"--dataset {name}: no image falls to the validation split: " + ("use fewer folds" if args.fold else "give a class two images or more"))
+        raise DataError(
+            f"--dataset {name}: no image falls to the validation split: "
+            + ("use fewer folds" if args.fold else "give a class two images or more")
+        )
     counts = np.bincount(splits["train"].labels, minlength=len(labels))
     if empty := [labels[i] for i in np.flatnonzero(counts == 0)]:
-        raise DataError(f"--dataset {name}: no training images of class {', '.join(empty)}: add some, or remove the class")
+        raise DataError(
+            f"--dataset {name}: no training images of class {', '.join(empty)}: add some, or remove the class"
+        )
     for split in ("validation", "test"):
         if split in splits:
             present = set(splits[split].labels.tolist())
             if absent := [label for i, label in enumerate(labels) if i not in present]:
                 notes.append(f"the {split} split has no images of class {', '.join(absent)}")
-    for split, limit in (("train", args.max_train_samples), ("validation", args.max_eval_samples), ("test", args.max_eval_samples)):
+    for split, limit in (
+        ("train", args.max_train_samples),
+        ("validation", args.max_eval_samples),
+        ("test", args.max_eval_samples),
+    ):
         if limit and split in splits and len(splits[split]) > limit:
             chosen = np.sort(np.random.default_rng(args.seed).permutation(len(splits[split]))[:limit])
             splits[split] = splits[split].take(chosen)
@@ -217,7 +259,8 @@ def locate(name: str) -> str:
         if folders:
             return "imagefolder"
         raise DataError(
-            f"--dataset {name}: the folder holds no data set. Expected {name}/train/<class>/*.jpg (and validation/, "
+            f"--dataset {name}: the folder holds no data set. Expected {name}/train/<class>/*.jpg "
+            "(and validation/, "
             f"test/), or {name}/<class>/*.jpg, or parquet or arrow files, or a saved `datasets` directory"
         )
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -226,23 +269,31 @@ def locate(name: str) -> str:
 
 
 def class_folders(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """Of ``root/<split>/<class>/**/image``, or ``root/<class>/**/image``: -> (split -> its folder, split -> its classes).
+    """Of ``root/<split>/<class>/**/image``, or ``root/<class>/**/image``: -> (split -> its folder, split ->
+    its classes).
 
     Raises:
         DataError: there is no train split, it has no classes, or another split has classes that it lacks.
     """
-    folders = {SPLIT_NAMES[d.name.lower()]: d for d in sorted(root.iterdir()) if d.is_dir() and d.name.lower() in SPLIT_NAMES}
+    folders = {
+        SPLIT_NAMES[d.name.lower()]: d
+        for d in sorted(root.iterdir())
+        if d.is_dir() and d.name.lower() in SPLIT_NAMES
+    }
     if not folders:
         folders = {"train": root}
     classes = {split: _subfolders(folder) for split, folder in folders.items()}
     if "train" not in classes:
         raise DataError(f"--dataset {root} has no train folder; it has: {', '.join(folders)}")
     if not classes["train"]:
-        raise DataError(f"--dataset {root}: {folders['train']} holds no class folders (expected <class>/*.jpg)")
+        raise DataError(
+            f"--dataset {root}: {folders['train']} holds no class folders (expected <class>/*.jpg)"
+        )
     for split, folder in folders.items():
         if strangers := sorted(set(classes[split]) - set(classes["train"])):
             raise DataError(
-                f"--dataset {root}: class {', '.join(strangers)} is in {folder.name}/ but not in {folders['train'].name}/: "
+                f"--dataset {root}: class {', '.join(strangers)} is in {folder.name}/ but not in "
+                f"{folders['train'].name}/: "
                 "rename or remove the folder, or add training images of it"
             )
     return folders, classes
@@ -259,10 +310,16 @@ def _read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
                 paths = Paths(folder, flat)
                 splits[split] = Split(split, paths, np.full(len(flat), -1), where=paths)
                 continue
-            mend = "the images lie beside each other: move each into the folder of its class" if flat else ", ".join(sorted(IMAGE_SUFFIXES))
+            mend = (
+                "the images lie beside each other: move each into the folder of its class"
+                if flat
+                else ", ".join(sorted(IMAGE_SUFFIXES))
+            )
             raise DataError(f"--dataset {root}: no images under {folder}/<class>/ ({mend})")
         paths = Paths(folder, list(itertools.chain.from_iterable(found)))
-        splits[split] = Split(split, paths, np.repeat(np.arange(len(labels)), [len(names) for names in found]), where=paths)
+        splits[split] = Split(
+            split, paths, np.repeat(np.arange(len(labels)), [len(names) for names in found]), where=paths
+        )
     return splits, labels
 
 
@@ -271,8 +328,13 @@ def _is_image(name: str) -> bool:
 
 
 def _image_paths(folder: Path) -> Iterator[str]:
-    """Of all image files under ``folder``, which may be missing. Reads directory entries alone: a look at each file takes minutes."""
-    return (os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if _is_image(name))
+    """Of all image files under ``folder``, which may be missing. Reads directory entries alone.
+
+    A look at each file takes minutes.
+    """
+    return (
+        os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if _is_image(name)
+    )
 
 
 def _first_image(folder: Path) -> str | None:
@@ -282,7 +344,11 @@ def _first_image(folder: Path) -> str | None:
 def _subfolders(folder: Path) -> list[str]:
     """Class folders: not the hidden ones, and not what a run or prepare_images.py left in there."""
     ours = ("metrics.jsonl", PREPARED)
-    return sorted(d.name for d in folder.iterdir() if d.is_dir() and not d.name.startswith(".") and not any((d / name).exists() for name in ours))
+    return sorted(
+        d.name
+        for d in folder.iterdir()
+        if d.is_dir() and not d.name.startswith(".") and not any((d / name).exists() for name in ours)
+    )
 
 
 def _read_datasets(name: str, kind: str, image_column: str | None, label_column: str | None):
@@ -300,14 +366,24 @@ def _read_datasets(name: str, kind: str, image_column: str | None, label_column:
         # files are named or foldered by split (train-00000-of-00002.parquet, test/0.parquet), as on the hub
         files: dict[str, list[str]] = {}
         for path in sorted(Path(name).rglob(f"*.{kind}")):
-            words = str(path.relative_to(name)).replace("-", "/").replace(".", "/").replace("_", "/").lower().split("/")
+            words = (
+                str(path.relative_to(name))
+                .replace("-", "/")
+                .replace(".", "/")
+                .replace("_", "/")
+                .lower()
+                .split("/")
+            )
             split = next((SPLIT_NAMES[word] for word in words if word in SPLIT_NAMES), "train")
             files.setdefault(split, []).append(str(path))
         try:
             loaded = datasets.load_dataset(kind, data_files=files)
         except datasets.exceptions.DatasetsError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise DataError(f"--dataset {name}: its {kind} files do not make one table ({reason}); give every split the same columns") from None
+            raise DataError(
+                f"--dataset {name}: its {kind} files do not make one table ({reason}); give every "
+                "split the same columns"
+            ) from None
     if isinstance(loaded, datasets.Dataset):
         loaded = datasets.DatasetDict(train=loaded)
     features = next(iter(loaded.values())).features
@@ -317,12 +393,22 @@ def _read_datasets(name: str, kind: str, image_column: str | None, label_column:
         if column not in features:
             raise DataError(f"--dataset {name} has no column {column!r}; it has: {', '.join(features)}")
         if lacking := [split for split in loaded if column not in loaded[split].features]:
-            raise DataError(f"--dataset {name}: split {', '.join(lacking)} has no column {column!r}; add it, or leave the split out")
+            raise DataError(
+                f"--dataset {name}: split {', '.join(lacking)} has no column {column!r}; add it, or "
+                "leave the split out"
+            )
     if isinstance(features[label_column], datasets.ClassLabel):
         labels = features[label_column].names
         used = [split for split in loaded if split in SPLIT_NAMES]
-        if odd := [split for split in used if getattr(loaded[split].features[label_column], "names", labels) != labels]:
-            raise DataError(f"--dataset {name}: split {', '.join(odd)} has other class names, or another order of them, than {next(iter(loaded))}: give all splits one ClassLabel")
+        if odd := [
+            split
+            for split in used
+            if getattr(loaded[split].features[label_column], "names", labels) != labels
+        ]:
+            raise DataError(
+                f"--dataset {name}: split {', '.join(odd)} has other class names, or another order of "
+                f"them, than {next(iter(loaded))}: give all splits one ClassLabel"
+            )
     else:
         values = sorted(set().union(*(split.unique(label_column) for split in loaded.values())) - {None})
         labels = [str(value) for value in values]
@@ -355,12 +441,18 @@ def _image_column(name: str, features) -> str:
     import datasets
 
     def holds_images(feature) -> bool:
-        plain = isinstance(feature, dict) and set(feature) == {"bytes", "path"}  # parquet without the hub's metadata
+        plain = isinstance(feature, dict) and set(feature) == {
+            "bytes",
+            "path",
+        }  # parquet without the hub's metadata
         return isinstance(feature, datasets.Image) or plain
 
     found = [column for column, feature in features.items() if holds_images(feature)]
     if len(found) != 1:
-        raise DataError(f"--dataset {name} has {len(found)} image columns among {', '.join(features)}: name one with --image_column")
+        raise DataError(
+            f"--dataset {name} has {len(found)} image columns among {', '.join(features)}: name "
+            "one with --image_column"
+        )
     return found[0]
 
 
@@ -369,15 +461,24 @@ def _label_column(name: str, features, image_column: str) -> str:
 
     found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
     if not found:
-        plain = [c for c, f in features.items() if c != image_column and getattr(f, "dtype", "").startswith(("int", "string"))]
+        plain = [
+            c
+            for c, f in features.items()
+            if c != image_column and getattr(f, "dtype", "").startswith(("int", "string"))
+        ]
         found = [c for c in plain if c in ("label", "labels")] or plain
     if len(found) != 1:
-        raise DataError(f"--dataset {name} has {len(found)} label columns among {', '.join(features)}: name one with --label_column")
+        raise DataError(
+            f"--dataset {name} has {len(found)} label columns among {', '.join(features)}: name "
+            "one with --label_column"
+        )
     return found[0]
 
 
 def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices into (kept, held out) with the class proportions of ``labels``, at least one held out a class."""
+    """Split indices into (kept, held out) with the class proportions of ``labels``, at least one held out a
+    class.
+    """
     rng = np.random.default_rng(seed)
     held_out = []
     for label in np.unique(labels):
@@ -389,12 +490,21 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarr
 
 
 def stratified_fold(labels: np.ndarray, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Split indices into (kept, held out), where the held out are part ``number``, from 1, of ``count`` equal parts.
+    """Split indices into (kept, held out), where the held out are part ``number``, from 1, of ``count``
+    equal parts.
 
-    Each part has the class proportions of ``labels``. No seed: parts compare runs, and so are the same in all of them.
+    Each part has the class proportions of ``labels``. No seed: parts compare runs, and so are the same in
+    all of them.
     """
     rng = np.random.default_rng(0)
-    held_out = np.sort(np.concatenate([rng.permutation(np.flatnonzero(labels == label))[number - 1 :: count] for label in np.unique(labels)]))
+    held_out = np.sort(
+        np.concatenate(
+            [
+                rng.permutation(np.flatnonzero(labels == label))[number - 1 :: count]
+                for label in np.unique(labels)
+            ]
+        )
+    )
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
@@ -419,7 +529,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(encoded) -> Image.Image:
-    """An RGB image from what a `Split` holds: a path, the bytes of an image file, a PIL image, or uint8 (H, W, 3)."""
+    """An RGB image from what a `Split` holds.
+
+    A path, the bytes of an image file, a PIL image, or uint8 (H, W, 3).
+    """
     if isinstance(encoded, np.ndarray):
         return Image.fromarray(encoded)
     if isinstance(encoded, Image.Image):
@@ -432,7 +545,10 @@ def open_image(encoded) -> Image.Image:
 
 @dataclass(frozen=True)
 class Resize:
-    """The model's own preprocessing of an image: squeezed to size x size pixels, with the processor's filter."""
+    """The model's own preprocessing of an image.
+
+    Squeezed to size x size pixels, with the processor's filter.
+    """
 
     size: int
     resample: int = 2  # PIL's number of the filter; 2 is bilinear
@@ -443,16 +559,22 @@ class Resize:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def processor(self, mean, std):
-        """The same as transformers saves it beside a model; ``mean`` and ``std`` of each channel, in units of 255."""
+        """The same as transformers saves it beside a model.
+
+        ``mean`` and ``std`` of each channel, in units of 255.
+        """
         from transformers import ViTImageProcessor
 
         size = {"height": self.size, "width": self.size}
-        return ViTImageProcessor(size=size, image_mean=list(mean), image_std=list(std), resample=self.resample)
+        return ViTImageProcessor(
+            size=size, image_mean=list(mean), image_std=list(std), resample=self.resample
+        )
 
 
 @dataclass(frozen=True)
 class ResizeAndCrop:
-    """Preprocessing that keeps the proportions, as ImageNet's is: the shorter side to ``shorter`` pixels, then the middle size x size of it.
+    """Preprocessing that keeps the proportions, as ImageNet's is: the shorter side to ``shorter`` pixels,
+    then the middle size x size of it.
 
     ``squeezed``: both sides to ``shorter`` pixels, as DeiT has it.
     """
@@ -477,7 +599,9 @@ class ResizeAndCrop:
         from transformers import BitImageProcessor
 
         size, crop = {"shortest_edge": self.shorter}, {"height": self.size, "width": self.size}
-        return BitImageProcessor(size=size, crop_size=crop, image_mean=list(mean), image_std=list(std), resample=self.resample)
+        return BitImageProcessor(
+            size=size, crop_size=crop, image_mean=list(mean), image_std=list(std), resample=self.resample
+        )
 
 
 def preprocessing(processor) -> Resize | ResizeAndCrop:
@@ -488,14 +612,29 @@ def preprocessing(processor) -> Resize | ResizeAndCrop:
     """
     sizes, resample = dict(processor.size), int(processor.resample)
     crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
-    size, shorter, squeezed = (crop or sizes).get("height"), sizes.get("height") or sizes.get("shortest_edge"), "height" in sizes
-    if any(given and given.get("width") != given.get("height") for given in (sizes, crop)) or not size or not shorter or size > shorter:
-        raise DataError(f"the model's preprocessing, size {sizes}" + f" and crop_size {crop}" * bool(crop) + ", is neither a square size nor a square cut out of one")
+    size, shorter, squeezed = (
+        (crop or sizes).get("height"),
+        sizes.get("height") or sizes.get("shortest_edge"),
+        "height" in sizes,
+    )
+    if (
+        any(given and given.get("width") != given.get("height") for given in (sizes, crop))
+        or not size
+        or not shorter
+        or size > shorter
+    ):
+        raise DataError(
+            f"the model's preprocessing, size {sizes}"
+            + f" and crop_size {crop}" * bool(crop)
+            + ", is neither a square size nor a square cut out of one"
+        )
     return ResizeAndCrop(size, shorter, resample, squeezed) if crop else Resize(size, resample)
 
 
 def set_size(processor, size: int) -> None:
-    """Let an image processor make ``size`` x ``size`` pixels, of the same part of an image as before, in place."""
+    """Let an image processor make ``size`` x ``size`` pixels, of the same part of an image as before, in
+    place.
+    """
     now = preprocessing(processor)
     processor.size = {side: round(size / now.size * pixels) for side, pixels in processor.size.items()}
     if isinstance(now, ResizeAndCrop):
@@ -503,10 +642,15 @@ def set_size(processor, size: int) -> None:
 
 
 def resize_shorter(image: Image.Image, shorter: int, resample: int = 2) -> Image.Image:
-    """The image with ``shorter`` pixels on its shorter side, the longer one cut off to a whole number; antialiased."""
+    """The image with ``shorter`` pixels on its shorter side, the longer one cut off to a whole number.
+
+    Antialiased.
+    """
     if min(image.size) == shorter:
         return image
-    sides = [shorter if side == min(image.size) else int(shorter * side / min(image.size)) for side in image.size]
+    sides = [
+        shorter if side == min(image.size) else int(shorter * side / min(image.size)) for side in image.size
+    ]
     return image.resize(sides, resample=resample)
 
 
@@ -514,7 +658,8 @@ def resize_shorter(image: Image.Image, shorter: int, resample: int = 2) -> Image
 class Augment:
     """Random resized crop and horizontal flip, as torchvision draws them.
 
-    Drawn from (seed, epoch, image) alone: the same on all processes of a tensor- or pipeline-parallel group, for
+    Drawn from (seed, epoch, image) alone: the same on all processes of a tensor- or pipeline-parallel
+    group, for
     any number of workers, and after a resume.
     """
 
@@ -530,7 +675,9 @@ class Augment:
         short = min(image.size)
         if short > 2 * self.size:
             scale = 2 * self.size / short
-            image = image.resize((round(image.width * scale), round(image.height * scale)), resample=self.resample)
+            image = image.resize(
+                (round(image.width * scale), round(image.height * scale)), resample=self.resample
+            )
         return image
 
     def keep(self, image: Image.Image) -> np.ndarray:
@@ -545,7 +692,9 @@ class Augment:
         sides = source.shape[:2] if decoded else (source.height, source.width)
         with drawn_from(self.seed, epoch, index):
             blank = torch.empty(1).expand(3, *sides)  # get_params wants an image, and reads its sides
-            top, left, height, width = RandomResizedCrop.get_params(blank, (self.smallest_crop, 1.0), (3 / 4, 4 / 3))
+            top, left, height, width = RandomResizedCrop.get_params(
+                blank, (self.smallest_crop, 1.0), (3 / 4, 4 / 3)
+            )
             mirrored = self.flip and torch.rand(1).item() < 0.5
         # nothing but the crop is touched; in one piece, for which torch's resizing of uint8 is made
         if decoded:
@@ -553,7 +702,12 @@ class Augment:
         else:
             crop = np.array(source.crop((left, top, left + width, top + height)))
         mode = {0: "nearest-exact", 3: "bicubic"}.get(self.resample, "bilinear")
-        pixels = F.interpolate(torch.from_numpy(crop).permute(2, 0, 1)[None], (self.size,) * 2, mode=mode, antialias=mode[0] == "b")[0]
+        pixels = F.interpolate(
+            torch.from_numpy(crop).permute(2, 0, 1)[None],
+            (self.size,) * 2,
+            mode=mode,
+            antialias=mode[0] == "b",
+        )[0]
         pixels = pixels.flip(-1) if mirrored else pixels
         if self.policy:
             with drawn_from(self.seed, epoch, index, 1):
@@ -561,7 +715,10 @@ class Augment:
         return pixels
 
 
-POLICIES = {"trivial": "TrivialAugmentWide", "rand": "RandAugment"}  # Mueller and Hutter, 2021; Cubuk et al., 2020; in torchvision
+POLICIES = {
+    "trivial": "TrivialAugmentWide",
+    "rand": "RandAugment",
+}  # Mueller and Hutter, 2021; Cubuk et al., 2020; in torchvision
 
 
 @functools.cache
@@ -573,7 +730,10 @@ def _policy(name: str):
 
 @contextmanager
 def drawn_from(*numbers: int):
-    """Inside, torch's draws on the CPU depend on ``numbers`` alone. Outside, and on a GPU, nothing changes."""
+    """Inside, torch's draws on the CPU depend on ``numbers`` alone.
+
+    Outside, and on a GPU, nothing changes.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(_mix(*numbers))  # torch.manual_seed would seed the GPUs too
         yield
@@ -586,7 +746,11 @@ def _mix(*numbers: int) -> int:
 
 
 def machine_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes: the machine's memory, or what a container or a batch system leaves this process of it (Linux's control groups)."""
+    """Bytes.
+
+    The machine's memory, or what a container or a batch system leaves this process of it (Linux's control
+    groups).
+    """
     import psutil
 
     limits = [psutil.virtual_memory().total]
@@ -601,11 +765,14 @@ def machine_memory(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/s
     return min(limits)
 
 
-def decode(images: ImageData, resize: Resize, augment: Augment | None, args, processes: int) -> tuple[ImageData, int]:
+def decode(
+    images: ImageData, resize: Resize, augment: Augment | None, args, processes: int
+) -> tuple[ImageData, int]:
     """Decode every split once and keep it as uint8, as far as the memory budget of a process allows.
 
     Args:
-        processes: processes on this machine; they share ``args.data_memory`` GiB (default: a quarter of its memory).
+        processes: processes on this machine; they share ``args.data_memory`` GiB (default: a quarter of its
+            memory).
 
     Returns:
         The data, without unreadable images where ``--skip_bad_images`` allows, and the bytes kept.
@@ -620,7 +787,9 @@ def decode(images: ImageData, resize: Resize, augment: Augment | None, args, pro
         keep, slot = (augment.keep, "sources") if augment and split.name == "train" else (resize, "resized")
         # a large training split is not read twice; what is evaluated must be whole before it counts
         if (split.name != "train" or len(split) <= LARGE) and getattr(split, slot) is None:
-            split, size, skipped = _decode_split(split, keep, slot, budget - total, threads, args.skip_bad_images)
+            split, size, skipped = _decode_split(
+                split, keep, slot, budget - total, threads, args.skip_bad_images
+            )
             total += size
             notes += skipped
         kept[split.name] = split
@@ -632,8 +801,13 @@ def first_ten(names: list[str]) -> str:
     return "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
 
 
-def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, skip_bad: bool) -> tuple[Split, int, list[str]]:
-    """`decode` of one split; ``keep`` makes the array that is kept in the field ``slot``. -> (split, bytes kept, notes)"""
+def _decode_split(
+    split: Split, keep, slot: str, budget: float, threads: int, skip_bad: bool
+) -> tuple[Split, int, list[str]]:
+    """`decode` of one split; ``keep`` makes the array that is kept in the field ``slot``.
+
+    -> (split, bytes kept, notes)
+    """
 
     def decode_one(i: int):
         try:
@@ -652,7 +826,8 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
         return split, 0, []
 
     def decode_or_check(i: int):
-        # beyond the budget, images are read once to find the bad ones: every count and batch is exact from the start,
+        # beyond the budget, images are read once to find the bad ones: every count and batch is exact
+        # from the start,
         # and no epoch is trained to fail in its evaluation
         result = decode_one(i)
         return result if kept or isinstance(result, str) else None
@@ -666,7 +841,10 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
     if bad:
         named = first_ten([results[i] for i in bad])
         if not skip_bad:
-            raise DataError(f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or use --skip_bad_images")
+            raise DataError(
+                f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or "
+                "use --skip_bad_images"
+            )
         if len(bad) == len(split):
             raise DataError(f"no readable image in {split.name}: {named}")
         good = np.setdiff1d(np.arange(len(split)), bad)
@@ -685,7 +863,8 @@ def _decode_split(split: Split, keep, slot: str, budget: float, threads: int, sk
 class Schedule:
     """Which images make up which step: the same on any machine, a function of seed, epoch and sizes.
 
-    One step takes ``batch_size * accumulation * dp`` images; the last step of an epoch takes what is left, its
+    One step takes ``batch_size * accumulation * dp`` images; the last step of an epoch takes what is left,
+    its
     batches filled up with padding, so that every batch has one size (pipelines and compiled graphs need it).
     """
 
@@ -697,7 +876,10 @@ class Schedule:
 
     @property
     def batches_per_step(self) -> int:
-        """Batches that this process is handed per step: a pipeline takes a step's batches as one, and cuts it itself."""
+        """Batches that this process is handed per step.
+
+        A pipeline takes a step's batches as one, and cuts it itself.
+        """
         return 1 if self.layout.pp > 1 else self.accumulation
 
     @property
@@ -732,12 +914,14 @@ class Schedule:
 
 
 class Batches(torch.utils.data.Dataset):
-    """(epoch, image) pairs to a batch: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,), ``skipped`` names.
+    """(epoch, image) pairs to a batch: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,),
+    ``skipped`` names.
 
     torch's DataLoader hands a whole batch to ``__getitems__``.
 
     Args:
-        skip_bad: an unreadable image is named in ``skipped``, and, in training, the next one of the split takes its
+        skip_bad: an unreadable image is named in ``skipped``, and, in training, the next one of the split
+            takes its
             place, so that a batch stays whole; in evaluation its row stays padding.
     """
 
@@ -761,7 +945,9 @@ class Batches(torch.utils.data.Dataset):
                 except Exception as error:
                     named = f"{self.split.describe(image)} ({error})"
                     if not self.skip_bad or len(skipped) >= len(self):
-                        raise DataError(f"unreadable image: {named}" + "; or use --skip_bad_images" * (not self.skip_bad)) from None
+                        raise DataError(
+                            f"unreadable image: {named}" + "; or use --skip_bad_images" * (not self.skip_bad)
+                        ) from None
                     skipped.append(named)
                     image = (image + 1) % len(self) if self.split.name == "train" else -1
         return {"pixel_values": pixels, "labels": labels, "skipped": skipped}
@@ -769,7 +955,11 @@ class Batches(torch.utils.data.Dataset):
     def _pixels(self, epoch: int, image: int) -> torch.Tensor:
         split = self.split
         if self.augment:
-            source = self.augment.shrink(open_image(split.images[image])) if split.sources is None else split.sources[image]
+            source = (
+                self.augment.shrink(open_image(split.images[image]))
+                if split.sources is None
+                else split.sources[image]
+            )
             return self.augment(source, epoch, image)
         if split.resized is not None:
             return torch.from_numpy(split.resized[image])
@@ -792,7 +982,10 @@ def _whole(batch: dict) -> dict:
 
 
 def _leave_process_group(worker: int) -> None:
-    """Ctrl-C and torchrun signal a whole group; the step that the training finishes before it saves needs its workers."""
+    """Ctrl-C and torchrun signal a whole group.
+
+    The step that the training finishes before it saves needs its workers.
+    """
     os.setpgrp()
 
 
@@ -810,7 +1003,10 @@ def make_loader(batches: Batches, order, workers: int) -> DataLoader:
 
 
 def evaluation_order(images: int, batch_size: int, layout: Layout) -> list[list[tuple[int, int]]]:
-    """This process's evaluation batches: each image once over all groups, padded to whole, equally many batches."""
+    """This process's evaluation batches.
+
+    Each image once over all groups, padded to whole, equally many batches.
+    """
     per_round = batch_size * layout.dp
     rounds = -(-images // per_round)
     order = list(range(images)) + [-1] * (rounds * per_round - images)
@@ -819,7 +1015,10 @@ def evaluation_order(images: int, batch_size: int, layout: Layout) -> list[list[
 
 
 def auto_workers(images: ImageData, augment: Augment | None, processes: int) -> int:
-    """Data-loading processes of one process: none where batches are mere copies, else its share of the cores, at most 16."""
+    """Data-loading processes of one process.
+
+    None where batches are mere copies, else its share of the cores, at most 16.
+    """
     if images.train.resized is not None and not augment:
         return 0
     return max(0, min(16, len(os.sched_getaffinity(0)) // processes - 1))

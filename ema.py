@@ -8,13 +8,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class WeightAverage:
-    """Averages what this process holds of the weights: all of them, its tensor-parallel slices, or its pipeline stage's.
+    """Averages what this process holds of the weights: all of them, its tensor-parallel slices, or its
+    pipeline stage's.
 
-    The average of a slice is the slice of the average, so no process asks another for anything. Kept in fp32, beside
+    The average of a slice is the slice of the average, so no process asks another for anything. Kept in
+    fp32, beside
     the weights.
 
     Args:
-        tensors: -> (the tensors that the forward pass reads, their fp32 originals or the same again), always in one order.
+        tensors: -> (the tensors that the forward pass reads, their fp32 originals or the same again),
+            always in one order.
             Asked anew each time, for a plugin may move them.
         decay: the average after a step is ``decay`` of itself and ``1 - decay`` of the new weights.
     """

@@ -28,8 +28,15 @@ class NonFiniteLoss(Exception):
     """The loss became infinite or NaN; raised on every process at once."""
 
     def mend(self, args, rate: str, clip: str) -> str:
-        """What the user can do that is not done yet, by the names that this script has for it. ``args``: precision, max_norm."""
-        ways = [f"lower {rate}"] + [f"set {clip}"] * (not args.max_norm) + ["use bf16 or fp32"] * (args.precision == "fp16")
+        """What the user can do that is not done yet, by the names that this script has for it. ``args``.
+
+        Precision, max_norm.
+        """
+        ways = (
+            [f"lower {rate}"]
+            + [f"set {clip}"] * (not args.max_norm)
+            + ["use bf16 or fp32"] * (args.precision == "fp16")
+        )
         return f"{self}: {', or '.join(ways)}"
 
 
@@ -59,12 +66,16 @@ class Normalize:
 
 @cache
 def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(1, 3, 1, 1) on the device, in units of 1; kept, for sending it makes the CPU wait until the GPU has caught up."""
+    """(1, 3, 1, 1) on the device, in units of 1.
+
+    Kept, for sending it makes the CPU wait until the GPU has caught up.
+    """
     return 255 * torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 class Mix:
-    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by torchvision.
+    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by
+    torchvision.
 
     Args:
         mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0: never.
@@ -77,18 +88,27 @@ class Mix:
         from torchvision.transforms import v2
 
         kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
-        self.transform = v2.RandomChoice([kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds.items() if alpha])
+        self.transform = v2.RandomChoice(
+            [kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds.items() if alpha]
+        )
         self.seed, self.group = seed, group
 
-    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Floats (N, 3, H, W) and labels (N,) -> mixed floats, and a probability for each class (N, num_labels)."""
+    def __call__(
+        self, pixels: torch.Tensor, labels: torch.Tensor, step: int, micro_step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Floats (N, 3, H, W) and labels (N,) -> mixed floats, and a probability for each class (N,
+        num_labels).
+        """
         with drawn_from(self.seed, step, micro_step, self.group):
             return self.transform(pixels, labels)
 
 
 @dataclass
 class EpochProgress:
-    """Sums over (the part so far of) an epoch; kept in checkpoints, so that a resumed epoch reports its whole."""
+    """Sums over (the part so far of) an epoch.
+
+    Kept in checkpoints, so that a resumed epoch reports its whole.
+    """
 
     loss_sum: float = 0.0  # over images
     images: int = 0
@@ -143,7 +163,14 @@ class Engine:
         mix: mixes the images of a training batch.
     """
 
-    def __init__(self, boosted: Boosted, num_labels: int, normalize: Normalize, label_smoothing: float = 0.0, mix: Mix | None = None):
+    def __init__(
+        self,
+        boosted: Boosted,
+        num_labels: int,
+        normalize: Normalize,
+        label_smoothing: float = 0.0,
+        mix: Mix | None = None,
+    ):
         self.boosted = boosted
         self.model, self.optimizer = boosted.model, boosted.optimizer
         self.layout = boosted.layout
@@ -151,17 +178,33 @@ class Engine:
         self.normalize = normalize
         self.label_smoothing = label_smoothing
         self.mix = mix
-        self.graph = StepGraph(self._update, self.optimizer, boosted.graph_stream) if boosted.graph_stream else None
+        self.graph = (
+            StepGraph(self._update, self.optimizer, boosted.graph_stream) if boosted.graph_stream else None
+        )
 
     def to_device(self, batch: dict) -> dict:
-        """Move a batch of uint8 ``pixel_values`` (N, 3, H, W) and ``labels`` (N,) over, and normalise it there."""
+        """Move a batch of uint8 ``pixel_values`` (N, 3, H, W) and ``labels`` (N,) over, and normalise it
+        there.
+        """
         pixels = batch["pixel_values"].to(device(), non_blocking=True)
-        return {"pixel_values": self.normalize(pixels), "labels": batch["labels"].to(device(), non_blocking=True)}
+        return {
+            "pixel_values": self.normalize(pixels),
+            "labels": batch["labels"].to(device(), non_blocking=True),
+        }
 
-    def loss_sum(self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Cross-entropy summed over the real images of a batch; always in fp32. ``labels``: (N,), or probabilities (N, classes)."""
+    def loss_sum(
+        self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
+        """Cross-entropy summed over the real images of a batch; always in fp32. ``labels``.
+
+        (N,), or probabilities (N, classes).
+        """
         return F.cross_entropy(
-            logits[:, : self.num_labels].float(), labels, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+            logits[:, : self.num_labels].float(),
+            labels,
+            ignore_index=IGNORE,
+            reduction="sum",
+            label_smoothing=label_smoothing,
         )
 
     def train_step(self, batches: list[dict], images: int, lr: float, step: int = 0) -> torch.Tensor:
@@ -170,11 +213,13 @@ class Engine:
         Args:
             lr: learning rate, of parameter groups without an ``lr_scale`` of their own.
             step: global number of the step, which mixing is drawn from.
-            images: real images in this step, over all data-parallel groups. Gradients are the mean over exactly
+            images: real images in this step, over all data-parallel groups. Gradients are the mean over
+                exactly
                 these, whatever the layout, the accumulation and the padding of the last batch.
 
         Returns:
-            This data-parallel group's share of the mean loss (a device scalar, valid on its reporter): shares add up.
+            This data-parallel group's share of the mean loss (a device scalar, valid on its reporter):
+            shares add up.
         """
         scale = self.layout.dp / images  # plugins average gradients over dp
         for group in self.optimizer.param_groups:
@@ -193,17 +238,23 @@ class Engine:
         """The batch on the device, and mixed."""
         batch = self.to_device(batch)
         if self.mix and whole:  # padding has nothing to mix: the last step of an epoch may go without
-            batch["pixel_values"], batch["labels"] = self.mix(batch["pixel_values"], batch["labels"], step, micro_step)
+            batch["pixel_values"], batch["labels"] = self.mix(
+                batch["pixel_values"], batch["labels"], step, micro_step
+            )
         return batch
 
     def _update(self, batches: Iterable[dict], scale: float, count: int = 1) -> torch.Tensor:
-        """Forward and backward of ``count`` batches and the optimizer's step. -> sum of the losses times ``scale``"""
+        """Forward and backward of ``count`` batches and the optimizer's step.
+
+        -> sum of the losses times ``scale``
+        """
         share = torch.zeros((), device=device())
         for i, batch in enumerate(batches):
             if self.layout.pp > 1:
                 # the schedule divides every micro-batch's loss by their number; ours is already a mean
                 pieces = self.boosted.booster.plugin.scheduler.num_microbatches
-                # kept from the model, which would make a loss of its own; the last stage asks once a micro-batch, in order
+                # kept from the model, which would make a loss of its own; the last stage asks once a
+                # micro-batch, in order
                 labels = iter(batch.pop("labels").chunk(pieces))
 
                 def criterion(outputs, _, labels=labels, factor=scale * pieces):
@@ -241,8 +292,10 @@ class Engine:
     ) -> None:
         """Run the steps of (the rest of) one epoch, adding to ``progress``.
 
-        The loss is read from the device about once a second, not every step: a reading makes the CPU wait for the
-        GPU. At each reading all processes see the same losses and the same stop request, so they act together.
+        The loss is read from the device about once a second, not every step: a reading makes the CPU wait
+            for the
+        GPU. At each reading all processes see the same losses and the same stop request, so they act
+        together.
 
         Args:
             batches: yields, per step, the list of micro-batches of this process.
@@ -269,26 +322,36 @@ class Engine:
                 if not math.isfinite(loss):
                     bad = step + 1 - len(losses) + offset
                     bar.close()
-                    raise NonFiniteLoss(f"the loss became {loss} at step {bad + 1} (learning rate {lr_at(bad):.3g})")
+                    raise NonFiniteLoss(
+                        f"the loss became {loss} at step {bad + 1} (learning rate {lr_at(bad):.3g})"
+                    )
             counts = images_per_step[i + 1 - len(losses) : i + 1]
             progress.loss_sum += sum(loss * count for loss, count in zip(losses, counts))
             progress.images += sum(counts)
             progress.steps += len(losses)
             progress.seconds += elapsed
             bar.update(len(losses))
-            bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {lr_at(step):.2e}, {sum(counts) / elapsed:.0f} images/s")
+            bar.set_postfix_str(
+                f"loss {losses[-1]:.4f}, lr {lr_at(step):.2e}, {sum(counts) / elapsed:.0f} images/s"
+            )
             if signum:
                 bar.close()
                 raise Stopped(signum)
             if save_now:
                 save(step + 1)
-            # about one reading a second; from the common elapsed time, so every process chooses the same window
+            # about one reading a second; from the common elapsed time, so every process chooses the same
+            # window
             window = min(50, max(1, round(len(losses) / elapsed)))
             shares, window_start = [], time.perf_counter()
         bar.close()
 
-    def _read(self, shares: list[torch.Tensor], since: float, stop: SignalFlag | None) -> tuple[list[float], int, float]:
-        """Wait for the device and agree: the mean loss of each step, the signal asked for (0: none), seconds passed."""
+    def _read(
+        self, shares: list[torch.Tensor], since: float, stop: SignalFlag | None
+    ) -> tuple[list[float], int, float]:
+        """Wait for the device and agree: the mean loss of each step, the signal asked for (0.
+
+        None), seconds passed.
+        """
         losses = torch.stack(shares).tolist()  # waits for the steps to end
         mine = torch.tensor([*losses, time.perf_counter() - since], device=device(), dtype=torch.float64)
         *losses, elapsed = all_sum(mine).tolist()
@@ -300,10 +363,12 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterator[dict], expected: int, stop: SignalFlag | None = None) -> dict:
-        """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights where there are any.
+        """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights
+        where there are any.
 
         Args:
-            batches: this data-parallel group's batches, all of the training batch size, padding labelled `IGNORE`.
+            batches: this data-parallel group's batches, all of the training batch size, padding labelled
+                `IGNORE`.
             expected: number of images in the split.
 
         Returns:

@@ -1,4 +1,7 @@
-"""The HuggingFace hub, and a copy of a part of it in the cache: whether it can be had, and what goes to it."""
+"""The HuggingFace hub, and a copy of a part of it in the cache.
+
+Whether it can be had, and what goes to it.
+"""
 
 import functools
 import http.client
@@ -49,12 +52,15 @@ def is_cached(name: str, kind: str) -> bool:
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     copies = [hub / f"{kind}--{name.replace('/', '--')}" / "snapshots"]
     if kind == "datasets":
-        copies.append(Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / name.replace("/", "___").lower())
+        copies.append(
+            Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / name.replace("/", "___").lower()
+        )
     return any(copy.is_dir() and any(copy.iterdir()) for copy in copies)
 
 
 def push(folder: Path, repository: str) -> None:
-    """Upload an output folder, without its checkpoints, to a model repository of the hub; made where it does not exist.
+    """Upload an output folder, without its checkpoints, to a model repository of the hub; made where it
+    does not exist.
 
     The folder stays; if it cannot be uploaded, ends the program with the reason and how to do it later.
     """
@@ -63,9 +69,16 @@ def push(folder: Path, repository: str) -> None:
     try:
         url = HfApi().create_repo(repository, exist_ok=True)
         HfApi().upload_folder(
-            repo_id=repository, folder_path=folder, ignore_patterns=["checkpoints/**", "tensorboard/**"], commit_message="Fine-tuned with Colossal-AI"
+            repo_id=repository,
+            folder_path=folder,
+            ignore_patterns=["checkpoints/**", "tensorboard/**"],
+            commit_message="Fine-tuned with Colossal-AI",
         )
     except Exception as error:  # the hub refuses in many ways: no right, no name, no space, no answer
         reason = str(error).strip().splitlines()[0]
-        fail(f"--push_to_hub {repository}: {reason}. The result is whole in {folder}: `huggingface-cli upload {repository} {folder}` later", code=1)
+        fail(
+            f"--push_to_hub {repository}: {reason}. The result is whole in {folder}: "
+            f"`huggingface-cli upload {repository} {folder}` later",
+            code=1,
+        )
     say(f"uploaded to {url}")

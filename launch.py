@@ -70,7 +70,10 @@ def free_port(wanted=0):
         try:
             probe.bind(("", int(wanted)))
         except (ValueError, OverflowError, OSError) as error:
-            fail(f"MASTER_PORT={wanted} cannot be used ({error}): choose another, or leave it out to get a free one")
+            fail(
+                f"MASTER_PORT={wanted} cannot be used ({error}): choose another, or leave it out to "
+                "get a free one"
+            )
         return probe.getsockname()[1]
 
 
@@ -121,7 +124,9 @@ def missing(path, *needed):
 
 def installed():
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return "\n".join(f"{name}=={v}" for name, v in found.items() if name and v and re.fullmatch(r"\d[\w.!+-]*", v))
+    return "\n".join(
+        f"{name}=={v}" for name, v in found.items() if name and v and re.fullmatch(r"\d[\w.!+-]*", v)
+    )
 
 
 def needs(package):
@@ -218,7 +223,10 @@ def head(launcher, argv):
         received.append(signum)
         os.close(writer)
         if signum != signal.SIGUSR1:
-            print("\nlaunch: stopping; each process may finish its step and save, for 30 s at most", file=sys.stderr)
+            print(
+                "\nlaunch: stopping; each process may finish its step and save, for 30 s at most",
+                file=sys.stderr,
+            )
 
     if os.getpgrp() != pid:
         os.setsid()  # Ctrl-C at the terminal then reaches the script alone, and comes once, from there
@@ -226,7 +234,9 @@ def head(launcher, argv):
     die_with_parent()
     if launcher == "colossalai":
         with contextlib.redirect_stderr(io.StringIO()):  # about packages that are not used here
-            importlib.import_module("colossalai.cli")  # takes seconds, in which a signal still ends us at once
+            importlib.import_module(
+                "colossalai.cli"
+            )  # takes seconds, in which a signal still ends us at once
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, stop)
     with os.fdopen(reader) as stdin:
@@ -251,7 +261,8 @@ def agent(argv):
         while os.read(lifeline, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        # torchrun passes that on, and waits 30 s. But it hears nothing while it waits in C++ for another machine,
+        # torchrun passes that on, and waits 30 s. But it hears nothing while it waits in C++ for another
+        # machine,
         # before its processes start and after they ended: then there is nothing left to save.
         while True:
             time.sleep(1)
@@ -261,7 +272,8 @@ def agent(argv):
                 os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    # A kernel's first use calls ninja, which is beside Python, and on the PATH only of an activated environment.
+    # A kernel's first use calls ninja, which is beside Python, and on the PATH only of an activated
+    # environment.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
     processes = int(next(a.partition("=")[2] for a in argv if a.startswith("--nproc_per_node=")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))

@@ -1,4 +1,7 @@
-"""The parallel layout: how many processes, and what each one is. The arithmetic stands here and nowhere else."""
+"""The parallel layout: how many processes, and what each one is.
+
+The arithmetic stands here and nowhere else.
+"""
 
 from dataclasses import dataclass
 
@@ -42,7 +45,8 @@ class Layout:
         """What makes this layout impossible, each with its mend; empty when it is possible."""
         if self.world % (self.tp * self.pp):
             return [
-                f"--tp_size {self.tp} x --pp_size {self.pp} = {self.tp * self.pp} does not divide the {self.world} "
+                f"--tp_size {self.tp} x --pp_size {self.pp} = {self.tp * self.pp} does not divide the "
+                f"{self.world} "
                 f"process(es): set GPUNUM to a multiple of {self.tp * self.pp}, or lower TP_SIZE or PP_SIZE"
             ]
         return []

@@ -57,7 +57,9 @@ class _Leaf:
 def _field(rng, cells, pixels):
     """Smooth random field in 0..1, about `cells` bumps wide: float (pixels, pixels, 1)."""
     grid = rng.integers(0, 256, (cells, cells), dtype=np.uint8)
-    return np.asarray(Image.fromarray(grid).resize((pixels, pixels), Image.BICUBIC))[..., None] / np.float32(255)
+    return np.asarray(Image.fromarray(grid).resize((pixels, pixels), Image.BICUBIC))[..., None] / np.float32(
+        255
+    )
 
 
 def _mix(a, b, weight):
@@ -141,7 +143,9 @@ def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
     if LABELS[label] == "angular_leaf_spot":
         _angular_spots(draw, rng, leaf, veins, area, brown)
     elif LABELS[label] == "bean_rust":
-        _pustules(draw, rng, inside, leaf.length / 100, area, brown + (12, -8, -8), _mix(green, (215, 190, 60), 0.6))
+        _pustules(
+            draw, rng, inside, leaf.length / 100, area, brown + (12, -8, -8), _mix(green, (215, 190, 60), 0.6)
+        )
     draw.line(_flat(leaf.at(np.linspace(0, 1, 12), 0)), fill=vein_colour, width=max(2, n // 45))
     for _ in range(rng.integers(5)):  # specks of soil
         _dot(draw, _pick(rng, inside), n * rng.uniform(0.004, 0.010), brown * 0.5)
@@ -152,7 +156,9 @@ def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
 
     dark, light = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     ground = _mix(dark, light, 0.7 * _field(rng, 4, n) + 0.3 * _field(rng, n // 5, n))
-    shadow = mask.filter(ImageFilter.BoxBlur(n / 25)).transform((n, n), Image.AFFINE, (1, 0, -n / 30, 0, 1, -n / 25))
+    shadow = mask.filter(ImageFilter.BoxBlur(n / 25)).transform(
+        (n, n), Image.AFFINE, (1, 0, -n / 30, 0, 1, -n / 25)
+    )
     ground *= 1 - 0.5 * np.asarray(shadow)[..., None] / 255
     picture = Image.composite(blade, _image(ground), mask).reduce(2)
 
@@ -165,7 +171,9 @@ def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
     return _image(picture)
 
 
-def write_leaves(root: Path, sizes: dict[str, int] = SIZES, image_size: int = IMAGE_SIZE, seed: int = 42) -> Path:
+def write_leaves(
+    root: Path, sizes: dict[str, int] = SIZES, image_size: int = IMAGE_SIZE, seed: int = 42
+) -> Path:
     """Write RGB JPEG files as `<root>/<split>/<class>/<nnnn>.jpg` and return `root`.
 
     `sizes` gives the images per split, shared evenly by the classes; `image_size`
@@ -189,7 +197,9 @@ def write_leaves(root: Path, sizes: dict[str, int] = SIZES, image_size: int = IM
                     rng = np.random.default_rng([seed, *split.encode(), i])
                     picture = draw_leaf(label, rng, image_size)
                     # Full-resolution chroma: a pustule is only a pixel or two wide.
-                    picture.save(folder / split / LABELS[label] / f"{number:04d}.jpg", quality=92, subsampling=0)
+                    picture.save(
+                        folder / split / LABELS[label] / f"{number:04d}.jpg", quality=92, subsampling=0
+                    )
             (folder / ".leaves.json").write_text(settings)
             try:
                 folder.rename(root)

@@ -56,12 +56,16 @@ PRESETS = {
 }
 
 
-# model_type of a HuggingFace config: a ViT with a class token, and one whose patches are averaged (`mean_pooled`)
+# model_type of a HuggingFace config: a ViT with a class token, and one whose patches are averaged
+# (`mean_pooled`)
 FAMILIES = ("vit", "ijepa")
 
 
 def known_architecture(name: str) -> Preset | None:
-    """The preset behind a name, with or without its hub owner: ``google/vit-base-patch16-224-in21k`` -> ViT-B/16."""
+    """The preset behind a name, with or without its hub owner.
+
+    ``google/vit-base-patch16-224-in21k`` -> ViT-B/16.
+    """
     return PRESETS.get(preset_name(name))
 
 
@@ -92,22 +96,32 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
     """Build the ViT ``name`` with one logit per entry of ``labels``.
 
     Args:
-        name: hub name, local folder, or a key of `PRESETS` (random initial weights from torch's current seed).
-        tp: the classifier is padded with unused rows to a multiple of this (tensor parallelism cuts it evenly).
+        name: hub name, local folder, or a key of `PRESETS` (random initial weights from torch's current
+            seed).
+        tp: the classifier is padded with unused rows to a multiple of this (tensor parallelism cuts it
+            evenly).
         image_size: pixels; position embeddings are interpolated when it differs from the model's.
 
     Raises:
         ValueError: the folder or hub model is not a ViT, or ``image_size`` is no multiple of the patch size.
     """
     from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, ViTImageProcessor
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForImageClassification,
+        ViTForImageClassification,
+        ViTImageProcessor,
+    )
 
     notes = []
     id2label = dict(enumerate(labels))
     label2id = {label: i for i, label in id2label.items()}
     if name in PRESETS and not Path(name).exists():
         size = PRESETS[name].image_size
-        model = ViTForImageClassification(PRESETS[name].config(len(labels), id2label=id2label, label2id=label2id))
+        model = ViTForImageClassification(
+            PRESETS[name].config(len(labels), id2label=id2label, label2id=label2id)
+        )
         processor = ViTImageProcessor(
             size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
         )
@@ -116,7 +130,9 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
     else:
         config = AutoConfig.from_pretrained(name)
         if config.model_type not in FAMILIES:
-            raise ValueError(f"--model_name_or_path {name} is a {config.model_type!r} model; this example trains ViTs")
+            raise ValueError(
+                f"--model_name_or_path {name} is a {config.model_type!r} model; this example trains ViTs"
+            )
         trained = [config.id2label[i] for i in range(config.num_labels)]
         try:
             model, loading = AutoModelForImageClassification.from_pretrained(
@@ -128,11 +144,15 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
                 output_loading_info=True,
             )
         except SafetensorError as error:
-            raise ValueError(f"--model_name_or_path {name}: model.safetensors is damaged ({error}): copy it again") from None
+            raise ValueError(
+                f"--model_name_or_path {name}: model.safetensors is damaged ({error}): copy it again"
+            ) from None
         mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
         fresh = set(loading["missing_keys"]) | mismatched
         if strangers := [key for key in fresh if not key.startswith("classifier.")]:
-            raise ValueError(f"--model_name_or_path {name} lacks {len(strangers)} weights of a ViT, e.g. {strangers[0]}")
+            raise ValueError(
+                f"--model_name_or_path {name} lacks {len(strangers)} weights of a ViT, e.g. {strangers[0]}"
+            )
         untrained = bool(fresh)
         if fresh:
             notes.append(f"fresh classifier for {len(labels)} labels (the checkpoint's does not fit)")
@@ -178,7 +198,10 @@ def resize_positions(model: nn.Module, image_size: int) -> None:
 
 @torch.no_grad()
 def pad_labels(model: nn.Module, multiple: int) -> None:
-    """Grow the classifier to a multiple of ``multiple`` rows, in place. The added logits take part in nothing."""
+    """Grow the classifier to a multiple of ``multiple`` rows, in place.
+
+    The added logits take part in nothing.
+    """
     old = model.classifier
     padding = -old.out_features % multiple
     if padding:
@@ -191,7 +214,8 @@ def pad_labels(model: nn.Module, multiple: int) -> None:
 
 
 def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
-    """Stochastic depth (Huang et al., 2016): in training an image skips a layer's attention, and its MLP, at random.
+    """Stochastic depth (Huang et al., 2016): in training an image skips a layer's attention, and its MLP,
+    at random.
 
     Args:
         model: boosted already, for sharding puts other modules in the place of those changed here.
@@ -202,18 +226,31 @@ def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
     for name, module in model.named_modules():
         if layer := re.search(r"\.layer\.(\d+)\.(attention\.)?output$", name):
             # the last thing that happens to a branch before it is added
-            module.dropout = nn.Sequential(module.dropout, StochasticDepth(rate * int(layer[1]) / max(1, layers - 1), "row"))
+            module.dropout = nn.Sequential(
+                module.dropout, StochasticDepth(rate * int(layer[1]) / max(1, layers - 1), "row")
+            )
 
 
 def mean_pooled(config):
-    """The same sizes without a class token, the mean of the patches classified: in transformers that is I-JEPA's ViT (Assran et al., 2023)."""
+    """The same sizes without a class token, the mean of the patches classified.
+
+    In transformers that is I-JEPA's ViT (Assran et al., 2023).
+    """
     from transformers import IJepaConfig
 
-    return IJepaConfig(**{name: value for name, value in config.to_dict().items() if name not in ("model_type", "encoder_stride", "transformers_version")})
+    return IJepaConfig(
+        **{
+            name: value
+            for name, value in config.to_dict().items()
+            if name not in ("model_type", "encoder_stride", "transformers_version")
+        }
+    )
 
 
 def build_vit(config) -> nn.Module:
-    """A classifier with random initial weights from torch's current seed, of the kind that the HuggingFace config names."""
+    """A classifier with random initial weights from torch's current seed, of the kind that the HuggingFace
+    config names.
+    """
     from transformers import AutoModelForImageClassification
 
     return AutoModelForImageClassification.from_config(config)
@@ -239,15 +276,20 @@ def fix_positions(model: nn.Module) -> None:
 def imitate_trained_attention(model: nn.Module) -> None:
     """Initial weights of attention as pretrained ViTs have them, from torch's current seed, in place.
 
-    Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers" (arXiv:2305.09828): in each head queries times
-    keys are near the identity, so that a patch looks at those like itself, and values times the output projection near its
-    negative. Their numbers for ViTs. It asks for positions that tell near from far: learned ones start as sines and cosines.
+    Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers" (arXiv:2305.09828): in each
+    head queries times
+    keys are near the identity, so that a patch looks at those like itself, and values times the output
+    projection near its
+    negative. Their numbers for ViTs. It asks for positions that tell near from far: learned ones start as
+    sines and cosines.
     """
     config = model.config
     hidden, width = config.hidden_size, config.hidden_size // config.num_attention_heads
 
     def factors(noise: float, identity: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two (hidden, hidden) matrices, whose product is noise plus a multiple of the identity, both the same in size"""
+        """Two (hidden, hidden) matrices, whose product is noise plus a multiple of the identity, both the
+        same in size
+        """
         draws = torch.empty(hidden, hidden).uniform_(-1, 1) * (3 / hidden) ** 0.5
         left, sizes, right = torch.linalg.svd(noise * draws + identity * torch.eye(hidden))
         return left * sizes.sqrt(), sizes.sqrt()[:, None] * right
@@ -256,7 +298,10 @@ def imitate_trained_attention(model: nn.Module) -> None:
         attention, output = layer.attention.attention, layer.attention.output.dense
         for rows in torch.arange(hidden).split(width):
             left, right = factors(0.7, 0.7)
-            attention.query.weight[rows], attention.key.weight[rows] = left[:, :width].T, right[:width]  # the largest part of it
+            attention.query.weight[rows], attention.key.weight[rows] = (
+                left[:, :width].T,
+                right[:width],
+            )  # the largest part of it
         left, right = factors(0.4, -0.4)
         output.weight.copy_(left)
         attention.value.weight.copy_(right)
@@ -270,7 +315,8 @@ def export(state: dict[str, torch.Tensor], config, processor, folder: Path) -> N
     """Write a folder that transformers opens: model.safetensors, config.json, preprocessor_config.json.
 
     Args:
-        state: full state dict; padded classifier rows are trimmed to the config's labels; saved as fp32, which
+        state: full state dict; padded classifier rows are trimmed to the config's labels; saved as fp32,
+            which
             every device can run.
     """
     model = build_vit(config)

@@ -1,8 +1,9 @@
-"""A data set decoded and resized once: many images in a few files, read through memory maps. prepare_images.py writes it.
+"""A data set decoded and resized once: many images in a few files, read through memory maps.
+prepare_images.py writes it.
 
-    prepared.json        what it was made of and with, class names, images and skipped images of each split
-    train.npz            of each image: part, offset and length (bytes), height and width (pixels), label
-    train-00000.bin ...  the images of each part one behind the other: uint8 RGB, or JPEG files
+prepared.json        what it was made of and with, class names, images and skipped images of each split
+train.npz            of each image: part, offset and length (bytes), height and width (pixels), label
+train-00000.bin ...  the images of each part one behind the other: uint8 RGB, or JPEG files
 """
 
 import json
@@ -20,7 +21,10 @@ COLUMNS = {"offset": np.int64, "length": np.int64, "height": np.int32, "width": 
 
 
 class Packed:
-    """The images of a split, each a view of a memory map: uint8 (H, W, 3), or the bytes of a JPEG file. Nothing is read before it is asked for."""
+    """The images of a split, each a view of a memory map: uint8 (H, W, 3), or the bytes of a JPEG file.
+
+    Nothing is read before it is asked for.
+    """
 
     def __init__(self, folder: Path, split: str, index: dict[str, np.ndarray], raw: bool):
         self.folder, self.split, self.index, self.raw = folder, split, index, raw
@@ -30,7 +34,9 @@ class Packed:
         return len(self.index["label"])
 
     def __getitem__(self, i: int) -> np.ndarray | bytes:
-        part, offset, length, height, width = (self.index[name][i].item() for name in ("part", "offset", "length", "height", "width"))
+        part, offset, length, height, width = (
+            self.index[name][i].item() for name in ("part", "offset", "length", "height", "width")
+        )
         if part not in self.maps:
             self.maps[part] = np.asarray(np.memmap(part_path(self.folder, self.split, part), mode="r"))
         piece = self.maps[part][offset : offset + length]
@@ -42,7 +48,8 @@ def part_path(folder: Path, split: str, part: int) -> Path:
 
 
 def write_part(folder: Path, split: str, part: int, images, skipped: list[str]) -> None:
-    """One part and its index, each written beside and renamed, the index last: where it is, the part is whole.
+    """One part and its index, each written beside and renamed, the index last: where it is, the part is
+    whole.
 
     Args:
         images: yields (bytes, height, width, label).
@@ -72,7 +79,11 @@ def join_parts(folder: Path, split: str, parts: int) -> tuple[int, int, list[str
     index = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     index["part"] = np.repeat(np.arange(parts), [len(part["label"]) for part in found])
     _save(folder / f"{split}.npz", index)
-    return len(index["label"]), int(index["length"].sum()), [str(name) for part in found for name in part["skipped"]]
+    return (
+        len(index["label"]),
+        int(index["length"].sum()),
+        [str(name) for part in found for name in part["skipped"]],
+    )
 
 
 def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
@@ -97,7 +108,10 @@ def read_about(folder: Path) -> dict:
             return about
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise DataError(f"--dataset {folder}: {PREPARED} is damaged or of another version: run prepare_images.py again, into a new folder")
+    raise DataError(
+        f"--dataset {folder}: {PREPARED} is damaged or of another version: run "
+        "prepare_images.py again, into a new folder"
+    )
 
 
 def read_finished(folder: Path) -> dict:
@@ -108,7 +122,9 @@ def read_finished(folder: Path) -> dict:
     """
     about = read_about(folder)
     if not about["complete"]:
-        raise DataError(f"--dataset {folder}: prepare_images.py was interrupted: run the same command again, it goes on")
+        raise DataError(
+            f"--dataset {folder}: prepare_images.py was interrupted: run the same command again, it goes on"
+        )
     return about
 
 
@@ -123,12 +139,16 @@ def read(folder: Path) -> tuple[dict[str, Split], list[str]]:
         try:
             index = dict(np.load(folder / f"{split}.npz"))
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"--dataset {folder}: {split}.npz cannot be read ({error}): copy the folder again") from None
+            raise DataError(
+                f"--dataset {folder}: {split}.npz cannot be read ({error}): copy the folder again"
+            ) from None
         ends = index["offset"] + index["length"]
         for part in np.unique(index["part"]):
             path = part_path(folder, split, part)
             if not path.exists() or path.stat().st_size != ends[index["part"] == part].max():
-                raise DataError(f"--dataset {folder}: {path.name} is missing or cut short: copy the folder again")
+                raise DataError(
+                    f"--dataset {folder}: {path.name} is missing or cut short: copy the folder again"
+                )
         images = Packed(folder, split, index, about["format"] == "raw")
         splits[split] = Split(split, images, index["label"], sources=images if images.raw else None)
     return splits, about["labels"]

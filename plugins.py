@@ -1,6 +1,6 @@
 """A plugin's name to a ready Booster: the one place where Colossal-AI is set up.
 
-    boosted = boost(model, args, layout)        # -> Boosted(booster, model, optimizer, ...)
+boosted = boost(model, args, layout)        # -> Boosted(booster, model, optimizer, ...)
 """
 
 import os
@@ -24,7 +24,8 @@ from speedups import rebuild_buckets_early, remove_waits, use_eager_dropout, use
 
 def import_libraries() -> None:
     """The slow imports (4 to 10 s), in one place, so that what comes after them can be timed by itself."""
-    # torch's compiler would start a process for each core now, which take the cores from the first seconds of training
+    # torch's compiler would start a process for each core now, which take the cores from the first
+    # seconds of training
     # (a step of batch 8 on two cores: 128 ms instead of 16); so it does when there is something to compile
     os.environ.setdefault("TORCH_WARM_POOL", "0")
     import colossalai.booster.plugin  # noqa: F401
@@ -44,7 +45,12 @@ def start_distributed(seed: int) -> None:
 
         cpu_accelerator.install()
     # started without a launcher: a group of one
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", str(_free_port()))
     with _signals_end_at_once():
@@ -84,7 +90,11 @@ def local_processes() -> int:
 
 def device() -> torch.device:
     """The device of this process."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 DDP = ("torch_ddp", "torch_ddp_fp16", "none")  # every process holds the whole model and optimizer
@@ -102,11 +112,16 @@ class Boosted:
     zero_stage: int
     clip_here: float  # clip to this norm in the train step; 0: the plugin clips by itself, or nothing clips
     can_defer_sync: bool  # whether all but the last micro-step may skip the gradient reduction
-    graph_stream: torch.cuda.Stream | None = None  # where whole steps are recorded as CUDA graphs; None: they are not
+    graph_stream: torch.cuda.Stream | None = (
+        None  # where whole steps are recorded as CUDA graphs; None: they are not
+    )
     average: WeightAverage | None = None  # of the weights, over the steps
 
     def gemini_chunks(self) -> list:
-        """Gemini's 16-bit chunks in the order of the parameters they hold; each has an fp32 ``paired_chunk``."""
+        """Gemini's 16-bit chunks in the order of the parameters they hold.
+
+        Each has an fp32 ``paired_chunk``.
+        """
         chunks = {}
         for param in self.model.fp16_params:
             chunk = self.model.chunk_manager.get_chunk(param)
@@ -118,7 +133,9 @@ class Boosted:
         self.average = WeightAverage(self._weights, decay)
 
     def _weights(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """What this process holds of the weights, and their fp32 originals where the plugin keeps them in the same pieces."""
+        """What this process holds of the weights, and their fp32 originals where the plugin keeps them in
+        the same pieces.
+        """
         if self.plugin == "gemini":
             chunks = self.gemini_chunks()
             return [chunk.payload for chunk in chunks], [chunk.paired_chunk.payload for chunk in chunks]
@@ -135,7 +152,9 @@ class Boosted:
             return nullcontext()
         if self.plugin in DDP:
             # the plugin's own no_sync does not look through the mixed-precision wrapper
-            ddp = next((m for m in self.model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None)
+            ddp = next(
+                (m for m in self.model.modules() if isinstance(m, nn.parallel.DistributedDataParallel)), None
+            )
             return ddp.no_sync() if ddp is not None else nullcontext()
         return self.booster.no_sync(self.model, self.optimizer)
 
@@ -143,7 +162,8 @@ class Boosted:
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
     """Biases, LayerNorms and embeddings are not decayed; matrices are.
 
-    ``layer_decay``: learning rates fall by this factor a layer, from the head (1) down to the embeddings, as ``lr_scale``
+    ``layer_decay``: learning rates fall by this factor a layer, from the head (1) down to the embeddings,
+    as ``lr_scale``
     of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
     """
     layers = model.config.num_hidden_layers
@@ -153,7 +173,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         layer = re.search(r"\.layer\.(\d+)\.", name)
         below = layers - int(layer[1]) if layer else layers + 1 if ".embeddings." in name else 0
         scale = layer_decay**below
-        group = groups.setdefault((scale, is_matrix), {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale})
+        group = groups.setdefault(
+            (scale, is_matrix), {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale}
+        )
         group["params"].append(param)
     return [groups[key] for key in sorted(groups, reverse=True)]  # fastest first, matrices before the rest
 
@@ -168,7 +190,10 @@ def build_optimizer(model: nn.Module, args, layer_decay: float = 1.0) -> torch.o
             return HybridAdam(groups, lr=lr)
         except Exception as error:  # no nvcc, or one that does not match torch: many kinds
             reason = str(error).strip().splitlines()[0]
-            say(f"  note      HybridAdam's kernels cannot be built here ({reason}): using torch's fused AdamW, the same update")
+            say(
+                f"  note      HybridAdam's kernels cannot be built here ({reason}): using torch's "
+                "fused AdamW, the same update"
+            )
     if args.plugin == "gemini":
         from colossalai.zero.gemini import gemini_optimizer
 
@@ -180,18 +205,24 @@ def build_optimizer(model: nn.Module, args, layer_decay: float = 1.0) -> torch.o
 
 
 # Loss scale at the first fp16 step. The published runs start at 32 (zero, gemini) and 1 (hybrid_parallel);
-# 1 loses small gradients to underflow, the library's 2**32 skips the first twenty steps, and torch's 2**16 the first on
+# 1 loses small gradients to underflow, the library's 2**32 skips the first twenty steps, and torch's
+# 2**16 the first on
 # four processes.
 INITIAL_SCALE = 2**8
 
-# ZeRO and Gemini reduce gradients after the backward pass, not during it. Measured on four H200s (ViT-B/16, bf16, 256 images
-# each): 11,480 images/s instead of 6,830, and 9,830 instead of 8,050. ZeRO's hooks close a bucket at every change of the
+# ZeRO and Gemini reduce gradients after the backward pass, not during it. Measured on four H200s
+# (ViT-B/16, bf16, 256 images
+# each): 11,480 images/s instead of 6,830, and 9,830 instead of 8,050. ZeRO's hooks close a bucket at
+# every change of the
 # parameter group, and weights (decayed) and biases (not) take turns, so each tensor was sent alone.
 REDUCE_IN_BACKWARD = False
 
 
 class PlainOptimizer:
-    """What Booster's optimizer wrappers offer, around a plain torch optimizer: the reference the plugins are held against."""
+    """What Booster's optimizer wrappers offer, around a plain torch optimizer.
+
+    The reference the plugins are held against.
+    """
 
     def __init__(self, optim: torch.optim.Optimizer, fp16: bool):
         self.optim = optim
@@ -222,11 +253,17 @@ class PlainModel(nn.Module):
     def __init__(self, module: nn.Module, precision: str, parallel: bool):
         super().__init__()
         module = module.to(device())
-        self.module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True) if parallel else module
+        self.module = (
+            nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True) if parallel else module
+        )
         self.dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
     def unwrap(self) -> nn.Module:
-        return self.module.module if isinstance(self.module, nn.parallel.DistributedDataParallel) else self.module
+        return (
+            self.module.module
+            if isinstance(self.module, nn.parallel.DistributedDataParallel)
+            else self.module
+        )
 
     def forward(self, *args, **kwargs):
         with torch.autocast(device().type, dtype=self.dtype) if self.dtype else nullcontext():
@@ -261,7 +298,8 @@ class MeshOptimizer(PlainOptimizer):
             return
         tensor_parallel.sync_gradients(self.model)
         if self.scaler.is_enabled():
-            # what overflowed in one slice must be skipped in all: 0 times a norm is 0, but NaN when it is not finite
+            # what overflowed in one slice must be skipped in all: 0 times a norm is 0, but NaN when it is
+            # not finite
             grads = [param.grad for param in self.model.parameters() if param.requires_grad]
             grads[0].add_(all_sum(0 * torch.stack(torch._foreach_norm(grads, torch.inf)).sum()))
             self.scaler.unscale_(self.optim)
@@ -322,9 +360,11 @@ def build_plugin(args, layout: Layout):
                 offload_optim_frac=args.offload_optim_frac,
                 offload_param_frac=args.offload_param_frac,
                 enable_gradient_accumulation=accumulating,
-                # Models under this size (in 2**20 parameters) are kept whole on each process, and such chunks add
+                # Models under this size (in 2**20 parameters) are kept whole on each process, and such
+                # chunks add
                 # up wrongly when gradients accumulate (`chunk/manager.py`, rearrange_accumulated_grad_chunk).
-                # Otherwise large chunks are fewer messages between GPUs, small ones less memory while one is offloaded.
+                # Otherwise large chunks are fewer messages between GPUs, small ones less memory while one
+                # is offloaded.
                 min_chunk_size_m=0 if accumulating else 8 if args.offload_optim_frac else 32,
                 search_range_m=2,  # the default of 32 searches for seconds and saves under 1 % of memory
                 enable_async_reduce=REDUCE_IN_BACKWARD,
@@ -338,7 +378,9 @@ def build_plugin(args, layout: Layout):
         library.HybridParallelPlugin(
             tp_size=layout.tp,
             pp_size=layout.pp,
-            num_microbatches=args.num_microbatches * args.gradient_accumulation_steps if layout.pp > 1 else None,
+            num_microbatches=args.num_microbatches * args.gradient_accumulation_steps
+            if layout.pp > 1
+            else None,
             zero_stage=args.zero_stage,
             precision=args.precision,
             initial_scale=INITIAL_SCALE,
@@ -372,8 +414,10 @@ def _bf16_autocast():
 def avoid_broken_attention(config) -> None:
     """Let attention with dropout go by other kernels than cuDNN's, for the whole process.
 
-    On an H200 with torch 2.11 cuDNN's gives NaN for the gradient of a query whose products with all keys are far below zero,
-    where the number of tokens is 64 more than a multiple of 128 (pytorch/pytorch#196678): ViT-Lite without a class token met
+    On an H200 with torch 2.11 cuDNN's gives NaN for the gradient of a query whose products with all keys
+    are far below zero,
+    where the number of tokens is 64 more than a multiple of 128 (pytorch/pytorch#196678): ViT-Lite without
+    a class token met
     it in step 3,491. Without dropout or mask another kernel runs, which does not.
     """
     if config.attention_probs_dropout_prob:
@@ -398,14 +442,17 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
     if args.compile or args.cuda_graphs:
         use_eager_dropout()
     if args.cuda_graphs and not record:
-        # forward and backward of the whole model, for a graph is worth the more the less is left between graphs
+        # forward and backward of the whole model, for a graph is worth the more the less is left between
+        # graphs
         model.compile(mode="reduce-overhead", dynamic=False)
     elif args.compile or record:
         # layer by layer: they are alike, so the first one's kernels serve them all
         for part in (model.base_model.embeddings, *model.base_model.encoder.layer):
             part.compile(dynamic=False)
     adamw = build_optimizer(model, args, layer_decay)
-    with torch.cuda.stream(stream) if record else nullcontext():  # DistributedDataParallel accumulates gradients where it was made
+    with (
+        torch.cuda.stream(stream) if record else nullcontext()
+    ):  # DistributedDataParallel accumulates gradients where it was made
         if args.plugin == "none":
             booster, model = PlainBooster(), PlainModel(model, args.precision, parallel=layout.world > 1)
             optimizer = PlainOptimizer(adamw, fp16=args.precision == "fp16")
@@ -436,7 +483,10 @@ def boost(model: nn.Module, args, layout: Layout, layer_decay: float = 1.0) -> B
 
 
 def boost_mesh(model: nn.Module, args, layout: Layout) -> Boosted:
-    """`boost` for what tensor_parallel.build returned. ``args``: precision, max_norm, weight_decay, learning_rate."""
+    """`boost` for what tensor_parallel.build returned. ``args``.
+
+    Precision, max_norm, weight_decay, learning_rate.
+    """
     avoid_broken_attention(model.config)
     adamw = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.learning_rate, fused=True)
     return Boosted(
@@ -483,7 +533,10 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> float:
-    """GiB: the most that any process has had allocated on its GPU so far; without a GPU, its resident set. Collective."""
+    """GiB: the most that any process has had allocated on its GPU so far; without a GPU, its resident set.
+
+    Collective.
+    """
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     elif PROCESS.exists() and (found := re.search(r"VmHWM:\s*(\d+) kB", (PROCESS / "status").read_text())):

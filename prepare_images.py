@@ -1,7 +1,10 @@
-"""Decode and resize a data set once, so that training only copies and crops: `python prepare_images.py DATA OUT --size 256`
+"""Decode and resize a data set once, so that training only copies and crops: `python prepare_images.py DATA
+OUT --size 256`
 
-DATA is an image folder, such as ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or parquet or arrow files, or a hub
-name; OUT is then given to train.py or vit_train_demo.py in its place. The same command goes on where an interrupted one stopped.
+DATA is an image folder, such as ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or parquet or arrow
+files, or a hub
+name; OUT is then given to train.py or vit_train_demo.py in its place. The same command goes on where an
+interrupted one stopped.
 """
 
 import argparse
@@ -34,14 +37,32 @@ RATIO = 4 / 3  # of a photograph's sides, for the estimate of the disk's share a
 
 
 def parse(argv=None) -> Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", metavar="DATA", help="the data set: an image folder, parquet or arrow files, a hub name")
+    parser = argparse.ArgumentParser(
+        description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "data", metavar="DATA", help="the data set: an image folder, parquet or arrow files, a hub name"
+    )
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder that is written")
-    parser.add_argument("--size", type=int, default=256, help="pixels of the shorter side (default 256, which 224 px are evaluated at)")
-    parser.add_argument("--format", choices=("raw", "jpeg"), default="raw", help="raw: uint8 RGB, nothing left to decode; jpeg: about a tenth of the disk")
+    parser.add_argument(
+        "--size",
+        type=int,
+        default=256,
+        help="pixels of the shorter side (default 256, which 224 px are evaluated at)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=("raw", "jpeg"),
+        default="raw",
+        help="raw: uint8 RGB, nothing left to decode; jpeg: about a tenth of the disk",
+    )
     parser.add_argument("--quality", type=int, default=90, help="of --format jpeg")
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one for each core")
-    parser.add_argument("--skip_bad_images", action="store_true", help="leave out unreadable images, named and counted")
+    parser.add_argument(
+        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one for each core"
+    )
+    parser.add_argument(
+        "--skip_bad_images", action="store_true", help="leave out unreadable images, named and counted"
+    )
     args = parser.parse_args(argv)
     for flag, low, high in (("size", 8, 4096), ("quality", 1, 100), ("processes", 1, 1024)):
         if not low <= getattr(args, flag) <= high:
@@ -91,8 +112,15 @@ def check_out(args, about: dict) -> None:
         found = packed.read_about(args.out)
         if found["complete"]:
             fail(f"{args.out}: is complete; train on it, or name a new folder")
-        if different := [f"{name} is {about[name]}, was {found.get(name)}" for name in about if name != "labels" and about[name] != found.get(name)]:
-            fail(f"{args.out}: was begun with other settings: {'; '.join(different)}. Use them, or name a new folder")
+        if different := [
+            f"{name} is {about[name]}, was {found.get(name)}"
+            for name in about
+            if name != "labels" and about[name] != found.get(name)
+        ]:
+            fail(
+                f"{args.out}: was begun with other settings: {'; '.join(different)}. Use them, or "
+                "name a new folder"
+            )
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -102,7 +130,15 @@ def check_out(args, about: dict) -> None:
 def main(argv=None) -> None:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the other processes too
-    asked = Namespace(dataset=args.data, image_column=None, label_column=None, fold=None, max_train_samples=None, max_eval_samples=None, seed=0)
+    asked = Namespace(
+        dataset=args.data,
+        image_column=None,
+        label_column=None,
+        fold=None,
+        max_train_samples=None,
+        max_eval_samples=None,
+        seed=0,
+    )
     try:
         images = data.load_data(asked, hold_out=False)
         splits = {split.name: split for split in images.splits()}
@@ -110,19 +146,35 @@ def main(argv=None) -> None:
             present = {images.label_names[i] for i in np.unique(split.labels)}
             feed.check_complete(args.data, split.name, present, images.label_names)
         counts = {name: len(split) for name, split in splits.items()}
-        settings = {"source": str(Path(args.data).resolve()), "size": args.size, "format": args.format, "sources": counts, "labels": images.label_names}
+        settings = {
+            "source": str(Path(args.data).resolve()),
+            "size": args.size,
+            "format": args.format,
+            "sources": counts,
+            "labels": images.label_names,
+        }
         about = settings | ({"quality": args.quality} if args.format == "jpeg" else {})
         check_out(args, about)
     except (ValueError, OSError) as error:
         fail(str(error).replace("--dataset ", "", 1))
     tasks = [(name, part) for name, count in counts.items() for part in range(-(-count // PART))]
     left = [task for task in tasks if not packed.is_written(args.out, *task)]
-    needed, free = len(left) * PART * args.size**2 * RATIO * 3 * (args.format == "raw"), shutil.disk_usage(args.out).free
+    needed, free = (
+        len(left) * PART * args.size**2 * RATIO * 3 * (args.format == "raw"),
+        shutil.disk_usage(args.out).free,
+    )
     if needed > 1.2 * free and len(left) > 1:
-        fail(f"{args.out}: about {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free: name another disk, or use --format jpeg")
+        fail(
+            f"{args.out}: about {needed / 1e9:.0f} GB are needed, {free / 1e9:.0f} GB are free: "
+            "name another disk, or use --format jpeg"
+        )
     packed.write_about(args.out, about | {"complete": False})
-    say(f"{args.data}: {', '.join(f'{name} {count}' for name, count in counts.items())} images of {len(images.label_names)} classes"
-        + f"; {len(tasks) - len(left)} of {len(tasks)} parts are there already" * (len(left) < len(tasks)))  # fmt: skip
+    say(
+        f"{args.data}: {', '.join(f'{name} {count}' for name, count in counts.items())} "
+        f"images of {len(images.label_names)} classes"
+        + f"; {len(tasks) - len(left)} of {len(tasks)} parts are there already"
+        * (len(left) < len(tasks))
+    )
 
     _shared.update(splits, args=args)
     unreadable = []
@@ -134,7 +186,11 @@ def main(argv=None) -> None:
                 count, bad = done.result()
                 unreadable += bad
                 bar.update(count)
-        except (KeyboardInterrupt, OSError, BrokenProcessPool) as error:  # OSError: a full disk; broken: a process was killed
+        except (
+            KeyboardInterrupt,
+            OSError,
+            BrokenProcessPool,
+        ) as error:  # OSError: a full disk; broken: a process was killed
             pool.shutdown(cancel_futures=True)
             fail(f"{str(error) or 'stopped'}: what is written stays; the same command goes on", code=1)
         except SystemExit:
@@ -142,13 +198,19 @@ def main(argv=None) -> None:
             raise
     bar.close()
     if unreadable and not args.skip_bad_images:
-        fail(f"{len(unreadable)} unreadable image(s): {data.first_ten(sorted(unreadable))}. Mend or remove them, or use --skip_bad_images; all other parts are written")
+        fail(
+            f"{len(unreadable)} unreadable image(s): {data.first_ten(sorted(unreadable))}. Mend "
+            "or remove them, or use --skip_bad_images; all other parts are written"
+        )
 
     written = {}
     for name, count in counts.items():
         kept, size, skipped = packed.join_parts(args.out, name, -(-count // PART))
         written[name] = {"images": kept, "bytes": size, "skipped": skipped}
-        say(f"{name}: {kept} images, {size / 1e9:.2f} GB, {size / max(1, kept) / 1000:.0f} kB each, {len(skipped)} skipped")
+        say(
+            f"{name}: {kept} images, {size / 1e9:.2f} GB, {size / max(1, kept) / 1000:.0f} kB "
+            f"each, {len(skipped)} skipped"
+        )
         for line in skipped:
             say(f"  skipped {line}")
     packed.write_about(args.out, about | {"complete": True, "splits": written})

@@ -2,7 +2,8 @@
 
     python report.py benchmark FOLDER     table.md, table.csv and charts from FOLDER/rows.jsonl
     python report.py sweep FOLDER         the same from FOLDER/*/metrics.jsonl, the runs of run_finetuning.sh
-    python report.py accuracy FOLDER      table.md and a chart from FOLDER/*/metrics.jsonl, the runs of run_accuracy.sh
+    python report.py accuracy FOLDER      table.md and a chart from FOLDER/*/metrics.jsonl, the runs of
+    run_accuracy.sh
 
 Without either, `sweep ./finetuning_results`: where run_finetuning.sh writes.
 """
@@ -54,7 +55,9 @@ def read_rows(path: Path) -> list[dict]:
             try:
                 rows.append(dict(json.loads(line)))
             except (ValueError, TypeError):
-                raise DamagedRows(f"{path}, line {number}: is damaged; remove the line, or the file") from None
+                raise DamagedRows(
+                    f"{path}, line {number}: is damaged; remove the line, or the file"
+                ) from None
     return rows
 
 
@@ -91,7 +94,9 @@ def environment(processes: int | None = None) -> dict:
         hardware = f"{processes or os.environ.get('WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
     else:
         own, cores = len(os.sched_getaffinity(0)), os.cpu_count()  # of runs side by side, each has a part
-        hardware = f"CPU, {own} of {counted(cores, 'core')}" if own < cores else f"CPU, {counted(cores, 'core')}"
+        hardware = (
+            f"CPU, {own} of {counted(cores, 'core')}" if own < cores else f"CPU, {counted(cores, 'core')}"
+        )
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "hardware": hardware,
@@ -100,14 +105,25 @@ def environment(processes: int | None = None) -> dict:
     }
 
 
-def epoch_row(epoch: int, result: dict, progress, learning_rate: float, evaluation_seconds: float, peak_memory: float) -> dict:
-    """An epoch's row of metrics.jsonl. ``result`` is Engine.evaluate's, ``progress`` the epoch's EpochProgress."""
+def epoch_row(
+    epoch: int, result: dict, progress, learning_rate: float, evaluation_seconds: float, peak_memory: float
+) -> dict:
+    """An epoch's row of metrics.jsonl.
+
+    ``result`` is Engine.evaluate's, ``progress`` the epoch's EpochProgress.
+    """
     return {
-        "kind": "epoch", "epoch": epoch, **result, "train_loss": progress.loss_sum / progress.images,
-        "learning_rate": learning_rate, "seconds": progress.seconds, "steps_per_second": progress.steps / progress.seconds,
-        "images_per_second": progress.images / progress.seconds, "evaluation_seconds": evaluation_seconds,
+        "kind": "epoch",
+        "epoch": epoch,
+        **result,
+        "train_loss": progress.loss_sum / progress.images,
+        "learning_rate": learning_rate,
+        "seconds": progress.seconds,
+        "steps_per_second": progress.steps / progress.seconds,
+        "images_per_second": progress.images / progress.seconds,
+        "evaluation_seconds": evaluation_seconds,
         "peak_memory_gib": peak_memory,
-    }  # fmt: skip
+    }
 
 
 def tensorboard_writer(folder: Path):
@@ -120,7 +136,14 @@ def tensorboard_writer(folder: Path):
 def log_epoch(writer, row: dict) -> None:
     """One epoch's numbers as TensorBoard scalars; nothing without a writer."""
     if writer is not None:
-        for name in ("train_loss", "average_loss", "accuracy", "learning_rate", "images_per_second", "peak_memory_gib"):
+        for name in (
+            "train_loss",
+            "average_loss",
+            "accuracy",
+            "learning_rate",
+            "images_per_second",
+            "peak_memory_gib",
+        ):
             writer.add_scalar(name, row[name], row["epoch"])
         writer.flush()
 
@@ -165,8 +188,24 @@ def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validati
     accuracy.plot(x, [row["accuracy"] for row in epochs], marker=marker, color="C1", label=split)
     for row in rows:
         if row["kind"] == "test":
-            loss.scatter([row["epoch"]], [row["average_loss"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
-            accuracy.scatter([row["epoch"]], [row["accuracy"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
+            loss.scatter(
+                [row["epoch"]],
+                [row["average_loss"]],
+                marker="*",
+                s=120,
+                color="C2",
+                zorder=3,
+                label="test (epoch kept)",
+            )
+            accuracy.scatter(
+                [row["epoch"]],
+                [row["accuracy"]],
+                marker="*",
+                s=120,
+                color="C2",
+                zorder=3,
+                label="test (epoch kept)",
+            )
     loss.set(xlabel="epoch", ylabel="loss", ylim=_from_zero(loss))
     accuracy.set(xlabel="epoch", ylabel="accuracy")
     accuracy.set_ylim(top=1.005)
@@ -199,11 +238,17 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
     table = markdown_table(
         ["epoch", "train loss", "average_loss", "accuracy", "images/s", "seconds"],
         [
-            [row["epoch"], f"{row['train_loss']:.4f}", f"{row['average_loss']:.4f}", f"{row['accuracy']:.4f}",
-             f"{row['images_per_second']:.0f}", f"{row['seconds']:.1f}"]
+            [
+                row["epoch"],
+                f"{row['train_loss']:.4f}",
+                f"{row['average_loss']:.4f}",
+                f"{row['accuracy']:.4f}",
+                f"{row['images_per_second']:.0f}",
+                f"{row['seconds']:.1f}",
+            ]
             for row in epochs
         ],
-    )  # fmt: skip
+    )
     chosen = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
     tested = (
@@ -244,13 +289,18 @@ On {run["hardware"]}, {run["layout"]}, {run["date"]}; {versions}.
 def _card_metadata(title: str, settings: dict, base: bool, split: str, result: dict, whole: bool) -> str:
     """The hub's metadata (YAML) of a model card; names of this machine's folders are left out of it.
 
-    A fold, or a part of a split (not ``whole``), is no split of the data set: its numbers are none that the hub may rank.
+    A fold, or a part of a split (not ``whole``), is no split of the data set: its numbers are none that the
+    hub may rank.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     whole = whole and not settings.get("fold") and not settings.get("max_eval_samples")
     dataset, model = settings["dataset"], settings["model_name_or_path"]
-    where = dict(dataset_type=dataset if hub.is_name(dataset) else Path(dataset).name, dataset_name=Path(dataset).name, dataset_split=split)
+    where = dict(
+        dataset_type=dataset if hub.is_name(dataset) else Path(dataset).name,
+        dataset_name=Path(dataset).name,
+        dataset_split=split,
+    )
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -273,10 +323,30 @@ def _card_metadata(title: str, settings: dict, base: bool, split: str, result: d
 
 # What makes two benchmark rows measurements of the same thing ...
 SAME_CASE = (
-    "model_name_or_path", "image_size", "num_labels", "preset", "plugin", "precision", "optimizer", "batch_size", "world", "tp_size",
-    "pp_size", "num_microbatches", "zero_stage", "placement_policy", "offload_optim_frac", "offload_param_frac",
-    "grad_checkpoint", "compile", "cuda_graphs", "max_norm", "gradient_accumulation_steps", "mem_cap", "hardware",
-)  # fmt: skip
+    "model_name_or_path",
+    "image_size",
+    "num_labels",
+    "preset",
+    "plugin",
+    "precision",
+    "optimizer",
+    "batch_size",
+    "world",
+    "tp_size",
+    "pp_size",
+    "num_microbatches",
+    "zero_stage",
+    "placement_policy",
+    "offload_optim_frac",
+    "offload_param_frac",
+    "grad_checkpoint",
+    "compile",
+    "cuda_graphs",
+    "max_norm",
+    "gradient_accumulation_steps",
+    "mem_cap",
+    "hardware",
+)
 # ... and in the same way, so that it need not be measured again.
 SAME_WAY = ("learning_rate", "weight_decay", "seed", "warmup_steps", "windows", "window_steps", "versions")
 
@@ -291,15 +361,24 @@ def case_name(row: dict) -> str:
     parts = [name, row["precision"]]
     parts += [f"{axis} {row[f'{axis}_size']}" for axis in ("tp", "pp") if row[f"{axis}_size"] > 1]
     parts += [f"ZeRO {row['zero_stage']}"] * (row["plugin"] == "hybrid_parallel" and row["zero_stage"] > 0)
-    parts += [f"{row['world']} {'processes' if row['hardware'].startswith('CPU') else 'GPUs'}"] * (row["world"] > 1)
+    parts += [f"{row['world']} {'processes' if row['hardware'].startswith('CPU') else 'GPUs'}"] * (
+        row["world"] > 1
+    )
     parts += ["compiled"] * row["compile"] + ["CUDA graphs"] * row["cuda_graphs"]
     return " ".join(parts)
 
 
 def name_cases(cases: list[dict]) -> None:
-    """Set each row's ``case``: its name, and where others of its batch size have the same, the settings in which they differ."""
+    """Set each row's ``case``.
+
+    Its name, and where others of its batch size have the same, the settings in which they differ.
+    """
     for row in cases:
-        alike = [other for other in cases if other["batch_size"] == row["batch_size"] and case_name(other) == case_name(row)]
+        alike = [
+            other
+            for other in cases
+            if other["batch_size"] == row["batch_size"] and case_name(other) == case_name(row)
+        ]
         different = [name for name in SAME_CASE if len({json.dumps(other.get(name)) for other in alike}) > 1]
         row["case"] = " ".join([case_name(row), *(f"{name} {row.get(name)}" for name in different)])
 
@@ -313,7 +392,9 @@ def latest_rows(rows: list[dict]) -> list[dict]:
 
 
 def benchmark_report(folder: Path) -> None:
-    """table.md, table.csv and three charts from ``folder``/rows.jsonl, one section per model, size and preset."""
+    """table.md, table.csv and three charts from ``folder``/rows.jsonl, one section per model, size and
+    preset.
+    """
     from console import fail
 
     if not (folder / "rows.jsonl").exists():
@@ -321,7 +402,13 @@ def benchmark_report(folder: Path) -> None:
     rows = latest_rows(read_rows(folder / "rows.jsonl"))
     sections: dict[tuple, list[dict]] = {}
     for row in rows:
-        key = (row["model_name_or_path"], row["image_size"], row["num_labels"], row["preset"], row["hardware"])
+        key = (
+            row["model_name_or_path"],
+            row["image_size"],
+            row["num_labels"],
+            row["preset"],
+            row["hardware"],
+        )
         sections.setdefault(key, []).append(row)
     text = []
     for (model, size, labels, preset, hardware), cases in sections.items():
@@ -350,22 +437,52 @@ def _section(cases: list[dict]) -> str:
         found = {row["case"]: row for row in cases if row["batch_size"] == batch_size}
 
         def line(label: str, column: str, form: str) -> list:
-            return [label, *(format(row[column], form) if row["status"] == "ok" else row["status"] for row in found.values())]
+            return [
+                label,
+                *(
+                    format(row[column], form) if row["status"] == "ok" else row["status"]
+                    for row in found.values()
+                ),
+            ]
 
         header = [f"batch size {batch_size} per group", *found]
-        body = [line("throughput, images/s", "images_per_second", ".1f"), line("max memory, GiB", "peak_memory_gib", ".2f"), line("it/s", "steps_per_second", ".2f")]
+        body = [
+            line("throughput, images/s", "images_per_second", ".1f"),
+            line("max memory, GiB", "peak_memory_gib", ".2f"),
+            line("it/s", "steps_per_second", ".2f"),
+        ]
         parts.append(markdown_table(header, body))
     long = []
     for row in cases:
         if row["status"] == "ok":
-            long.append([
-                row["case"], row["batch_size"], f"{row['images_per_second']:.1f}", f"{row['steps_per_second']:.2f}", f"{row['step_ms']:.1f}",
-                f"{row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}", f"{row['peak_memory_gib']:.2f}",
-                f"{row['peak_reserved_gib']:.2f}" if "peak_reserved_gib" in row else "-", f"{row['mfu']:.1%}", f"{row['first_loss']:.2f} -> {row['last_loss']:.2f}",
-            ])  # fmt: skip
+            long.append(
+                [
+                    row["case"],
+                    row["batch_size"],
+                    f"{row['images_per_second']:.1f}",
+                    f"{row['steps_per_second']:.2f}",
+                    f"{row['step_ms']:.1f}",
+                    f"{row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}",
+                    f"{row['peak_memory_gib']:.2f}",
+                    f"{row['peak_reserved_gib']:.2f}" if "peak_reserved_gib" in row else "-",
+                    f"{row['mfu']:.1%}",
+                    f"{row['first_loss']:.2f} -> {row['last_loss']:.2f}",
+                ]
+            )
         else:
             long.append([row["case"], row["batch_size"], f"{row['status']}: {row['reason']}", *[""] * 7])
-    header = ["case", "batch", "images/s", "it/s", "step ms", "min-max", "allocated GiB", "reserved GiB", "MFU", "loss"]
+    header = [
+        "case",
+        "batch",
+        "images/s",
+        "it/s",
+        "step ms",
+        "min-max",
+        "allocated GiB",
+        "reserved GiB",
+        "MFU",
+        "loss",
+    ]
     parts.append(markdown_table(header, long))
     ok = [row for row in cases if row["status"] == "ok"]
     if ok:
@@ -373,8 +490,13 @@ def _section(cases: list[dict]) -> str:
         dates = sorted({row["date"][:10] for row in ok})
         found: dict[str, list[float]] = {}  # a measured peak differs from case to case
         for row in ok:
-            found.setdefault(f"TFLOP/s in {'fp32' if row['precision'] == 'fp32' else '16 bit'} ({row['peak_source']})", []).append(row["peak_tflops"])
-        peaks = [" to ".join(dict.fromkeys(f"{peak:.3g}" for peak in (min(values), max(values)))) + f" {what}" for what, values in found.items()]
+            found.setdefault(
+                f"TFLOP/s in {'fp32' if row['precision'] == 'fp32' else '16 bit'} ({row['peak_source']})", []
+            ).append(row["peak_tflops"])
+        peaks = [
+            " to ".join(dict.fromkeys(f"{peak:.3g}" for peak in (min(values), max(values)))) + f" {what}"
+            for what, values in found.items()
+        ]
         parts.append(
             f"Median of the timed windows, slowest process; MFU of {', '.join(peaks)}. "
             f"Measured {' and '.join(dates)}; {versions}.\n\nCommands:\n\n"
@@ -385,7 +507,10 @@ def _section(cases: list[dict]) -> str:
 
 
 def _legible(cases: list[dict]) -> list[list[dict]]:
-    """The cases of one chart; of several, eager, compiled and CUDA graphs apart, where one would hold too many colours."""
+    """The cases of one chart.
+
+    Of several, eager, compiled and CUDA graphs apart, where one would hold too many colours.
+    """
     if len({row["case"] for row in cases}) <= 10:
         return [cases] if cases else []
     forms: dict[tuple, list[dict]] = {}
@@ -395,17 +520,26 @@ def _legible(cases: list[dict]) -> list[list[dict]]:
 
 
 def _bars(sections: list, column: str, label: str, path: Path) -> bool:
-    """One row of bars per section: groups are batch sizes, colours are plugins. -> whether there was anything to draw"""
+    """One row of bars per section: groups are batch sizes, colours are plugins.
+
+    -> whether there was anything to draw
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    sections = [(key, part) for key, cases in sections for part in _legible([row for row in cases if row["status"] == "ok"])]
+    sections = [
+        (key, part)
+        for key, cases in sections
+        for part in _legible([row for row in cases if row["status"] == "ok"])
+    ]
     if not sections:
         path.unlink(missing_ok=True)  # an earlier one shows what is not there
         return False
-    figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False
+    )
     for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
         names = list(dict.fromkeys(row["case"] for row in cases))
         colours = dict(zip(names, pyplot.get_cmap("tab20" if len(names) > 10 else "tab10").colors))
@@ -414,8 +548,16 @@ def _bars(sections: list, column: str, label: str, path: Path) -> bool:
         for x, batch_size in enumerate(batch_sizes):
             group = [row for row in cases if row["batch_size"] == batch_size]
             for i, row in enumerate(group):
-                bar = axis.bar(x + (i - (len(group) - 1) / 2) * width, row[column], width, color=colours[row["case"]])
-                axis.bar_label(bar, fmt="%.3g" if column != "images_per_second" else "%.0f", fontsize=6.5, rotation=90, padding=2)
+                bar = axis.bar(
+                    x + (i - (len(group) - 1) / 2) * width, row[column], width, color=colours[row["case"]]
+                )
+                axis.bar_label(
+                    bar,
+                    fmt="%.3g" if column != "images_per_second" else "%.0f",
+                    fontsize=6.5,
+                    rotation=90,
+                    padding=2,
+                )
         handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
         axis.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])
         axis.set(xlabel="batch size per data-parallel group", ylabel=label)
@@ -432,7 +574,12 @@ def _bars(sections: list, column: str, label: str, path: Path) -> bool:
 
 PUBLISHED_MODEL = "google/vit-base-patch16-224"
 # what a local folder is, or stands for
-ON_THE_HUB = {"beans": "AI-Lab-Makerere/beans", "drawn": "AI-Lab-Makerere/beans", "dog_food": "lewtun/dog_food", "three_animals": "lewtun/dog_food"}
+ON_THE_HUB = {
+    "beans": "AI-Lab-Makerere/beans",
+    "drawn": "AI-Lab-Makerere/beans",
+    "dog_food": "lewtun/dog_food",
+    "three_animals": "lewtun/dog_food",
+}
 
 
 def quality(row: dict) -> tuple[float, float]:
@@ -447,7 +594,10 @@ def short(rate: float) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """A run's folder: ``status`` finished, failed, unfinished, absent or damaged, its settings and its epochs."""
+    """A run's folder.
+
+    ``status`` finished, failed, unfinished, absent or damaged, its settings and its epochs.
+    """
     metrics, failure = folder / "metrics.jsonl", folder / "failed.json"
     try:
         rows = read_rows(metrics) if metrics.exists() else []
@@ -464,7 +614,11 @@ def read_run(folder: Path) -> dict:
         "started": bool(rows),
         # the layout is one: it decides the global batch
         "settings": first.get("settings", {}) | {"layout": first.get("layout")},
-        "environment": {name: first.get(name) for name in ("date", "hardware", "python", "versions", "command")} if rows else None,
+        "environment": {
+            name: first.get(name) for name in ("date", "hardware", "python", "versions", "command")
+        }
+        if rows
+        else None,
         "epochs": [row for row in rows if row["kind"] == "epoch"],
         "test": next((row for row in rows if row["kind"] == "test"), None),
         "exit_status": failed.get("exit_status"),
@@ -493,27 +647,37 @@ def summarize(run: dict) -> dict:
     last, best = epochs[-1], max(epochs, key=quality)
     seconds = sum(row["seconds"] for row in epochs)
     return {
-        "average_loss": last["average_loss"], "accuracy": last["accuracy"],
-        "best_epoch_average_loss": best["average_loss"], "best_epoch_accuracy": best["accuracy"],
+        "average_loss": last["average_loss"],
+        "accuracy": last["accuracy"],
+        "best_epoch_average_loss": best["average_loss"],
+        "best_epoch_accuracy": best["accuracy"],
         "seconds": seconds + sum(row["evaluation_seconds"] for row in epochs),
         "images_per_second": sum(row["images_per_second"] * row["seconds"] for row in epochs) / seconds,
         "peak_memory_gib": max(row["peak_memory_gib"] for row in epochs),
-    }  # fmt: skip
+    }
 
 
 def evaluated_on(run: dict) -> str:
-    """What a finished run's numbers are of. Those of other images have no mean with them; the folds of one division do."""
+    """What a finished run's numbers are of. Those of other images have no mean with them.
+
+    The folds of one division do.
+    """
     fold = run["settings"].get("fold")
     return f"{fold.partition('/')[2]} folds" if fold else f"{run['epochs'][-1]['images']} images"
 
 
 def sweep_groups(runs: list[dict]) -> list[dict]:
-    """The finished runs, those that differ only in their seed or fold together: mean and spread of each number."""
+    """The finished runs, those that differ only in their seed or fold together.
+
+    Mean and spread of each number.
+    """
     groups: dict[tuple, dict] = {}
     for run in runs:
         if run["status"] == "finished":
             run["settings"]["evaluated_on"] = evaluated_on(run)
-            key = tuple((name, value) for name, value in run["settings"].items() if name not in ("seed", "fold"))
+            key = tuple(
+                (name, value) for name, value in run["settings"].items() if name not in ("seed", "fold")
+            )
             groups.setdefault(key, {"settings": run["settings"], "runs": []})["runs"].append(run)
     for group in groups.values():
         summaries = [summarize(run) for run in group["runs"]]
@@ -537,8 +701,10 @@ def noise(one: float, other: float, images: int) -> float:
 
 
 NOISE = (
-    "*Within noise*: best accuracy - accuracy <= 2 standard errors of the difference, each sqrt(2 p (1 - p) / n) with p the "
-    "mean of the two accuracies and n the validation images (more seeds see the same images and do not raise n)."
+    "*Within noise*: best accuracy - accuracy <= 2 standard errors of the difference, "
+    "each sqrt(2 p (1 - p) / n) with p the "
+    "mean of the two accuracies and n the validation images (more seeds see the same "
+    "images and do not raise n)."
 )
 
 
@@ -551,27 +717,55 @@ def sweep_report(folder: Path) -> None:
     """table.md, table.csv, epochs.csv and charts of the runs in ``folder``."""
     from console import fail
 
-    runs = [run for run in read_runs(folder) if run["settings"].get("plugin") in PLUGINS]  # and none of train.py
+    runs = [
+        run for run in read_runs(folder) if run["settings"].get("plugin") in PLUGINS
+    ]  # and none of train.py
     if not runs:
-        fail(f"{folder}: holds no runs of run_finetuning.sh; python report.py sweep FOLDER reads another folder")
+        fail(
+            f"{folder}: holds no runs of run_finetuning.sh; python report.py sweep FOLDER reads "
+            "another folder"
+        )
     names, defaults = dict.fromkeys(name for run in runs for name in run["settings"]), flag_defaults()
     for run in runs:
         run["settings"] = {name: run["settings"].get(name, defaults.get(name)) for name in names}
         run["settings"]["recipe"] = recipe_of(run["settings"])  # one column for its flags
-    order = lambda s: (s["model_name_or_path"], s["dataset"], s["image_size"] or 0, list(PLUGINS).index(s["plugin"]), s.get("tp_size", 1), s.get("pp_size", 1), s["batch_size"], s["learning_rate"], s["recipe"], s.get("fold") or "", s["seed"])  # noqa: E731
+    order = lambda s: (
+        s["model_name_or_path"],
+        s["dataset"],
+        s["image_size"] or 0,
+        list(PLUGINS).index(s["plugin"]),
+        s.get("tp_size", 1),
+        s.get("pp_size", 1),
+        s["batch_size"],
+        s["learning_rate"],
+        s["recipe"],
+        s.get("fold") or "",
+        s["seed"],
+    )  # noqa: E731
     runs.sort(key=lambda run: order(run["settings"]))
     groups, others = sweep_groups(runs), [run for run in runs if run["status"] != "finished"]
 
-    # a setting besides those that every table names is named where it differs; zero_stage follows from the plugin
-    named = {"plugin": "plugin", "model_name_or_path": "model", "batch_size": "batch size", "learning_rate": "learning rate"}
+    # a setting besides those that every table names is named where it differs; zero_stage follows from
+    # the plugin
+    named = {
+        "plugin": "plugin",
+        "model_name_or_path": "model",
+        "batch_size": "batch size",
+        "learning_rate": "learning rate",
+    }
     settings = [run["settings"] for run in runs]
     for name in settings[0]:
-        if name not in (*named, *RECIPE, "seed", "fold", "zero_stage", "evaluated_on") and len({s.get(name) for s in settings}) > 1:
+        if (
+            name not in (*named, *RECIPE, "seed", "fold", "zero_stage", "evaluated_on")
+            and len({s.get(name) for s in settings}) > 1
+        ):
             named[name] = name.replace("_", " ")
     forms = {
-        "model_name_or_path": lambda name: Path(name).name, "learning_rate": short, "image_size": lambda size: str(size or "default"),
+        "model_name_or_path": lambda name: Path(name).name,
+        "learning_rate": short,
+        "image_size": lambda size: str(size or "default"),
         "evaluated_on": lambda images: images or "",
-    }  # fmt: skip
+    }
 
     def cells(settings: dict) -> list:
         return [forms.get(name, str)(settings.get(name)) for name in named]
@@ -579,7 +773,10 @@ def sweep_report(folder: Path) -> None:
     if len({tuple(cells(group["settings"])) for group in groups}) < len(groups):  # alike, but for the images
         named["evaluated_on"] = "evaluated on"
 
-    text = [f"# Sweep\n\n{shared_settings(settings)}\n", sweep_table(groups, others, [*named.values()], cells)]
+    text = [
+        f"# Sweep\n\n{shared_settings(settings)}\n",
+        sweep_table(groups, others, [*named.values()], cells),
+    ]
     if groups:
         text.append(epoch_table(groups, [*named.values()], cells))
     if len(groups) == 1 and all(run["test"] for run in groups[0]["runs"]):
@@ -596,25 +793,48 @@ def sweep_report(folder: Path) -> None:
 
 
 def shared_settings(settings: list[dict]) -> str:
-    """What all runs have in common, as far as the tables do not name it, and what their weights were at the start."""
+    """What all runs have in common, as far as the tables do not name it, and what their weights were at the
+    start.
+    """
     forms = {
-        "dataset": str, "num_epoch": lambda number: counted(number, "epoch"), "image_size": lambda size: f"{size} px" if size else "the model's own image size",
+        "dataset": str,
+        "num_epoch": lambda number: counted(number, "epoch"),
+        "image_size": lambda size: f"{size} px" if size else "the model's own image size",
         "max_train_samples": lambda limit: f"at most {limit} training images" if limit else "",
         "max_eval_samples": lambda limit: f"at most {limit} images of a split evaluated" if limit else "",
-        "precision": str, "weight_decay": "weight decay {:g}".format, "warmup_ratio": "warm-up ratio {:g}".format, "recipe": "recipe `{}`".format,
-    }  # fmt: skip
-    words = [form(settings[0][name]) for name, form in forms.items() if name in settings[0] and len({s[name] for s in settings}) == 1]
+        "precision": str,
+        "weight_decay": "weight decay {:g}".format,
+        "warmup_ratio": "warm-up ratio {:g}".format,
+        "recipe": "recipe `{}`".format,
+    }
+    words = [
+        form(settings[0][name])
+        for name, form in forms.items()
+        if name in settings[0] and len({s[name] for s in settings}) == 1
+    ]
     models: dict[str, list[str]] = {}
     for name in dict.fromkeys(s["model_name_or_path"] for s in settings):
-        models.setdefault("random" if name in PRESETS and not Path(name).exists() else "pretrained", []).append(Path(name).name)
-    starts = [f"{' and '.join(names) + ' ' if len(models) > 1 else ''}from {kind} weights" for kind, names in models.items()]
+        models.setdefault(
+            "random" if name in PRESETS and not Path(name).exists() else "pretrained", []
+        ).append(Path(name).name)
+    starts = [
+        f"{' and '.join(names) + ' ' if len(models) > 1 else ''}from {kind} weights"
+        for kind, names in models.items()
+    ]
     return f"All runs: {', '.join(filter(None, words + starts))}."
 
 
 def sweep_table(groups: list[dict], others: list[dict], header: list[str], cells) -> str:
     """One row a configuration, failed and unfinished runs below, and how to read it."""
-    columns = (("average_loss", ".4f", min), ("accuracy", ".4f", max), ("best_epoch_average_loss", ".4f", min), ("best_epoch_accuracy", ".4f", max),
-               ("seconds", ".1f", None), ("images_per_second", ".0f", None), ("peak_memory_gib", ".2f", None))  # fmt: skip
+    columns = (
+        ("average_loss", ".4f", min),
+        ("accuracy", ".4f", max),
+        ("best_epoch_average_loss", ".4f", min),
+        ("best_epoch_accuracy", ".4f", max),
+        ("seconds", ".1f", None),
+        ("images_per_second", ".0f", None),
+        ("peak_memory_gib", ".2f", None),
+    )
     body = []
     for group in groups:
         numbers = []
@@ -627,19 +847,37 @@ def sweep_table(groups: list[dict], others: list[dict], header: list[str], cells
     for run in others:
         what = f"unfinished, {len(run['epochs'])} of {counted(run['settings']['num_epoch'], 'epoch')}"
         if run["status"] == "failed":
-            what = f"failed, status {run['exit_status']}: {(run['last_lines'] or ['no output'])[-1]}".replace("|", "\\|")
+            what = f"failed, status {run['exit_status']}: {(run['last_lines'] or ['no output'])[-1]}".replace(
+                "|", "\\|"
+            )
         body.append([*cells(run["settings"]), run["settings"]["seed"], what, *[""] * 7])
-    header = [*header, "seed", "average_loss", "accuracy", "to the best", "best epoch: loss", "best epoch: accuracy", "time, s", "images/s", "peak GiB"]
+    header = [
+        *header,
+        "seed",
+        "average_loss",
+        "accuracy",
+        "to the best",
+        "best epoch: loss",
+        "best epoch: accuracy",
+        "time, s",
+        "images/s",
+        "peak GiB",
+    ]
     parts = [markdown_table(header, body)]
     if groups:
         sizes = sorted({group["images"] for group in groups})
         images = " or ".join(f"{n} validation images: one is {100 / n:.2f} points" for n in sizes)
         parts.append(
-            f"{images}. " + "They are those of all folds of the training split; accuracies are means over the folds. " * (max(g["folds"] for g in groups) > 1)
-            + f"Loss and accuracy are those after the last epoch, and rank the rows (accuracy, then loss; the best in bold); "
+            f"{images}. "
+            + ("They are those of all folds of the training split; accuracies are means over the folds. ")
+            * (max(g["folds"] for g in groups) > 1)
+            + "Loss and accuracy are those after the last epoch, and rank the rows (accuracy, then "
+            "loss; the best in bold); "
             f"the best epoch was picked on the same images, which flatters it. {NOISE} "
-            + "± is the standard deviation over the runs. " * any(len(group["runs"]) > 1 for group in groups)
-            + "Time is training and evaluation without start-up; images/s is training; memory is the process's own where there is no GPU.\n"
+            + "± is the standard deviation over the runs. "
+            * any(len(group["runs"]) > 1 for group in groups)
+            + "Time is training and evaluation without start-up; images/s is training; memory is "
+            "the process's own where there is no GPU.\n"
         )
     return "\n".join(parts)
 
@@ -654,29 +892,51 @@ def epoch_table(groups: list[dict], header: list[str], cells) -> str:
             epochs = zip(*([row[name] for row in run["epochs"]] for run in group["runs"]))
             row = [*cells(group["settings"]), *(with_spread(values, ".4f") for values in epochs)]
             body.append(row + [""] * (len(header) + longest - len(row)))
-        parts.append(f"## {name} after each epoch\n\n" + markdown_table([*header, *(f"epoch {i + 1}" for i in range(longest))], body))
+        parts.append(
+            f"## {name} after each epoch\n\n"
+            + markdown_table([*header, *(f"epoch {i + 1}" for i in range(longest))], body)
+        )
     return "\n".join(parts)
 
 
 def test_table(runs: list[dict]) -> str:
-    """Validation and test split of one configuration's runs, apart and together, with the interval of their mean."""
+    """Validation and test split of one configuration's runs, apart and together, with the interval of their
+    mean.
+    """
     body, numbers = [], []
     for run in runs:
         test, last = run["test"], run["epochs"][-1]
         kept = next(row for row in run["epochs"] if row["epoch"] == test["epoch"])
         images = kept["images"] + test["images"]
-        together = [(row["accuracy"] * row["images"] + test["accuracy"] * test["images"]) / images for row in (last, kept)]
+        together = [
+            (row["accuracy"] * row["images"] + test["accuracy"] * test["images"]) / images
+            for row in (last, kept)
+        ]
         numbers.append([last["accuracy"], kept["accuracy"], test["accuracy"], *together])
         body.append([run["settings"]["seed"], kept["epoch"], *(f"{number:.4f}" for number in numbers[-1])])
     columns = list(zip(*numbers))
     body.append(["mean", "", *(f"**{with_spread(values, '.4f')}**" for values in columns)])
-    header = ["seed", "epoch kept", "validation: last epoch", "validation: epoch kept", "test: epoch kept", "together: last epoch's validation", "together: epoch kept"]
+    header = [
+        "seed",
+        "epoch kept",
+        "validation: last epoch",
+        "validation: epoch kept",
+        "test: epoch kept",
+        "together: last epoch's validation",
+        "together: epoch kept",
+    ]
     p = mean(columns[3])
     kept = "The last epoch was kept (--keep last): nothing was picked on these images."
     if "--keep last" not in runs[0]["settings"]["recipe"]:
-        kept = "The epoch was kept for its validation accuracy, which flatters that number; the last epoch's is fair."
+        kept = (
+            "The epoch was kept for its validation accuracy, which flatters that number; the "
+            "last epoch's is fair."
+        )
     return (
-        "## Test split\n\n" + markdown_table(header, body) + f"\n*Together*: the validation and test images as one set of {images}. {kept} The 95 % interval of a mean on {images} images is "
+        "## Test split\n\n"
+        + markdown_table(header, body)
+        + f"\n*Together*: the validation and test images as one set of {images}. {kept} The 95 "
+        f"% interval of a mean on {images} images is "
         f"about ± {100 * 1.96 * (p * (1 - p) / images) ** 0.5:.1f} points (more seeds see the same images).\n"
     )
 
@@ -687,16 +947,25 @@ def provenance(folder: Path, runs: list[dict]) -> str:
     lines = ["## Measured\n", *machines(measured)]
     lines.append("Layout of a run: " + " or ".join(sorted({run["settings"]["layout"] for run in runs})) + ".")
     calls = read_rows(folder / "sweep.jsonl") if (folder / "sweep.jsonl").exists() else []
-    commands = [call_of(call["variables"], call["flags"]) for call in calls] or list(dict.fromkeys(e["command"] for e in measured))
-    lines.append("\nCommand, in the project's folder:\n\n" + "\n".join(f"    {command}" for command in commands))
+    commands = [call_of(call["variables"], call["flags"]) for call in calls] or list(
+        dict.fromkeys(e["command"] for e in measured)
+    )
+    lines.append(
+        "\nCommand, in the project's folder:\n\n" + "\n".join(f"    {command}" for command in commands)
+    )
     if any("PARALLEL_RUNS" in call["variables"] for call in calls):
         lines.append("\nRuns shared a GPU, so times and images/s compare nothing here.")
     models = sorted({run["settings"]["model_name_or_path"] for run in runs})
     if calls and any(Path(model).name != Path(PUBLISHED_MODEL).name for model in models):
         dataset = runs[-1]["settings"]["dataset"]
-        other = {"MODELS": PUBLISHED_MODEL, "DATASET": ON_THE_HUB.get(Path(dataset).name, dataset), "PARALLEL_RUNS": "auto"}  # as many as fit there
+        other = {
+            "MODELS": PUBLISHED_MODEL,
+            "DATASET": ON_THE_HUB.get(Path(dataset).name, dataset),
+            "PARALLEL_RUNS": "auto",
+        }  # as many as fit there
         lines.append(
-            f"\nThe model here is {' and '.join(models)}. Where the HuggingFace hub can be reached, this repeats it with {PUBLISHED_MODEL}:\n\n"
+            f"\nThe model here is {' and '.join(models)}. Where the HuggingFace hub can be "
+            f"reached, this repeats it with {PUBLISHED_MODEL}:\n\n"
             + "\n".join(
                 f"    {call_of(call['variables'] | other | {'RESULTS': call['variables']['RESULTS'].rstrip('/') + '-vit-base'}, call['flags'])}"
                 for call in calls
@@ -708,15 +977,22 @@ def provenance(folder: Path, runs: list[dict]) -> str:
 def machines(environments: list[dict]) -> list[str]:
     """A sentence for each kind of machine and versions: when, on what and with what."""
     lines = []
-    for hardware, python, versions in dict.fromkeys((e["hardware"], e["python"], tuple(e["versions"].items())) for e in environments):
+    for hardware, python, versions in dict.fromkeys(
+        (e["hardware"], e["python"], tuple(e["versions"].items())) for e in environments
+    ):
         dates = sorted({e["date"][:10] for e in environments if e["hardware"] == hardware})
-        lines.append(f"{' and '.join(dates)} on {hardware}; Python {python}, {', '.join(f'{name} {number}' for name, number in versions)}.")
+        lines.append(
+            f"{' and '.join(dates)} on {hardware}; Python {python}, "
+            f"{', '.join(f'{name} {number}' for name, number in versions)}."
+        )
     return lines
 
 
 def call_of(variables: dict[str, str], flags: list[str]) -> str:
     """The shell command of a sweep; what is auto or none is left out."""
-    assignments = [f"{name}={shlex.quote(value)}" for name, value in variables.items() if value not in ("auto", "none")]
+    assignments = [
+        f"{name}={shlex.quote(value)}" for name, value in variables.items() if value not in ("auto", "none")
+    ]
     return " ".join([*assignments, "bash run_finetuning.sh", *([shlex.join(flags)] if flags else [])])
 
 
@@ -725,29 +1001,40 @@ def write_sweep_csv(folder: Path, groups: list[dict], others: list[dict], named:
     table, epochs = [], []
     named = list(dict.fromkeys([*named, "recipe"]))
     for group in groups:
-        row = {name: group["settings"].get(name) for name in named} | {"seeds": " ".join(map(str, group["seeds"])), "status": "finished"}
+        row = {name: group["settings"].get(name) for name in named} | {
+            "seeds": " ".join(map(str, group["seeds"])),
+            "status": "finished",
+        }
         for name, values in group["values"].items():
             row |= {name: mean(values), f"{name}_sd": stdev(values) if len(values) > 1 else ""}
         table.append(row | {"images": group["images"], "to_best": group["to_best"]})
         for run in group["runs"]:
             own = {"run": run["name"]} | {n: run["settings"].get(n) for n in (*named, "fold", "seed")}
             # the rate at the end of an epoch beside the run's
-            epochs += [own | {"learning_rate_now" if n == "learning_rate" else n: value for n, value in row.items()} for row in run["epochs"]]
+            epochs += [
+                own | {"learning_rate_now" if n == "learning_rate" else n: value for n, value in row.items()}
+                for row in run["epochs"]
+            ]
     for run in others:
-        table.append({name: run["settings"].get(name) for name in named} | {"seeds": run["settings"]["seed"], "status": run["status"]})
+        table.append(
+            {name: run["settings"].get(name) for name in named}
+            | {"seeds": run["settings"]["seed"], "status": run["status"]}
+        )
     for name, rows in (("table.csv", table), ("epochs.csv", epochs)):
         write_csv(folder / name, rows, without=("kind",))
 
 
 def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None:
-    """Loss and accuracy per epoch, a line for each configuration; of a few, a band from the lowest to the highest seed.
+    """Loss and accuracy per epoch, a line for each configuration; of a few, a band from the lowest to the
+    highest seed.
 
     Colour follows the setting of most values, line and marker the others.
     """
     from matplotlib.ticker import MaxNLocator
 
     labels = [cells(group["settings"]) for group in groups]
-    # the fewest settings that tell the lines apart: a precision that follows from the plugin is not among them
+    # the fewest settings that tell the lines apart: a precision that follows from the plugin is not among
+    # them
     telling = list(range(len(named)))
     for i in reversed(range(len(named))):
         rest = [j for j in telling if j != i]
@@ -759,7 +1046,13 @@ def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None
         return "" if coloured is None else label[coloured], tuple(label[i] for i in telling if i != coloured)
 
     colours, styles = (list(dict.fromkeys(parts)) for parts in zip(*map(look, labels)))
-    words = {"batch_size": "BS ", "learning_rate": "LR ", "image_size": "size ", "tp_size": "tp ", "pp_size": "pp "}
+    words = {
+        "batch_size": "BS ",
+        "learning_rate": "LR ",
+        "image_size": "size ",
+        "tp_size": "tp ",
+        "pp_size": "pp ",
+    }
     figure, (loss, accuracy) = _axes(11, max(4, 0.22 * len(groups) + 1), columns=2)
     for group, label in zip(groups, labels):
         colour, style = (parts.index(part) for parts, part in zip((colours, styles), look(label)))
@@ -767,9 +1060,25 @@ def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None
         for axis, name in ((loss, "average_loss"), (accuracy, "accuracy")):
             values = list(zip(*([row[name] for row in run["epochs"]] for run in group["runs"])))
             x = range(1, len(values) + 1)
-            axis.plot(x, list(map(mean, values)), color=f"C{colour % 10}", ls=("-", "--", ":", "-.")[style % 4], marker="osD^vPX*"[style % 8], ms=4, lw=1.4, label=text)
+            axis.plot(
+                x,
+                list(map(mean, values)),
+                color=f"C{colour % 10}",
+                ls=("-", "--", ":", "-.")[style % 4],
+                marker="osD^vPX*"[style % 8],
+                ms=4,
+                lw=1.4,
+                label=text,
+            )
             if len(group["runs"]) > 1 and len(groups) <= 5:
-                axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{colour % 10}", alpha=0.1, lw=0)
+                axis.fill_between(
+                    x,
+                    list(map(min, values)),
+                    list(map(max, values)),
+                    color=f"C{colour % 10}",
+                    alpha=0.1,
+                    lw=0,
+                )
     loss.set(xlabel="epoch", ylabel="validation loss", ylim=_from_zero(loss))
     accuracy.set(xlabel="epoch", ylabel="validation accuracy")
     accuracy.set_ylim(top=min(1.005, accuracy.get_ylim()[1]))
@@ -777,7 +1086,11 @@ def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if telling:
         accuracy.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    shared = [text for i, text in enumerate(labels[0]) if i not in telling and named[i] in ("plugin", "model_name_or_path")]
+    shared = [
+        text
+        for i, text in enumerate(labels[0])
+        if i not in telling and named[i] in ("plugin", "model_name_or_path")
+    ]
     figure.suptitle(", ".join(shared), fontsize=11)
     save_figure(figure, path)
 
@@ -788,28 +1101,55 @@ def heat_maps(folder: Path, groups: list[dict], named: dict[str, str], cells) ->
         earlier.unlink()
     grids: dict[tuple, list[dict]] = {}
     for group in groups:
-        key = tuple((n, v) for n, v in group["settings"].items() if n not in ("batch_size", "learning_rate", "seed", "fold"))
+        key = tuple(
+            (n, v)
+            for n, v in group["settings"].items()
+            if n not in ("batch_size", "learning_rate", "seed", "fold")
+        )
         grids.setdefault(key, []).append(group)
     found = []
     for members in grids.values():
-        sizes, rates = (sorted({g["settings"][name] for g in members}) for name in ("batch_size", "learning_rate"))
+        sizes, rates = (
+            sorted({g["settings"][name] for g in members}) for name in ("batch_size", "learning_rate")
+        )
         if len(sizes) < 2 or len(rates) < 2:
             continue
         figure, axes = _axes(1.5 * 2 * len(rates) + 2.5, 0.8 * len(sizes) + 1.6, columns=2)
         for axis, name, colours in zip(axes, ("accuracy", "average_loss"), ("viridis", "viridis_r")):
-            values = {(g["settings"]["batch_size"], g["settings"]["learning_rate"]): g["mean"][name] for g in members}
-            image = axis.imshow([[values.get((size, rate), float("nan")) for rate in rates] for size in sizes], cmap=colours, aspect="auto")
+            values = {
+                (g["settings"]["batch_size"], g["settings"]["learning_rate"]): g["mean"][name]
+                for g in members
+            }
+            image = axis.imshow(
+                [[values.get((size, rate), float("nan")) for rate in rates] for size in sizes],
+                cmap=colours,
+                aspect="auto",
+            )
             for (size, rate), value in values.items():
-                ink = "white" if sum(image.cmap(image.norm(value))[:3]) < 1.5 else "black"  # on a dark ground, or a light one
-                axis.text(rates.index(rate), sizes.index(size), f"{value:.4f}", ha="center", va="center", color=ink)
+                ink = (
+                    "white" if sum(image.cmap(image.norm(value))[:3]) < 1.5 else "black"
+                )  # on a dark ground, or a light one
+                axis.text(
+                    rates.index(rate), sizes.index(size), f"{value:.4f}", ha="center", va="center", color=ink
+                )
             axis.set_xticks(range(len(rates)), map(short, rates))
             axis.set_yticks(range(len(sizes)), sizes)
             axis.grid(False)
-            axis.set(xlabel="learning rate", ylabel="batch size", title=f"validation {name.replace('average_', '')}, last epoch")
+            axis.set(
+                xlabel="learning rate",
+                ylabel="batch size",
+                title=f"validation {name.replace('average_', '')}, last epoch",
+            )
         settings = members[0]["settings"]
         title = f"{settings['plugin']}-{Path(settings['model_name_or_path']).name}"
-        others = [f"{named[n]} {cell}" for n, cell in zip(named, cells(settings)) if n not in ("plugin", "model_name_or_path", "batch_size", "learning_rate")]
-        figure.suptitle("\n".join(filter(None, [title.replace("-", ", ", 1), ", ".join(others)])), fontsize=11)
+        others = [
+            f"{named[n]} {cell}"
+            for n, cell in zip(named, cells(settings))
+            if n not in ("plugin", "model_name_or_path", "batch_size", "learning_rate")
+        ]
+        figure.suptitle(
+            "\n".join(filter(None, [title.replace("-", ", ", 1), ", ".join(others)])), fontsize=11
+        )
         name = "heatmap.png" if len(grids) == 1 else f"heatmap-{title}.png"
         if name in found:  # grids that differ in another setting
             name = f"heatmap-{title}-{len(found) + 1}.png"
@@ -822,15 +1162,22 @@ def heat_maps(folder: Path, groups: list[dict], named: dict[str, str], cells) ->
 
 
 def accuracy_report(folder: Path) -> None:
-    """table.md and epochs.png of the finished runs of train.py in ``folder``; those that differ only in their seed are one row."""
+    """table.md and epochs.png of the finished runs of train.py in ``folder``.
+
+    Those that differ only in their seed are one row.
+    """
     from console import fail
 
-    usual = {name: default for name, (default, _) in config.NAMES.items() if name not in config.FREE}  # an older run has not all names
+    usual = {
+        name: default for name, (default, _) in config.NAMES.items() if name not in config.FREE
+    }  # an older run has not all names
     groups: dict[str, list[dict]] = {}
     for run in read_runs(folder):
         if run["status"] == "finished" and "NUM_EPOCHS" in run["settings"]:
             own = run["settings"] = usual | run["settings"]
-            groups.setdefault(json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []).append(run)
+            groups.setdefault(
+                json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []
+            ).append(run)
     if not groups:
         fail(f"{folder}: holds no finished runs of run_accuracy.sh")
     ranked = sorted(groups.values(), key=lambda group: -mean(run["epochs"][-1]["accuracy"] for run in group))
@@ -844,31 +1191,73 @@ def accuracy_report(folder: Path) -> None:
         every = [row for run in group for row in run["epochs"]]
         rows.append(
             [
-                name, " ".join(str(run["settings"]["SEED"]) for run in group), group[0]["environment"]["hardware"],
-                with_spread([row["average_loss"] for row in last], ".4f"), with_spread([row["accuracy"] for row in last], ".4f"), str(last[0]["images"]),
+                name,
+                " ".join(str(run["settings"]["SEED"]) for run in group),
+                group[0]["environment"]["hardware"],
+                with_spread([row["average_loss"] for row in last], ".4f"),
+                with_spread([row["accuracy"] for row in last], ".4f"),
+                str(last[0]["images"]),
                 with_spread([sum(row["seconds"] for row in run["epochs"]) for run in group], ".0f"),
-                f"{median(row['images_per_second'] for row in every):.0f}", f"{max(row['peak_memory_gib'] for row in every):.2f}",
-                ", ".join(f"{key} {value}" for key, value in settings.items() if key not in ("SEED", "layout") and value != reference.get(key)),
+                f"{median(row['images_per_second'] for row in every):.0f}",
+                f"{max(row['peak_memory_gib'] for row in every):.2f}",
+                ", ".join(
+                    f"{key} {value}"
+                    for key, value in settings.items()
+                    if key not in ("SEED", "layout") and value != reference.get(key)
+                ),
             ]
-        )  # fmt: skip
-    header = ["run", "seed", "hardware", "average_loss", "accuracy", "images", "training, s", "images/s", "peak GiB", f"differs from {compared}"]
-    commands = dict.fromkeys(f"    DATA={shlex.quote(run['settings']['dataset'])} {run['environment']['command']}" for group in ranked for run in group)
+        )
+    header = [
+        "run",
+        "seed",
+        "hardware",
+        "average_loss",
+        "accuracy",
+        "images",
+        "training, s",
+        "images/s",
+        "peak GiB",
+        f"differs from {compared}",
+    ]
+    commands = dict.fromkeys(
+        f"    DATA={shlex.quote(run['settings']['dataset'])} {run['environment']['command']}"
+        for group in ranked
+        for run in group
+    )
     text = [
-        "# From scratch", markdown_table(header, rows),
-        "Loss and accuracy are those after the last epoch, on the images that were evaluated; ± is the standard deviation over the seeds. "
+        "# From scratch",
+        markdown_table(header, rows),
+        "Loss and accuracy are those after the last epoch, on the images that were "
+        "evaluated; ± is the standard deviation over the seeds. "
         "images/s is the median epoch's.",
-        "## Measured", "\n".join(machines([run["environment"] for group in ranked for run in group])), "Commands:", "\n".join(commands),
-    ]  # fmt: skip
+        "## Measured",
+        "\n".join(machines([run["environment"] for group in ranked for run in group])),
+        "Commands:",
+        "\n".join(commands),
+    ]
     write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
     figure, axes = _axes(13, 4, columns=2)
     for axis, column in zip(axes, ("average_loss", "accuracy")):
         settled = []  # after a twentieth of the training: the first epochs would press the rest together
         for i, (label, group) in enumerate(zip(names, ranked)):
-            values = [mean(epoch) for epoch in zip(*([row[column] for row in run["epochs"]] for run in group))]
+            values = [
+                mean(epoch) for epoch in zip(*([row[column] for row in run["epochs"]] for run in group))
+            ]
             settled += values[len(values) // 20 :]
-            axis.plot(range(1, len(values) + 1), values, lw=1.2, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4], label=label)
+            axis.plot(
+                range(1, len(values) + 1),
+                values,
+                lw=1.2,
+                color=f"C{i % 10}",
+                ls=("-", "--", ":", "-.")[i // 10 % 4],
+                label=label,
+            )
         margin = 0.03 * (max(settled) - min(settled))
-        axis.set(xlabel="epoch", ylabel=f"{column.replace('average_', '')}, evaluated", ylim=(min(settled) - margin, max(settled) + margin) if margin else None)
+        axis.set(
+            xlabel="epoch",
+            ylabel=f"{column.replace('average_', '')}, evaluated",
+            ylim=(min(settled) - margin, max(settled) + margin) if margin else None,
+        )
     axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     save_figure(figure, folder / "epochs.png")
     print("\n\n".join(text[:2]))

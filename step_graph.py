@@ -1,4 +1,7 @@
-"""A whole train step recorded once as a CUDA graph and replayed: one start, where a step of small kernels has hundreds."""
+"""A whole train step recorded once as a CUDA graph and replayed.
+
+One start, where a step of small kernels has hundreds.
+"""
 
 from collections.abc import Callable
 
@@ -6,19 +9,25 @@ import torch
 
 
 class StepGraph:
-    """Replays ``update``: forward, backward, the reduction over the processes, clipping and the optimizer's step.
+    """Replays ``update``: forward, backward, the reduction over the processes, clipping and the optimizer's
+    step.
 
-    After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Steps of other
-    shapes, kinds or scale have a graph of their own; the last one of an epoch, which has padding, is run as it is.
+    After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel").
+    Steps of other
+    shapes, kinds or scale have a graph of their own; the last one of an epoch, which has padding, is run as
+    it is.
 
     Args:
-        update: (batches, scale) -> a device scalar. Reads nothing back from the device, and draws from torch's own
+        update: (batches, scale) -> a device scalar. Reads nothing back from the device, and draws from
+            torch's own
             generator only.
         optimizer: whose ``param_groups`` have the learning rates; its step must be capturable.
         stream: where the model was made parallel; a recording cannot be made on the default stream.
     """
 
-    WARM_UP = 11  # steps that are not recorded: the first set things up, and DistributedDataParallel's timers run in ten
+    # steps that are not recorded: the first set things up, and DistributedDataParallel's timers run in
+    # ten
+    WARM_UP = 11
 
     def __init__(self, update: Callable, optimizer, stream: torch.cuda.Stream):
         self.update, self.optimizer, self.stream = update, optimizer, stream
@@ -49,8 +58,14 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def _record(self, batch: dict[str, torch.Tensor], scale: float) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
-        inputs, graph, groups = {name: tensor.clone() for name, tensor in batch.items()}, torch.cuda.CUDAGraph(), self.optimizer.param_groups
+    def _record(
+        self, batch: dict[str, torch.Tensor], scale: float
+    ) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
+        inputs, graph, groups = (
+            {name: tensor.clone() for name, tensor in batch.items()},
+            torch.cuda.CUDAGraph(),
+            self.optimizer.param_groups,
+        )
         usual = [(group["lr"], group["capturable"]) for group in groups]
         for group, rate in zip(groups, self.rates):
             group["lr"], group["capturable"] = rate, True

@@ -1,4 +1,5 @@
-"""A ViT in 2D, 2.5D and 3D tensor parallelism, out of the layers of `colossalai.legacy` (not its engine or trainer).
+"""A ViT in 2D, 2.5D and 3D tensor parallelism, out of the layers of `colossalai.legacy` (not its engine or
+trainer).
 
     start("2d", size=4)                        # every process; world = data parallel x size
     model = build(config, state_dict)          # this process's slices of a HuggingFace state dict
@@ -9,15 +10,18 @@
     optimizer.step()
     state_dict = gather(model)                 # the whole model again, on rank 0
 
-Matrices and activations are cut over a mesh of processes with q on a side (2.5D: d layers of such meshes). With B
+Matrices and activations are cut over a mesh of processes with q on a side (2.5D: d layers of such meshes).
+With B
 images a data-parallel group, hidden size h and s tokens, each process holds
 
-    2d     q x q        activations (B/q,    s, h/q)   matrices 1/q^2   SUMMA, Xu et al., 2021, arXiv:2104.05343
+    2d     q x q        activations (B/q,    s, h/q)   matrices 1/q^2   SUMMA, Xu et al., 2021,
+    arXiv:2104.05343
     2.5d   d x q x q    activations (B/(dq), s, h/q)   matrices 1/q^2   Wang et al., 2021, arXiv:2105.14500
     3d     q x q x q    activations (B/q^2,  s, h/q)   matrices 1/q^3   Bian et al., 2021, arXiv:2105.14450
 
 No activation is held twice, so each process draws its own dropout. Some small parameters are held by several
-processes: `sync_gradients` keeps such copies equal, and `grad_norm` counts them once. The classifier is cut along
+processes: `sync_gradients` keeps such copies equal, and `grad_norm` counts them once. The classifier is cut
+along
 the hidden size alone, so any number of classes fits without padding.
 """
 
@@ -38,7 +42,8 @@ from torch import nn
 class Cut:
     """How the library cuts parameters in one mode. A letter is a side of the mesh; "cr" cuts by c, then by r.
 
-    ``up`` and ``down`` are the two linear layers of a pair (qkv and projection, fc1 and fc2), (in, out) as the
+    ``up`` and ``down`` are the two linear layers of a pair (qkv and projection, fc1 and fc2), (in, out) as
+    the
     library keeps them: in 3D two sides of the mesh change roles from one to the other.
     """
 
@@ -54,14 +59,20 @@ class Cut:
 
 CUTS = {
     "2d": Cut("rc", ("r", "c"), "cr", ("r", "c"), "cr", "cr", "cr", ("PARALLEL_2D_COL",)),
-    "2.5d": Cut("drc", ("r", "c"), "c", ("r", "c"), "c", "c", "cr", ("PARALLEL_2P5D_COL", "PARALLEL_2P5D_DEP")),
-    "3d": Cut("kji", ("ki", "j"), "j", ("ji", "k"), "k", "k", "k", ("PARALLEL_3D_INPUT", "PARALLEL_3D_WEIGHT")),
+    "2.5d": Cut(
+        "drc", ("r", "c"), "c", ("r", "c"), "c", "c", "cr", ("PARALLEL_2P5D_COL", "PARALLEL_2P5D_DEP")
+    ),
+    "3d": Cut(
+        "kji", ("ki", "j"), "j", ("ji", "k"), "k", "k", "k", ("PARALLEL_3D_INPUT", "PARALLEL_3D_WEIGHT")
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """``size`` processes as a ``mode`` mesh with ``side`` (q) processes on a side and ``depth`` (2.5D) layers."""
+    """``size`` processes as a ``mode`` mesh with ``side`` (q) processes on a side and ``depth`` (2.5D)
+    layers.
+    """
 
     mode: str
     size: int
@@ -86,7 +97,9 @@ class Mesh:
         if self.mode == "2d" and not (fits and self.size == self.side**2):
             return [f"{sizes}: the size must be a square: 4, 9 or 16"]
         if self.mode == "2.5d" and not (fits and self.size == self.depth * self.side**2):
-            return [f"{sizes} and depth {self.depth}: the size must be depth x a square: depth x 4, depth x 9"]
+            return [
+                f"{sizes} and depth {self.depth}: the size must be depth x a square: depth x 4, depth x 9"
+            ]
         if self.mode == "3d" and not (fits and self.size == self.side**3):
             return [f"{sizes}: the size must be a cube: 8, 27 or 64"]
         return []
@@ -135,7 +148,9 @@ def problems(mode: str, size: int, depth: int, config, batch: int | None = None)
         if value % multiple
     ]
     if config.hidden_act != "gelu" or not config.qkv_bias:
-        found.append(f"{mode} tensor parallelism: only ViTs with hidden_act='gelu' and qkv_bias=True are built")
+        found.append(
+            f"{mode} tensor parallelism: only ViTs with hidden_act='gelu' and qkv_bias=True are built"
+        )
     return found
 
 
@@ -144,18 +159,24 @@ def _neighbours(value: int, multiple: int) -> str:
     return f"{below} or {below + multiple}" if below else str(multiple)
 
 
-# ---------------------------------------------------------------------------------------------- the library, mended
+# ---------------------------------------------------------------------------------------------- the
+# library, mended
 
 
 @functools.cache
 def _mend() -> None:
-    """Import `colossalai.legacy` and mend what stops its layers on CPU, in bf16, or on today's torch. Once a process.
+    """Import `colossalai.legacy` and mend what stops its layers on CPU, in bf16, or on today's torch. Once
+    a process.
 
     To see whether a mend is still needed: delete it and run ``pytest tests/test_tensor_parallel.py``.
-    Two more of the library's faults are avoided, not mended: `ParallelContext.init_global_dist` puts IPv6 brackets
-    around any host (`start` registers the process group that exists), and its Engine clips to zero (not used).
+    Two more of the library's faults are avoided, not mended: `ParallelContext.init_global_dist` puts IPv6
+    brackets
+    around any host (`start` registers the process group that exists), and its Engine clips to zero (not
+    used).
     """
-    with warnings.catch_warnings(record=True):  # some 60 on torch.cuda.amp.custom_fwd, and one that insists ("always")
+    with warnings.catch_warnings(
+        record=True
+    ):  # some 60 on torch.cuda.amp.custom_fwd, and one that insists ("always")
         from colossalai.legacy.context.random.seed_manager import SeedManager
         from colossalai.legacy.nn.layer.base_layer import ParallelLayer
         from colossalai.legacy.nn.layer.parallel_2d import _operation as operation_2d
@@ -163,15 +184,19 @@ def _mend() -> None:
         from colossalai.legacy.nn.layer.parallel_3d import _operation as operation_3d
         from colossalai.legacy.nn.layer.parallel_3d import _utils as utils_3d
 
-    # context/random/seed_manager.py, set_mode: switches torch.cuda's random state, which no CPU has. No activation is
-    # held twice here, so one random state per process is enough. Can go when it asks get_accelerator() instead.
+    # context/random/seed_manager.py, set_mode: switches torch.cuda's random state, which no CPU has. No
+    # activation is
+    # held twice here, so one random state per process is enough. Can go when it asks get_accelerator()
+    # instead.
     SeedManager.set_mode = lambda self, mode: None
 
-    # nn/layer/base_layer.py: state_dict() gathers, with errors (LayerNorm3D transposes a vector). False is the
+    # nn/layer/base_layer.py: state_dict() gathers, with errors (LayerNorm3D transposes a vector). False
+    # is the
     # library's own switch (use_local_state_dict) for the slices themselves; `gather` does the gathering here.
     ParallelLayer.global_state_dict = False
 
-    # nn/layer/parallel_3d/_utils.py, _async_grad_hook: Classifier3D's weight gets no gradient where j != k, and torch
+    # nn/layer/parallel_3d/_utils.py, _async_grad_hook: Classifier3D's weight gets no gradient where j !=
+    # k, and torch
     # hands None to the hook. Can go when the hook tests for it.
     library_hook = utils_3d._async_grad_hook
     utils_3d._async_grad_hook = lambda grad, param_id: None if grad is None else library_hook(grad, param_id)
@@ -191,7 +216,9 @@ def _device_type() -> str:
 def _follow_autocast(function: type[torch.autograd.Function]) -> None:
     """Replace the decorators of an autograd function: inputs are cast to autocast's type, whatever it is."""
     forward, backward = inspect.unwrap(function.forward), inspect.unwrap(function.backward)
-    exact = any(word in function.__name__ for word in ("Gather", "Norm", "norm", "Reduce"))  # keep the input's type
+    exact = any(
+        word in function.__name__ for word in ("Gather", "Norm", "norm", "Reduce")
+    )  # keep the input's type
 
     @functools.wraps(forward)
     def cast_forward(ctx, *args):
@@ -210,7 +237,8 @@ def _follow_autocast(function: type[torch.autograd.Function]) -> None:
     function.forward, function.backward = staticmethod(cast_forward), staticmethod(plain_backward)
 
 
-# ---------------------------------------------------------------------------------------------- process groups
+# ---------------------------------------------------------------------------------------------- process
+# groups
 
 _mesh: Mesh | None = None  # that of this process, after `start`
 
@@ -226,7 +254,8 @@ def _group(name: str):
 def start(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
     """Lay this launch out as data parallel x ``mode`` mesh, data parallel outermost. Collective.
 
-    Joins the process group of the launch when that has not been done. Random states differ from process to process
+    Joins the process group of the launch when that has not been done. Random states differ from process to
+    process
     afterwards (for dropout): ``seed`` + rank. Once a process: the library keeps its groups for good.
 
     Raises:
@@ -269,7 +298,8 @@ def start(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
 class _GatherBatch(torch.autograd.Function):
     """(B / parts, classes) to (B, classes) on every process.
 
-    Each process goes on to compute the same loss, so its own rows of the gradient are the whole gradient: nothing
+    Each process goes on to compute the same loss, so its own rows of the gradient are the whole gradient:
+    nothing
     is summed on the way back.
     """
 
@@ -324,7 +354,8 @@ def _in_fp32(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
 class TensorParallelViT(nn.Module):
     """HuggingFace's ViTForImageClassification, of which this process holds its slices. Made by `build`.
 
-    ``state_dict()`` and ``load_state_dict()`` are of the slices: equal across data parallelism, different across the
+    ``state_dict()`` and ``load_state_dict()`` are of the slices: equal across data parallelism, different
+    across the
     mesh, and enough to resume exactly.
     """
 
@@ -333,14 +364,19 @@ class TensorParallelViT(nn.Module):
         self.config, self.mesh = config, mesh
         self.dropout = config.hidden_dropout_prob
         patch_embedding, linear, norm, classifier = _layers(mesh.mode)
-        self.embeddings = patch_embedding(config.image_size, config.patch_size, config.num_channels, config.hidden_size)
+        self.embeddings = patch_embedding(
+            config.image_size, config.patch_size, config.num_channels, config.hidden_size
+        )
         heads = config.num_attention_heads // mesh.side
-        self.blocks = nn.ModuleList(_Block(config, linear, norm, heads) for _ in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(
+            _Block(config, linear, norm, heads) for _ in range(config.num_hidden_layers)
+        )
         self.layernorm = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.classifier = classifier(config.hidden_size, config.num_labels)
 
     def forward(self, pixel_values: torch.Tensor):
-        """Images of this data-parallel group, all of them on each of its processes, to ``.logits`` of them all.
+        """Images of this data-parallel group, all of them on each of its processes, to ``.logits`` of them
+        all.
 
         Args:
             pixel_values: (B, channels, H, W), the same on every process of the tensor-parallel group.
@@ -354,7 +390,9 @@ class TensorParallelViT(nn.Module):
         from transformers.modeling_outputs import ImageClassifierOutput
 
         if len(pixel_values) % self.mesh.batch_parts:
-            raise ValueError(f"{len(pixel_values)} images cannot be cut in {self.mesh.batch_parts} for {self.mesh}")
+            raise ValueError(
+                f"{len(pixel_values)} images cannot be cut in {self.mesh.batch_parts} for {self.mesh}"
+            )
         if self.mesh.depth > 1:  # the library's 2.5D leaves the depth alone; it cuts the rest by itself
             depth = _group("PARALLEL_2P5D_DEP")
             pixel_values = pixel_values.chunk(depth.size())[depth.rank()]
@@ -371,10 +409,13 @@ def _layers(mode: str) -> tuple[type[nn.Module], ...]:
 
     module = {"2d": parallel_2d, "2.5d": parallel_2p5d, "3d": parallel_3d}[mode]
     suffix = mode.upper().replace(".", "p")
-    return tuple(getattr(module, name + suffix) for name in ("PatchEmbedding", "Linear", "LayerNorm", "Classifier"))
+    return tuple(
+        getattr(module, name + suffix) for name in ("PatchEmbedding", "Linear", "LayerNorm", "Classifier")
+    )
 
 
-# ---------------------------------------------------------------------------------------------- slices and the whole
+# ---------------------------------------------------------------------------------------------- slices
+# and the whole
 
 
 def _cut(mode: str, name: str) -> tuple[str, ...]:
@@ -416,7 +457,8 @@ def _is_linear(name: str) -> bool:
 def _to_library(name: str, tensors: list[torch.Tensor], q: int) -> torch.Tensor:
     """HuggingFace's tensors of one parameter as the library keeps it: linear weights (in, out), qkv fused.
 
-    Fused by heads: q parts, each of them the same heads' query, key and value, so that one cut serves all three.
+    Fused by heads: q parts, each of them the same heads' query, key and value, so that one cut serves all
+    three.
     """
     if len(tensors) == 3:
         whole = torch.stack([t.unflatten(0, (q, -1)) for t in tensors], dim=1).flatten(0, 2)
@@ -438,7 +480,8 @@ def build(config, state_dict: dict[str, torch.Tensor]) -> TensorParallelViT:
     """This process's slices of a serial model, on its device. Collective, after `start`.
 
     Args:
-        config: HuggingFace ViTConfig; its dropout probabilities count, ``num_labels`` is that of ``state_dict``.
+        config: HuggingFace ViTConfig; its dropout probabilities count, ``num_labels`` is that of
+            ``state_dict``.
         state_dict: of ViTForImageClassification, fp32, whole. Rank 0's values are taken everywhere.
 
     Raises:
@@ -459,13 +502,17 @@ def build(config, state_dict: dict[str, torch.Tensor]) -> TensorParallelViT:
             dist.broadcast(tensor, src=0)
         piece = _mesh.piece(_to_library(name, tensors, _mesh.side), _cut(_mesh.mode, name), rank)
         if piece.shape != param.shape:
-            raise ValueError(f"{name}: the state dict's slice is {tuple(piece.shape)}, config's {tuple(param.shape)}")
+            raise ValueError(
+                f"{name}: the state dict's slice is {tuple(piece.shape)}, config's {tuple(param.shape)}"
+            )
         param.copy_(piece)
     return model
 
 
 @torch.no_grad()
-def gather(model: TensorParallelViT, values: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor] | None:
+def gather(
+    model: TensorParallelViT, values: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor] | None:
     """Whole tensors by HuggingFace's names, on the CPU of rank 0; None elsewhere. Collective.
 
     Args:
@@ -479,7 +526,9 @@ def gather(model: TensorParallelViT, values: dict[str, torch.Tensor] | None = No
         dist.all_gather(pieces, value.detach().contiguous(), group=group)
         if not first:
             continue
-        whole = torch.empty([n * mesh.side ** len(sides) for n, sides in zip(value.shape, cut)], dtype=value.dtype)
+        whole = torch.empty(
+            [n * mesh.side ** len(sides) for n, sides in zip(value.shape, cut)], dtype=value.dtype
+        )
         for rank, piece in enumerate(pieces):
             mesh.piece(whole, cut, rank).copy_(piece)
         tensors = [t.contiguous() for t in _to_huggingface(name, whole, mesh.side)]
@@ -493,7 +542,8 @@ def gather(model: TensorParallelViT, values: dict[str, torch.Tensor] | None = No
 def _sum_over(mode: str, name: str) -> str | None:
     """Process group over which a gradient is still to be summed after the library's backward pass."""
     if mode == "2.5d":
-        # row 0 has the whole gradient of biases and LayerNorms, the other rows zero; and each layer of the depth
+        # row 0 has the whole gradient of biases and LayerNorms, the other rows zero; and each layer of
+        # the depth
         # has that of its own images, which the library never adds up
         return "PARALLEL_2P5D_XZ" if _cut(mode, name) == ("c",) else "PARALLEL_2P5D_DEP"
     if mode == "3d" and name == "classifier.weight":
@@ -503,9 +553,11 @@ def _sum_over(mode: str, name: str) -> str | None:
 
 @torch.no_grad()
 def sync_gradients(model: TensorParallelViT) -> None:
-    """Complete the gradients: each becomes the slice of the serial one, averaged over data parallelism. Collective.
+    """Complete the gradients: each becomes the slice of the serial one, averaged over data parallelism.
+    Collective.
 
-    Once a step, after the last backward pass (sums must not be summed again); before it, gradients are partial.
+    Once a step, after the last backward pass (sums must not be summed again); before it, gradients are
+    partial.
     """
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     for param in params.values():
@@ -536,13 +588,16 @@ def _all_reduce(grads: list[torch.Tensor], group, mean: bool = False) -> None:
 def grad_norm(model: TensorParallelViT) -> torch.Tensor:
     """2-norm of the whole model's gradient, each parameter counted once; a scalar, the same on every process.
 
-    After `sync_gradients`. Infinite or NaN on all processes when it is on one, so that they can skip a step together.
+    After `sync_gradients`. Infinite or NaN on all processes when it is on one, so that they can skip a step
+    together.
     """
     at, mode = model.mesh.coordinates(_group("TENSOR").rank()), model.mesh.mode
     counted = []
     for name, param in model.named_parameters():
         cut = "".join(_cut(mode, name))
-        if param.grad is not None and all(at[side] == 0 for side in at if side not in cut):  # the first of its copies
+        if param.grad is not None and all(
+            at[side] == 0 for side in at if side not in cut
+        ):  # the first of its copies
             counted.append(param.grad)
     square = torch.zeros((), device=next(model.parameters()).device)
     if counted:  # in 2.5D only the first layer of the depth counts
@@ -553,7 +608,10 @@ def grad_norm(model: TensorParallelViT) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_(model: TensorParallelViT, max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to ``max_norm``, as torch.nn.utils.clip_grad_norm_ does; returns the norm before."""
+    """Scale the gradients down to ``max_norm``, as torch.nn.utils.clip_grad_norm_ does.
+
+    Returns the norm before.
+    """
     norm = grad_norm(model)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([param.grad for param in model.parameters() if param.grad is not None], factor)

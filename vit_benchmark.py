@@ -1,7 +1,9 @@
 """Measure training speed and memory of a plugin on synthetic images. `bash run_benchmark.sh` launches it.
 
-One JSON row per case (one batch size) is appended to --results as soon as the case ends; report.py makes tables
-and charts of them. A case that runs out of memory ends this program with status `OUT_OF_MEMORY` after its row is
+One JSON row per case (one batch size) is appended to --results as soon as the case ends; report.py makes
+tables
+and charts of them. A case that runs out of memory ends this program with status `OUT_OF_MEMORY` after its
+row is
 written; started again, it goes on with the next case in a fresh process.
 """
 
@@ -22,12 +24,24 @@ from console import fail, rank, say  # noqa: E402
 OUT_OF_MEMORY = 75  # exit status: a case did not fit; started again, the rest may
 NOTHING_TO_DO = 76  # exit status of --check: every case is measured, or impossible here
 
-# Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32 without TF32).
+# Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32
+# without TF32).
 PEAK_TFLOPS = {
-    "H200": (989, 67), "H100 PCIe": (756, 51), "H100 NVL": (835, 60), "H100": (989, 67), "A100": (312, 19.5), "A10G": (70, 35),
-    "A10": (125, 31.2), "L40S": (362, 91.6), "L40": (181, 90.5), "L4": (121, 30.3), "T4": (65, 8.1), "V100": (125, 15.7),
-    "RTX 4090": (165, 82.6), "RTX 3090": (71, 35.6),
-}  # fmt: skip
+    "H200": (989, 67),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "A100": (312, 19.5),
+    "A10G": (70, 35),
+    "A10": (125, 31.2),
+    "L40S": (362, 91.6),
+    "L40": (181, 90.5),
+    "L4": (121, 30.3),
+    "T4": (65, 8.1),
+    "V100": (125, 15.7),
+    "RTX 4090": (165, 82.6),
+    "RTX 3090": (71, 35.6),
+}
 
 
 def training_flops(image_size: int, patch: int, hidden: int, layers: int, mlp: int, labels: int) -> float:
@@ -45,7 +59,10 @@ def training_flops(image_size: int, patch: int, hidden: int, layers: int, mlp: i
 
 
 def throughput(dp: int, batch_size: int, accumulation: int, step_seconds: float) -> float:
-    """Images per second of the whole run: each of the dp groups takes its own images, tp and pp share them."""
+    """Images per second of the whole run.
+
+    Each of the dp groups takes its own images, tp and pp share them.
+    """
     return dp * batch_size * accumulation / step_seconds
 
 
@@ -69,7 +86,11 @@ def measured_tflops(precision: str) -> float:
 
     on_gpu = torch.cuda.is_available()
     n = 8192 if on_gpu else 1024
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision] if on_gpu else torch.float32
+    dtype = (
+        {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        if on_gpu
+        else torch.float32
+    )
     a, b = torch.randn(2, n, n, device=device(), dtype=dtype)
     for _ in range(2):
         a @ b
@@ -103,9 +124,16 @@ def measure(case, layout) -> dict:
     from model import load_model, preset_name
 
     plugins.reset_peak_memory()
-    before = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0  # by earlier cases, if they left something
+    before = (
+        torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    )  # by earlier cases, if they left something
     torch.manual_seed(case.seed)
-    loaded = load_model(preset_name(case.model_name_or_path), [str(i) for i in range(case.num_labels)], layout.tp, case.image_size)
+    loaded = load_model(
+        preset_name(case.model_name_or_path),
+        [str(i) for i in range(case.num_labels)],
+        layout.tp,
+        case.image_size,
+    )
     size = loaded.model.config.image_size
     config = loaded.model.config
     boosted = plugins.boost(loaded.model, case, layout)
@@ -116,8 +144,12 @@ def measure(case, layout) -> dict:
     schedule = Schedule(0, case.batch_size, case.gradient_accumulation_steps, layout, case.seed)
     generator = torch.Generator().manual_seed(case.seed + layout.dp_rank)
     batch = {
-        "pixel_values": torch.randint(0, 256, (schedule.rows, 3, size, size), dtype=torch.uint8, generator=generator).to(plugins.device()),
-        "labels": torch.randint(0, case.num_labels, (schedule.rows,), generator=generator).to(plugins.device()),
+        "pixel_values": torch.randint(
+            0, 256, (schedule.rows, 3, size, size), dtype=torch.uint8, generator=generator
+        ).to(plugins.device()),
+        "labels": torch.randint(0, case.num_labels, (schedule.rows,), generator=generator).to(
+            plugins.device()
+        ),
     }
 
     def step() -> torch.Tensor:
@@ -125,7 +157,9 @@ def measure(case, layout) -> dict:
 
     engine.model.train()
     losses = [step()]
-    for _ in range(max(case.warmup_steps, engine.graph.WARM_UP + 1 if engine.graph else 0) - 1):  # a step is recorded before the clock starts
+    for _ in range(
+        max(case.warmup_steps, engine.graph.WARM_UP + 1 if engine.graph else 0) - 1
+    ):  # a step is recorded before the clock starts
         step()
     windows = []
     for _ in range(case.windows):
@@ -139,22 +173,37 @@ def measure(case, layout) -> dict:
     windows = plugins.all_max(torch.tensor(windows, dtype=torch.float64, device=plugins.device())).tolist()
     first, last = plugins.all_sum(torch.stack(losses)).tolist()
     median = statistics.median(windows)
-    memory = {"peak_memory_gib": plugins.peak_memory(), "allocated_before_gib": before}  # before the peak is measured, which takes memory too
+    memory = {
+        "peak_memory_gib": plugins.peak_memory(),
+        "allocated_before_gib": before,
+    }  # before the peak is measured, which takes memory too
     if torch.cuda.is_available():
         reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
         memory["peak_reserved_gib"] = plugins.all_max(reserved).item()
     peak, source = peak_tflops(case.precision)
     flops = training_flops(
-        size, config.patch_size, config.hidden_size, config.num_hidden_layers, config.intermediate_size, case.num_labels
+        size,
+        config.patch_size,
+        config.hidden_size,
+        config.num_hidden_layers,
+        config.intermediate_size,
+        case.num_labels,
     )
     speed = throughput(layout.dp, case.batch_size, case.gradient_accumulation_steps, median)
     return memory | {
-        "step_ms": 1e3 * median, "step_ms_min": 1e3 * min(windows), "step_ms_max": 1e3 * max(windows),
-        "steps_per_second": 1 / median, "images_per_second": speed, "images_per_second_per_device": speed / layout.world,
+        "step_ms": 1e3 * median,
+        "step_ms_min": 1e3 * min(windows),
+        "step_ms_max": 1e3 * max(windows),
+        "steps_per_second": 1 / median,
+        "images_per_second": speed,
+        "images_per_second_per_device": speed / layout.world,
         "model_tflops_per_device": flops * speed / layout.world / 1e12,
-        "mfu": flops * speed / layout.world / 1e12 / peak, "peak_tflops": peak, "peak_source": source,
-        "first_loss": first, "last_loss": last,
-    }  # fmt: skip
+        "mfu": flops * speed / layout.world / 1e12 / peak,
+        "peak_tflops": peak,
+        "peak_source": source,
+        "first_loss": first,
+        "last_loss": last,
+    }
 
 
 def main() -> None:
@@ -166,10 +215,17 @@ def main() -> None:
     results, same = Path(args.results), report.SAME_CASE + report.SAME_WAY
     world = args.cases[0].layout.world
     # --known_from is of one call of run_benchmark.sh
-    common = {"kind": "case", **report.environment(world), "command": command_line(without="--known_from"), "world": world}
+    common = {
+        "kind": "case",
+        **report.environment(world),
+        "command": command_line(without="--known_from"),
+        "world": world,
+    }
 
     def settings(case) -> dict:
-        return {name: common[name] if name in common else getattr(case, name) for name in same} | {"dp": case.layout.dp}
+        return {name: common[name] if name in common else getattr(case, name) for name in same} | {
+            "dp": case.layout.dp
+        }
 
     def key(row: dict) -> str:
         return report.case_key(row, same)
@@ -182,7 +238,11 @@ def main() -> None:
 
     written = rows()
     start = len(written) if args.known_from is None else args.known_from  # rows from here on are of this call
-    finished = {key(row) for i, row in enumerate(written) if i >= start or row["status"] != "failed" and not args.remeasure}
+    finished = {
+        key(row)
+        for i, row in enumerate(written)
+        if i >= start or row["status"] != "failed" and not args.remeasure
+    }
     todo = [case for case in args.cases if key(settings(case)) not in finished]
     impossible = [case for case in todo if case.batch_size in args.impossible]
     todo = [case for case in todo if case.batch_size not in args.impossible]
@@ -224,10 +284,16 @@ def main() -> None:
         except torch.cuda.OutOfMemoryError as error:
             record(case, status="out of memory", reason=str(error).split(". ")[0])
             print(f"{_title(case)}: out of memory", flush=True)
-            os._exit(OUT_OF_MEMORY)  # at once: other processes wait in a collective, and this one's memory is in pieces
+            os._exit(
+                OUT_OF_MEMORY
+            )  # at once: other processes wait in a collective, and this one's memory is in pieces
         except Exception as error:
             if world > 1:
-                time.sleep(1 + rank())  # one process says it; and the one that ran out of memory, which made the others fail, first
+                time.sleep(
+                    1 + rank()
+                    # one process says it; and the one that ran out of memory, which made the others fail,
+                    # first
+                )
                 if key(settings(case)) not in map(key, rows()[start:]):
                     record(case, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
                 raise
@@ -241,8 +307,10 @@ def main() -> None:
         if rank() == 0:
             record(case, status="ok", reason="", seconds=time.perf_counter() - started, **row)
         say(
-            f"{number} of {len(todo)}  {_title(case)}: {row['images_per_second']:.1f} images/s, {row['steps_per_second']:.2f} it/s, step {row['step_ms']:.1f} ms "
-            f"({row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}), peak {row['peak_memory_gib']:.2f} GiB, MFU {row['mfu']:.1%}, "
+            f"{number} of {len(todo)}  {_title(case)}: {row['images_per_second']:.1f} images/s, "
+            f"{row['steps_per_second']:.2f} it/s, step {row['step_ms']:.1f} ms "
+            f"({row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}), peak "
+            f"{row['peak_memory_gib']:.2f} GiB, MFU {row['mfu']:.1%}, "
             f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
         )
     plugins.stop_distributed()

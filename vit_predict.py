@@ -1,4 +1,7 @@
-"""Classify images with a fine-tuned model: `python vit_predict.py --model ./output_model IMAGE_OR_FOLDER ...`"""
+"""Classify images with a fine-tuned model.
+
+`python vit_predict.py --model ./output_model IMAGE_OR_FOLDER ...`
+"""
 
 import argparse
 import csv
@@ -15,8 +18,14 @@ import hub  # noqa: E402
 
 def parse(argv=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders searched for them")
-    parser.add_argument("--model", default="./output_model", help="folder written by vit_train_demo.py or train.py, or a hub name")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders searched for them"
+    )
+    parser.add_argument(
+        "--model",
+        default="./output_model",
+        help="folder written by vit_train_demo.py or train.py, or a hub name",
+    )
     parser.add_argument("--topk", type=int, default=1, help="classes listed per image")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table")
     parser.add_argument("--batch_size", type=int, default=32)
@@ -76,9 +85,15 @@ def main(argv=None) -> int:
     args = parse(argv)
     if not (Path(args.model) / "config.json").is_file():
         if not hub.is_name(args.model):
-            console.fail(f"--model {args.model}: no such model folder (one with a config.json; bash run_demo.sh writes ./output_model), and no hub name")
+            console.fail(
+                f"--model {args.model}: no such model folder (one with a config.json; bash "
+                "run_demo.sh writes ./output_model), and no hub name"
+            )
         if not hub.is_cached(args.model, "models") and not hub.answers():
-            console.fail(f"--model {args.model}: no such folder, and the HuggingFace hub does not answer; name a folder that a run wrote")
+            console.fail(
+                f"--model {args.model}: no such folder, and the HuggingFace hub does not answer; name "
+                "a folder that a run wrote"
+            )
     images = find_images(args.images)
     if not images:
         console.fail(f"no images under {', '.join(args.images)}")
@@ -90,7 +105,15 @@ def main(argv=None) -> int:
         else:
             rows.append((str(path), result))
     if args.format == "json":
-        print(json.dumps([{"image": p, "predictions": [{"label": n, "probability": q} for n, q in r]} for p, r in rows], indent=1))
+        print(
+            json.dumps(
+                [
+                    {"image": p, "predictions": [{"label": n, "probability": q} for n, q in r]}
+                    for p, r in rows
+                ],
+                indent=1,
+            )
+        )
     elif args.format == "csv":
         writer = csv.writer(sys.stdout)
         writer.writerow(["image", "rank", "label", "probability"])
@@ -98,7 +121,9 @@ def main(argv=None) -> int:
     else:
         width = max((len(p) for p, _ in rows), default=0)
         for path, result in rows:
-            print(f"{path:<{width}}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in result))
+            print(
+                f"{path:<{width}}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in result)
+            )
     return 1 if bad else 0
 
 

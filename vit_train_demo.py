@@ -1,6 +1,7 @@
 """Fine-tune a Vision Transformer with a Colossal-AI plugin chosen by name. `bash run_demo.sh` launches it.
 
-In order: check the settings, join the processes, read the images, build and boost the model, then epoch by epoch
+In order: check the settings, join the processes, read the images, build and boost the model, then epoch by
+epoch
 train, evaluate and save; at the end the best (or the last) epoch is tested and exported.
 """
 
@@ -28,8 +29,25 @@ def main() -> None:
     import hub
     import model as vit
     import report
-    from engine import Engine, EpochProgress, Mix, NonFiniteLoss, Normalize, SignalFlag, Stopped, count_skipped, learning_rate
-    from plugins import boost, import_libraries, local_processes, peak_memory, start_distributed, stop_distributed
+    from engine import (
+        Engine,
+        EpochProgress,
+        Mix,
+        NonFiniteLoss,
+        Normalize,
+        SignalFlag,
+        Stopped,
+        count_skipped,
+        learning_rate,
+    )
+    from plugins import (
+        boost,
+        import_libraries,
+        local_processes,
+        peak_memory,
+        start_distributed,
+        stop_distributed,
+    )
 
     with SignalFlag() as stop:
         import_libraries()
@@ -45,22 +63,34 @@ def main() -> None:
             torch.manual_seed(args.seed)
             loaded = vit.load_model(args.model_name_or_path, images.label_names, layout.tp, args.image_size)
             resize = data.preprocessing(loaded.processor)
-            augment = data.Augment(resize.size, args.seed, resize.resample, policy=args.auto_augment) if args.augment else None
+            augment = (
+                data.Augment(resize.size, args.seed, resize.resample, policy=args.auto_augment)
+                if args.augment
+                else None
+            )
             images, decoded_bytes = data.decode(images, resize, augment, args, local_processes())
             if args.eval_only and loaded.untrained:
-                raise ValueError(f"--eval_only: {args.model_name_or_path} was not trained on the labels of {args.dataset} ({', '.join(images.label_names[:5])}, ...)")
+                raise ValueError(
+                    f"--eval_only: {args.model_name_or_path} was not trained on the labels of "
+                    f"{args.dataset} ({', '.join(images.label_names[:5])}, ...)"
+                )
         except (ValueError, OSError) as error:
             fail(str(error))
         args.notes += images.notes + loaded.notes
         config = loaded.model.config
 
         # ---- plan
-        schedule = data.Schedule(len(images.train), args.batch_size, args.gradient_accumulation_steps, layout, args.seed)
+        schedule = data.Schedule(
+            len(images.train), args.batch_size, args.gradient_accumulation_steps, layout, args.seed
+        )
         total_steps = schedule.steps * args.num_epoch
         warmup_steps = round(total_steps * args.warmup_ratio)
         peak_lr = args.learning_rate * (layout.dp if args.scale_lr else 1)
         if len(images.train) < schedule.per_step:
-            args.notes.append(f"{len(images.train)} training images are fewer than a step's {schedule.per_step}: every step sees all of them")
+            args.notes.append(
+                f"{len(images.train)} training images are fewer than a step's {schedule.per_step}: "
+                "every step sees all of them"
+            )
         parameters = sum(p.numel() for p in loaded.model.parameters())
         print_plan(args, schedule, images, resize.size, decoded_bytes, parameters, peak_lr, warmup_steps)
         if args.dry_run:
@@ -76,14 +106,26 @@ def main() -> None:
             boosted.keep_average(args.ema)
         labels = len(images.label_names)
         normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
-        mix = Mix(args.mixup, args.cutmix, labels, args.seed, layout.dp_rank) if args.mixup or args.cutmix else None
+        mix = (
+            Mix(args.mixup, args.cutmix, labels, args.seed, layout.dp_rank)
+            if args.mixup or args.cutmix
+            else None
+        )
         engine = Engine(boosted, labels, normalize, args.label_smoothing, mix)
-        workers = args.num_workers if args.num_workers is not None else data.auto_workers(images, augment, local_processes())
+        workers = (
+            args.num_workers
+            if args.num_workers is not None
+            else data.auto_workers(images, augment, local_processes())
+        )
 
         def evaluate(split: data.Split, stop: SignalFlag | None = None) -> dict:
             order = data.evaluation_order(len(split), schedule.rows, layout)
             plain = data.Batches(split, resize, None, args.skip_bad_images)
-            return engine.evaluate(iter(data.make_loader(plain, order, 0 if split.resized is not None else workers)), len(split), stop)
+            return engine.evaluate(
+                iter(data.make_loader(plain, order, 0 if split.resized is not None else workers)),
+                len(split),
+                stop,
+            )
 
         if args.eval_only:
             for split in (images.validation, images.test):
@@ -93,12 +135,27 @@ def main() -> None:
                     except Stopped as stopped:
                         stop_distributed()
                         sys.exit(128 + stopped.signum)
-                    say(f"{split.name}: average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f} ({result['images']} images)")
+                    say(
+                        f"{split.name}: average_loss={result['average_loss']:.4f}, "
+                        f"accuracy={result['accuracy']:.4f} ({result['images']} images)"
+                    )
             return stop_distributed()
 
         # ---- output folder, or the run to go on with
-        checkpoints, trained_on = ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints), [len(images.train), images.label_names]
-        rows = [{"kind": "run", **report.environment(), "layout": str(layout), "command": command_line(), "settings": ckpt.settings_of(args), "held_out": images.held_out}]
+        checkpoints, trained_on = (
+            ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints),
+            [len(images.train), images.label_names],
+        )
+        rows = [
+            {
+                "kind": "run",
+                **report.environment(),
+                "layout": str(layout),
+                "command": command_line(),
+                "settings": ckpt.settings_of(args),
+                "held_out": images.held_out,
+            }
+        ]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
             if resumed := ckpt.resume(checkpoints, args, boosted, trained_on):
@@ -123,14 +180,22 @@ def main() -> None:
 
         def save(step: int, epoch: int) -> None:
             meta = dict(
-                step=step, epoch=epoch, progress=vars(progress), rows=rows[1:], best_epoch=best and best["epoch"],
-                processes=layout.world, settings=ckpt.settings_of(args), data=trained_on,
-            )  # fmt: skip
+                step=step,
+                epoch=epoch,
+                progress=vars(progress),
+                rows=rows[1:],
+                best_epoch=best and best["epoch"],
+                processes=layout.world,
+                settings=ckpt.settings_of(args),
+                data=trained_on,
+            )
             checkpoints.save(boosted, meta)
 
         # ---- train
         # a list: drawn from later, when first_step has changed
-        starts = [(epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, args.num_epoch)]
+        starts = [
+            (epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, args.num_epoch)
+        ]
         order = itertools.chain.from_iterable(itertools.starmap(schedule.batches, starts))
         training_set = data.Batches(images.train, resize, augment, args.skip_bad_images)
         skipped: list[str] = []  # by this process in this epoch
@@ -164,7 +229,9 @@ def main() -> None:
                 if args.skip_bad_images:
                     count_skipped(row, skipped, images.train.unreadable)
                     skipped.clear()
-                row["best"] = best is None or args.keep == "last" or report.quality(row) > report.quality(best)
+                row["best"] = (
+                    best is None or args.keep == "last" or report.quality(row) > report.quality(best)
+                )
                 rows.append(row)
                 if row["best"]:
                     if best is not None:
@@ -176,9 +243,13 @@ def main() -> None:
                     report.write_rows(output / "metrics.jsonl", rows)
                     report.log_epoch(writer, row)
                 # the published form, then what it does not say
-                say(f"Evaluation result for epoch {epoch + 1}: average_loss={row['average_loss']:.4f}, accuracy={row['accuracy']:.4f}."
-                    f"  (train loss {row['train_loss']:.4f}, {row['steps_per_second']:.2f} it/s, {row['images_per_second']:.0f} images/s, "
-                    f"{row['seconds']:.1f} s, peak memory {row['peak_memory_gib']:.2f} GiB)")  # fmt: skip
+                say(
+                    f"Evaluation result for epoch {epoch + 1}: average_loss={row['average_loss']:.4f}, "
+                    f"accuracy={row['accuracy']:.4f}."
+                    f"  (train loss {row['train_loss']:.4f}, {row['steps_per_second']:.2f} it/s, "
+                    f"{row['images_per_second']:.0f} images/s, "
+                    f"{row['seconds']:.1f} s, peak memory {row['peak_memory_gib']:.2f} GiB)"
+                )
         except Stopped as stopped:
             step = epoch * schedule.steps - (-progress.images // schedule.per_step)
             save(step, epoch)
@@ -200,26 +271,41 @@ def main() -> None:
         if images.test is not None:
             result = evaluate(images.test)
             rows.append({"kind": "test", "epoch": best["epoch"], **result})
-            say(f"Test result of epoch {best['epoch']}: average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f} ({result['images']} images)")
+            say(
+                f"Test result of epoch {best['epoch']}: average_loss={result['average_loss']:.4f}, "
+                f"accuracy={result['accuracy']:.4f} ({result['images']} images)"
+            )
         weights = ckpt.full_weights(boosted, output)
         rows.append({"kind": "end", "seconds": time.perf_counter() - started})
         if rank() == 0:
             vit.export(weights, config, loaded.processor, output)
             report.write_rows(output / "metrics.jsonl", rows)
-            report.epoch_chart(rows, output / "metrics.png", f"{Path(args.model_name_or_path).name} on {Path(args.dataset).name}, {args.plugin} {args.precision}")
+            report.epoch_chart(
+                rows,
+                output / "metrics.png",
+                f"{Path(args.model_name_or_path).name} on {Path(args.dataset).name}, {args.plugin} "
+                f"{args.precision}",
+            )
             settings = ckpt.settings_of(args) | {"preset": args.preset}
-            report.write_atomically(output / "README.md", report.model_card(rows, settings, images.label_names))
+            report.write_atomically(
+                output / "README.md", report.model_card(rows, settings, images.label_names)
+            )
             if args.keep_checkpoints == 0:
                 ckpt.remove(checkpoints.root)
             if writer is not None:
                 writer.close()
-        say(f"\n{args.keep} epoch {best['epoch']} is in {output}/ ({time.perf_counter() - started:.0f} s since the imports): {predict_command(output)}")
+        say(
+            f"\n{args.keep} epoch {best['epoch']} is in {output}/ "
+            f"({time.perf_counter() - started:.0f} s since the imports): {predict_command(output)}"
+        )
         stop_distributed()
         if args.push_to_hub and rank() == 0:
             hub.push(output, args.push_to_hub)
 
 
-def print_plan(args, schedule, images, size: int, decoded: int, parameters: int, peak_lr: float, warmup_steps: int) -> None:
+def print_plan(
+    args, schedule, images, size: int, decoded: int, parameters: int, peak_lr: float, warmup_steps: int
+) -> None:
     """What this run will do, before it does it. ``size`` in pixels, ``decoded`` in bytes."""
     layout = args.layout
     memory = [
@@ -228,14 +314,30 @@ def print_plan(args, schedule, images, size: int, decoded: int, parameters: int,
         f"{args.num_microbatches} micro-batches" * (layout.pp > 1),
     ]
     counts = ", ".join(f"{split.name} {len(split)}" for split in images.splits())
-    kept = f"{decoded / 2**20:.0f} MiB decoded in each process" if decoded else "decoded as they are used (--data_memory)"
-    scaled = f" ({args.learning_rate:.3g} x dp {layout.dp}; --no-scale_lr keeps it)" if args.scale_lr and layout.dp > 1 else ""
+    kept = (
+        f"{decoded / 2**20:.0f} MiB decoded in each process"
+        if decoded
+        else "decoded as they are used (--data_memory)"
+    )
+    scaled = (
+        f" ({args.learning_rate:.3g} x dp {layout.dp}; --no-scale_lr keeps it)"
+        if args.scale_lr and layout.dp > 1
+        else ""
+    )
     say(f"\n{args.model_name_or_path} on {args.dataset}")
-    say(f"  layout    {', '.join(filter(None, [f'{layout}; plugin {args.plugin}', args.precision, f'preset {args.preset}', *memory]))}")
+    say(
+        f"  layout    {', '.join(filter(None, [f'{layout}; plugin {args.plugin}', args.precision, f'preset {args.preset}', *memory]))}"
+    )
     say(f"  data      {counts} images of {len(images.label_names)} classes, {size} px; {kept}")
     say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images")
-    say(f"            = batch {args.batch_size} x accumulation {args.gradient_accumulation_steps} x dp {layout.dp}")
-    say(f"  learning  rate {peak_lr:.3g}{scaled}, warm-up {warmup_steps} steps, weight decay {args.weight_decay:g}, seed {args.seed}")
+    say(
+        f"            = batch {args.batch_size} x accumulation "
+        f"{args.gradient_accumulation_steps} x dp {layout.dp}"
+    )
+    say(
+        f"  learning  rate {peak_lr:.3g}{scaled}, warm-up {warmup_steps} steps, weight decay "
+        f"{args.weight_decay:g}, seed {args.seed}"
+    )
     if (recipe := recipe_of(vars(args))) != "none":
         say(f"  recipe    {recipe}")
     say(f"  model     {parameters / 1e6:.1f} M parameters")

@@ -1,4 +1,6 @@
-"""The environment of all tests, shared inputs, and one launch per process count for everything that needs processes."""
+"""The environment of all tests, shared inputs, and one launch per process count for everything that needs
+processes.
+"""
 
 import json
 import os
@@ -10,13 +12,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-VISIBLE_GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # for test_gpu.py, which starts processes that may see them
+VISIBLE_GPUS = os.environ.get(
+    "CUDA_VISIBLE_DEVICES"
+)  # for test_gpu.py, which starts processes that may see them
 
-# Before any library reads them: no GPU, no file in the user's caches, one thread (two processes share two cores).
+# Before any library reads them: no GPU, no file in the user's caches, one thread (two processes share two
+# cores).
 _caches = tempfile.TemporaryDirectory(prefix="vit-tests-")
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HOME=f"{_caches.name}/hf", XDG_CACHE_HOME=f"{_caches.name}/xdg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("TORCH_WARM_POOL", "0")  # no compiler processes beside the tests: plugins.import_libraries
+os.environ.setdefault(
+    "TORCH_WARM_POOL", "0"
+)  # no compiler processes beside the tests: plugins.import_libraries
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 
@@ -34,8 +41,16 @@ torch.set_num_threads(1)
 
 def torchrun(processes: int, *command, **options) -> subprocess.CompletedProcess:
     """Run a script on several processes; a free port is chosen by torchrun itself."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    return subprocess.run([*launcher, *map(str, command)], text=True, capture_output=True, timeout=900, **options)
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
+    return subprocess.run(
+        [*launcher, *map(str, command)], text=True, capture_output=True, timeout=900, **options
+    )
 
 
 @pytest.fixture(scope="session")
@@ -74,12 +89,15 @@ class Results:
             self.found = {line["case"]: line["result"] for line in lines if "result" in line}
             failed = {line["case"]: run.stderr[-4000:] for line in lines if line["case"] not in self.found}
             failed |= {line["case"]: line["error"] for line in lines if "error" in line}
-            # an error ends a launch, since the other processes would wait for the lost one; go on after that case
+            # an error ends a launch, since the other processes would wait for the lost one; go on after
+            # that case
             new = failed.keys() - self.failed.keys()
             self.failed = failed
             if run.returncode == 0:
                 return
-            assert new, f"the launch with {processes} processes failed outside its cases:\n{run.stderr[-6000:]}"
+            assert new, (
+                f"the launch with {processes} processes failed outside its cases:\n{run.stderr[-6000:]}"
+            )
 
     def __getitem__(self, case: str):
         if case in self.failed:

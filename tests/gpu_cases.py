@@ -1,6 +1,6 @@
 """Cases for test_gpu.py: losses of a few steps under every plugin, eager, compiled and as CUDA graphs.
 
-    torchrun --nproc_per_node N gpu_cases.py RESULTS.json
+torchrun --nproc_per_node N gpu_cases.py RESULTS.json
 """
 
 import json
@@ -23,10 +23,20 @@ from engine import Engine, Normalize
 from layout import Layout
 
 BASE = dict(
-    zero_stage=0, max_norm=0.5, offload_optim_frac=0.0, offload_param_frac=0.0, placement_policy="static",
-    gradient_accumulation_steps=1, num_microbatches=4, grad_checkpoint=False, compile=False, cuda_graphs=False,
-    weight_decay=0.05, learning_rate=1e-3, optimizer="adamw",
-)  # fmt: skip
+    zero_stage=0,
+    max_norm=0.5,
+    offload_optim_frac=0.0,
+    offload_param_frac=0.0,
+    placement_policy="static",
+    gradient_accumulation_steps=1,
+    num_microbatches=4,
+    grad_checkpoint=False,
+    compile=False,
+    cuda_graphs=False,
+    weight_decay=0.05,
+    learning_rate=1e-3,
+    optimizer="adamw",
+)
 STEPS, BATCH, LABELS = 16, 16, 4
 
 
@@ -37,17 +47,31 @@ def cases(world: int) -> dict[str, dict]:
         found[f"none {precision}"] = dict(plugin="none", precision=precision)
     found["none fp32 recipe"] = found["none fp32"] | dict(recipe=True)
     for plugin, precision in (
-        ("torch_ddp", "fp32"), ("torch_ddp", "bf16"), ("torch_ddp_fp16", "fp16"), ("low_level_zero", "fp32"),
-        ("low_level_zero", "fp16"), ("low_level_zero", "bf16"), ("gemini", "fp16"), ("gemini", "bf16"),
-        ("hybrid_parallel", "fp32"), ("hybrid_parallel", "fp16"), ("hybrid_parallel", "bf16"),
-    ):  # fmt: skip
+        ("torch_ddp", "fp32"),
+        ("torch_ddp", "bf16"),
+        ("torch_ddp_fp16", "fp16"),
+        ("low_level_zero", "fp32"),
+        ("low_level_zero", "fp16"),
+        ("low_level_zero", "bf16"),
+        ("gemini", "fp16"),
+        ("gemini", "bf16"),
+        ("hybrid_parallel", "fp32"),
+        ("hybrid_parallel", "fp16"),
+        ("hybrid_parallel", "bf16"),
+    ):
         stage = 1 if plugin == "low_level_zero" else 0
         found[f"{plugin} {precision}"] = dict(plugin=plugin, precision=precision, zero_stage=stage)
         found[f"{plugin} {precision} recipe"] = found[f"{plugin} {precision}"] | dict(recipe=True)
-        found[f"{plugin} {precision} checkpointed"] = found[f"{plugin} {precision}"] | dict(grad_checkpoint=True)
+        found[f"{plugin} {precision} checkpointed"] = found[f"{plugin} {precision}"] | dict(
+            grad_checkpoint=True
+        )
         if plugin == "gemini":
-            found[f"{plugin} {precision} offloaded"] = found[f"{plugin} {precision}"] | dict(offload_optim_frac=1.0)
-            found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} offloaded"] | dict(recipe=True)
+            found[f"{plugin} {precision} offloaded"] = found[f"{plugin} {precision}"] | dict(
+                offload_optim_frac=1.0
+            )
+            found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} offloaded"] | dict(
+                recipe=True
+            )
         elif precision == "bf16" and torch.cuda.is_available():
             found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
             found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | dict(cuda_graphs=True)
@@ -63,16 +87,31 @@ def cases(world: int) -> dict[str, dict]:
 
 
 def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
-    """Losses of the steps, and of an evaluation. ``recipe``: layer decay, averaged weights, label smoothing."""
+    """Losses of the steps, and of an evaluation. ``recipe``.
+
+    Layer decay, averaged weights, label smoothing.
+    """
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
     config = ViTConfig(
-        hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=128, image_size=32, patch_size=8,
-        num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=128,
+        image_size=32,
+        patch_size=8,
+        num_labels=LABELS,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
     layout = Layout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
-    boosted = plugins.boost(ViTForImageClassification(config), Namespace(**BASE | changes), layout, layer_decay=0.7 if recipe else 1.0)
+    boosted = plugins.boost(
+        ViTForImageClassification(config),
+        Namespace(**BASE | changes),
+        layout,
+        layer_decay=0.7 if recipe else 1.0,
+    )
     if recipe:
         boosted.keep_average(0.8)
     engine = Engine(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), label_smoothing=0.1 if recipe else 0.0)
@@ -82,9 +121,14 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     labels = torch.randint(0, 3, (BATCH,), generator=generator)
     mine = slice(layout.dp_rank * BATCH // layout.dp, (layout.dp_rank + 1) * BATCH // layout.dp)
     batch = {"pixel_values": pixels[mine], "labels": labels[mine]}
-    padded = {"pixel_values": pixels[mine], "labels": labels.index_fill(0, torch.tensor([BATCH - 1]), IGNORE)[mine]}
+    padded = {
+        "pixel_values": pixels[mine],
+        "labels": labels.index_fill(0, torch.tensor([BATCH - 1]), IGNORE)[mine],
+    }
     losses = []
-    for step in range(STEPS):  # a graph is recorded after eleven; the learning rate changes, and one step is as the last of an epoch
+    for step in range(
+        STEPS
+    ):  # a graph is recorded after eleven; the learning rate changes, and one step is as the last of an epoch
         last = step == STEPS - 2
         share = engine.train_step([padded if last else batch], BATCH - last, 1e-3 if step % 2 else 5e-4)
         losses.append(plugins.all_sum(share).item())
@@ -93,10 +137,22 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
 
 
 def attention_gradients() -> list[torch.Tensor]:
-    """Of attention with dropout where all products are far below zero; see `plugins.avoid_broken_attention`."""
+    """Of attention with dropout where all products are far below zero.
+
+    See `plugins.avoid_broken_attention`.
+    """
     usual = torch.backends.cuda.cudnn_sdp_enabled()
     plugins.avoid_broken_attention(Namespace(attention_probs_dropout_prob=0.1))
-    query, key, value = torch.randn(3, 1, 4, 64, 64, device=plugins.device(), dtype=torch.bfloat16, generator=torch.Generator(plugins.device()).manual_seed(0))
+    query, key, value = torch.randn(
+        3,
+        1,
+        4,
+        64,
+        64,
+        device=plugins.device(),
+        dtype=torch.bfloat16,
+        generator=torch.Generator(plugins.device()).manual_seed(0),
+    )
     query[..., 0], key[..., 0] = 1, -960  # divided by the root of 64: -120
     parts = [part.requires_grad_() for part in (query, key, value)]
     attended = torch.nn.functional.scaled_dot_product_attention(*parts, dropout_p=0.1)

@@ -37,7 +37,14 @@ def tiny_vit(labels: int = 3, **overrides):
     """4 layers of 4 heads, 16 px: enough for tp 4 and pp 4; random weights from torch's current seed."""
     from transformers import ViTConfig, ViTForImageClassification
 
-    sizes = dict(hidden_size=32, num_hidden_layers=4, num_attention_heads=4, intermediate_size=64, image_size=16, patch_size=4)
+    sizes = dict(
+        hidden_size=32,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
+    )
     dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     return ViTForImageClassification(ViTConfig(**(sizes | dropout | dict(num_labels=labels) | overrides)))
 
@@ -49,7 +56,10 @@ def save_tiny_vit(folder: Path, labels: int = 5, size: int = 16, **overrides) ->
     torch.manual_seed(3)
     tiny_vit(labels, image_size=size, **overrides).save_pretrained(folder)
     ViTImageProcessor(
-        size={"height": size, "width": size}, image_mean=[0.5, 0.4, 0.6], image_std=[0.2, 0.3, 0.25], resample=2
+        size={"height": size, "width": size},
+        image_mean=[0.5, 0.4, 0.6],
+        image_std=[0.2, 0.3, 0.25],
+        resample=2,
     ).save_pretrained(folder)
     return folder
 
@@ -67,7 +77,11 @@ def settings(*argv):
 # ---- the training that every plugin repeats: 22 images, 8 a step: two epochs of two whole steps and one of 6
 LEARNING_RATES = [4e-4, 8e-4, 2e-3, 1.6e-3, 1e-3, 3e-4]  # per step, to see that each is used
 WEIGHT_DECAY = 0.5
-LAYER_DECAY, EMA, LABEL_SMOOTHING = 0.6, 0.7, 0.2  # of the recipe: far enough from none to be seen in six steps
+LAYER_DECAY, EMA, LABEL_SMOOTHING = (
+    0.6,
+    0.7,
+    0.2,
+)  # of the recipe: far enough from none to be seen in six steps
 MAX_NORM = 2.4  # between the gradient norms of this training: some steps are clipped, some are not
 
 

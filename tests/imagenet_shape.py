@@ -1,8 +1,10 @@
-"""Draw a set of ImageNet's shape, and with its faults: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG of about 500 x 375 pixels.
+"""Draw a set of ImageNet's shape, and with its faults: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG of about
+500 x 375 pixels.
 
     python tests/imagenet_shape.py FOLDER --classes 1000 --train 5000 --val 1000 --truncated 2
 
-Some files are CMYK, grey or PNG under the name of a JPEG, as some of ImageNet's are, and as many as asked for break off.
+Some files are CMYK, grey or PNG under the name of a JPEG, as some of ImageNet's are, and as many as asked
+for break off.
 A class is a colour and a direction and width of stripes, which a small ViT learns.
 """
 
@@ -23,7 +25,10 @@ def wnid(label: int) -> str:
 
 
 def draw(label: int, classes: int, seed: int, side: int = 500) -> Image.Image:
-    """A photograph-like picture of a class: striped in its colour, over noise of several scales. RGB, longer side about ``side``."""
+    """A photograph-like picture of a class: striped in its colour, over noise of several scales.
+
+    RGB, longer side about ``side``.
+    """
     rng = np.random.default_rng([label, seed])
     width, height = int(side * rng.uniform(0.9, 1.1)), int(0.75 * side * rng.uniform(0.9, 1.1))
     if rng.random() < 0.25:
@@ -34,7 +39,9 @@ def draw(label: int, classes: int, seed: int, side: int = 500) -> Image.Image:
     stripes = np.sin(2 * np.pi * (waves * (x * np.cos(turn) + y * np.sin(turn)) + rng.uniform()))
     hue = 2 * np.pi * (0.618 * label % 1)
     colour = 128 + 60 * np.cos(hue + 2 * np.pi * np.arange(3) / 3) + rng.normal(0, 8, 3)
-    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
     fine = rng.normal(0, 9, (height, width, 1))
     pixels = colour + 45 * stripes[..., None] + (np.asarray(coarse, np.float32) - 128) * 0.35 + fine
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
@@ -42,7 +49,9 @@ def draw(label: int, classes: int, seed: int, side: int = 500) -> Image.Image:
 
 def encode(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
-    image.convert(KINDS.get(kind, "RGB")).save(file, "PNG" if kind == "png" else "JPEG", **({} if kind == "png" else {"quality": 92}))
+    image.convert(KINDS.get(kind, "RGB")).save(
+        file, "PNG" if kind == "png" else "JPEG", **({} if kind == "png" else {"quality": 92})
+    )
     return file.getvalue()
 
 
@@ -53,7 +62,15 @@ def _write(task: tuple[str, int, int, int, int]) -> None:
     Path(path).write_bytes(encode(draw(label, classes, number, side), kind))
 
 
-def write_set(root: Path, classes: int = 8, train: int = 120, val: int = 40, side: int = 500, truncated: int = 0, processes: int = 1) -> list[Path]:
+def write_set(
+    root: Path,
+    classes: int = 8,
+    train: int = 120,
+    val: int = 40,
+    side: int = 500,
+    truncated: int = 0,
+    processes: int = 1,
+) -> list[Path]:
     """The whole tree, classes in turn. -> the truncated files, all of the train split.
 
     Args:
@@ -64,7 +81,11 @@ def write_set(root: Path, classes: int = 8, train: int = 120, val: int = 40, sid
     for split, count in (("train", train), ("val", val)):
         for number in range(count):
             label = number % classes
-            name = f"{wnid(label)}_{number}.JPEG" if split == "train" else f"ILSVRC2012_val_{number + 1:08d}.JPEG"
+            name = (
+                f"{wnid(label)}_{number}.JPEG"
+                if split == "train"
+                else f"ILSVRC2012_val_{number + 1:08d}.JPEG"
+            )
             seed = number if split == "train" else 10**7 + number
             tasks.append((str(root / split / wnid(label) / name), label, classes, seed, side))
     if processes > 1:
@@ -81,10 +102,22 @@ def write_set(root: Path, classes: int = 8, train: int = 120, val: int = 40, sid
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
-    for name, default in (("classes", 1000), ("train", 5000), ("val", 1000), ("side", 500), ("truncated", 0), ("processes", len(os.sched_getaffinity(0)))):
+    for name, default in (
+        ("classes", 1000),
+        ("train", 5000),
+        ("val", 1000),
+        ("side", 500),
+        ("truncated", 0),
+        ("processes", len(os.sched_getaffinity(0))),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     settings = parser.parse_args()
-    for broken in write_set(settings.folder, *(getattr(settings, name) for name in ("classes", "train", "val", "side", "truncated", "processes"))):
+    for broken in write_set(
+        settings.folder,
+        *(getattr(settings, name) for name in ("classes", "train", "val", "side", "truncated", "processes")),
+    ):
         print(f"truncated {broken}")

@@ -2,7 +2,8 @@
 
     torchrun --nproc_per_node N parallel_cases.py FOLDER
 
-FOLDER holds the inputs (conftest.py, `shared`). Rank 0 appends to FOLDER/results_N.jsonl a line when a case starts
+FOLDER holds the inputs (conftest.py, `shared`). Rank 0 appends to FOLDER/results_N.jsonl a line when a case
+starts
 and its result when it ends. Cases that have a line already are not run again.
 """
 
@@ -23,7 +24,15 @@ import helpers
 import torch
 import torch.distributed as dist
 from colossalai.tensor.d_tensor.api import layout_converter
-from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images
+from helpers import (
+    EMA,
+    LABEL_SMOOTHING,
+    LAYER_DECAY,
+    LEARNING_RATES,
+    MAX_NORM,
+    WEIGHT_DECAY,
+    in_memory_images,
+)
 
 import checkpoint as ckpt
 import data
@@ -37,15 +46,31 @@ FOLDER = Path(sys.argv[1])
 
 EPOCHS, GLOBAL_BATCH = 2, 8  # of the training described in helpers.py
 BASE = dict(
-    plugin="torch_ddp", precision="fp32", zero_stage=0, max_norm=0.0, offload_optim_frac=0.0, offload_param_frac=0.0,
-    placement_policy="static", gradient_accumulation_steps=1, num_microbatches=1, grad_checkpoint=False, compile=False, cuda_graphs=False,
-    weight_decay=WEIGHT_DECAY, learning_rate=1e-3, optimizer="adamw",
-)  # fmt: skip
+    plugin="torch_ddp",
+    precision="fp32",
+    zero_stage=0,
+    max_norm=0.0,
+    offload_optim_frac=0.0,
+    offload_param_frac=0.0,
+    placement_policy="static",
+    gradient_accumulation_steps=1,
+    num_microbatches=1,
+    grad_checkpoint=False,
+    compile=False,
+    cuda_graphs=False,
+    weight_decay=WEIGHT_DECAY,
+    learning_rate=1e-3,
+    optimizer="adamw",
+)
 
 
 def build(model, tp=1, pp=1, recipe=False, **changes):
-    """-> (Engine, Layout) of a model under a plugin. ``recipe``: layer decay, weight average, label smoothing."""
-    # the library keeps how to gather a tensor by its shape alone; these processes have had other groups before
+    """-> (Engine, Layout) of a model under a plugin. ``recipe``.
+
+    Layer decay, weight average, label smoothing.
+    """
+    # the library keeps how to gather a tensor by its shape alone; these processes have had other groups
+    # before
     layout_converter.cached_solution.clear()
     layout = Layout(WORLD, tp, pp, RANK)
     args = Namespace(**(BASE | changes))
@@ -92,14 +117,18 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
         for images in schedule.images_per_step:
             step = [batches.__getitems__(next(order)) for _ in range(schedule.batches_per_step)]
             lr = LEARNING_RATES[epoch * schedule.steps + len(losses) % schedule.steps]
-            share = trainer.train_step(step, images, lr, epoch * schedule.steps + len(losses) % schedule.steps)
+            share = trainer.train_step(
+                step, images, lr, epoch * schedule.steps + len(losses) % schedule.steps
+            )
             losses.append(plugins.all_sum(share.double()).item())
         evaluation = data.evaluation_order(13, schedule.rows, layout)
         evaluations.append(trainer.evaluate(map(held_out.__getitems__, evaluation), 13))
         if save and epoch == 0:
             ckpt.Checkpoints(save, 1).save(trainer.boosted, meta_of(schedule.steps, epoch=1))
     averaged = trainer.boosted.average is not None
-    return {"losses": losses, "evaluations": evaluations} | ({"exported": exported_loss(trainer, tp, held_out)} if averaged else {})
+    return {"losses": losses, "evaluations": evaluations} | (
+        {"exported": exported_loss(trainer, tp, held_out)} if averaged else {}
+    )
 
 
 def exported_loss(trainer, tp: int, held_out) -> float | None:
@@ -116,7 +145,9 @@ def exported_loss(trainer, tp: int, held_out) -> float | None:
 
 
 def evaluate(tp=1, pp=1, **changes) -> dict:
-    """The validation folder, read as a run does, by a model whose true logits are all far below the padding's 0."""
+    """The validation folder, read as a run does, by a model whose true logits are all far below the
+    padding's 0.
+    """
     import model as vit
 
     args = helpers.settings("--dataset", FOLDER / "images")
@@ -130,7 +161,9 @@ def evaluate(tp=1, pp=1, **changes) -> dict:
     resize = data.Resize(16, int(loaded.processor.resample))
     images, _ = data.decode(images, resize, None, args, WORLD)
     trainer, layout = build(loaded.model, tp, pp, **changes)
-    trainer.normalize = engine.Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
+    trainer.normalize = engine.Normalize(
+        tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std)
+    )
     batches = data.Batches(images.validation, resize, None, False)
     order = data.evaluation_order(len(images.validation), 4, layout)
     result = trainer.evaluate(map(batches.__getitems__, order), len(images.validation))
@@ -146,7 +179,14 @@ def evaluate(tp=1, pp=1, **changes) -> dict:
 
 def entry(output: str, *argv, dataset="images", model="model") -> dict:
     """vit_train_demo.py's main in these processes, as if started anew; the process group lives on."""
-    words = ["--model_name_or_path", FOLDER / model, "--dataset", FOLDER / dataset, "--output_path", FOLDER / output]
+    words = [
+        "--model_name_or_path",
+        FOLDER / model,
+        "--dataset",
+        FOLDER / dataset,
+        "--output_path",
+        FOLDER / output,
+    ]
     out, err, code = io.StringIO(), io.StringIO(), 0
     torch.manual_seed(int(time.time()))  # nothing may depend on the state before the run
     sys.argv = ["vit_train_demo.py", *map(str, [*words, "--num_workers", 0, *argv])]
@@ -194,7 +234,12 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
     finally:
         engine.Engine.train_step = whole
     files = sorted(p.name for p in (FOLDER / name).iterdir()) if (FOLDER / name).exists() else []
-    return {"straight": straight, "stopped": stopped, "files": files, "resumed": entry(name, *run, "--resume", "auto")}
+    return {
+        "straight": straight,
+        "stopped": stopped,
+        "files": files,
+        "resumed": entry(name, *run, "--resume", "auto"),
+    }
 
 
 def failing_write() -> dict:
@@ -219,7 +264,12 @@ def failing_write() -> dict:
     found = ckpt.read_meta(folder.find("auto"))["step"]
     folder.save(trainer.boosted, meta_of(2, epoch=2))
     left = sorted(path.name for path in folder.root.iterdir())
-    return {"error": error, "found": found, "found_after": ckpt.read_meta(folder.find("auto"))["step"], "left": left}
+    return {
+        "error": error,
+        "found": found,
+        "found_after": ckpt.read_meta(folder.find("auto"))["step"],
+        "left": left,
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the list
@@ -230,7 +280,9 @@ def zero(stage=1, **changes):
 
 
 def hybrid(tp=1, pp=1, microbatches=None, **changes):
-    return dict(plugin="hybrid_parallel", tp=tp, pp=pp, num_microbatches=microbatches or max(1, pp), **changes)
+    return dict(
+        plugin="hybrid_parallel", tp=tp, pp=pp, num_microbatches=microbatches or max(1, pp), **changes
+    )
 
 
 def gemini(precision="bf16", **changes):
@@ -278,12 +330,19 @@ LAYOUTS = {
 
 
 def trainings(processes: int) -> dict[str, dict]:
-    """Name -> arguments of `train`: each plugin and layout plain, clipped, accumulated over two micro-steps, and by the recipe."""
+    """Name -> arguments of `train`.
+
+    Each plugin and layout plain, clipped, accumulated over two micro-steps, and by the recipe.
+    """
     plain = (EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4]
     cases = {f"{name}, clipped": case | dict(max_norm=MAX_NORM) for name, case in plain.items()}
     cases |= {f"{name}, accumulated": case | dict(k=2, max_norm=MAX_NORM) for name, case in plain.items()}
     refused = "dp2 pp2 zero1 bf16"  # layer decay there: args.py
-    cases |= {f"{name}, recipe": case | dict(recipe=True, max_norm=MAX_NORM) for name, case in plain.items() if name != refused}
+    cases |= {
+        f"{name}, recipe": case | dict(recipe=True, max_norm=MAX_NORM)
+        for name, case in plain.items()
+        if name != refused
+    }
     if processes < 4:  # four processes share two cores
         cases |= {name: case for name, case in plain.items() if not name.endswith("16") or "gemini" in name}
         for name in ("ddp", "zero1", "gemini bf16", "hybrid", "tp2", "pp2"):
@@ -295,7 +354,13 @@ def trainings(processes: int) -> dict[str, dict]:
 EVALUATIONS = {
     1: {"ddp": dict(), "zero1": zero(), "hybrid": hybrid()},
     2: {"ddp": dict(), "zero1": zero(), "tp2": hybrid(tp=2), "pp2": hybrid(pp=2)},
-    4: {"ddp": dict(), "tp4": hybrid(tp=4), "pp4": hybrid(pp=4), "tp2 pp2": hybrid(tp=2, pp=2), "dp2 pp2": hybrid(pp=2)},
+    4: {
+        "ddp": dict(),
+        "tp4": hybrid(tp=4),
+        "pp4": hybrid(pp=4),
+        "tp2 pp2": hybrid(tp=2, pp=2),
+        "dp2 pp2": hybrid(pp=2),
+    },
 }
 ALL_OF_THE_RECIPE = "--label_smoothing 0.1 --layer_decay 0.8 --drop_path 0.3 --mixup 0.8 --cutmix 1 --ema 0.8"
 # name -> (step of the checkpoint, flags); an epoch has 6 steps of 4 images on one process, 3 of 8 on two
@@ -344,21 +409,45 @@ def all_cases() -> dict:
         cases["mixed ddp"] = (train, dict(mixed=True))
         published = ("--plugin", "gemini", "--tp_size", 2, "--pp_size", 2, *one_epoch)
         cases["published settings"] = (entry, ("published", *published))
-        cases["no checkpoints kept"] = (entry, ("none_kept", *one_epoch, "--keep_checkpoints", 0, "--tensorboard"))
+        cases["no checkpoints kept"] = (
+            entry,
+            ("none_kept", *one_epoch, "--keep_checkpoints", 0, "--tensorboard"),
+        )
         # warm-up to a rate that destroys what the first epochs learned
-        growing = ("--num_epoch", 3, "--batch_size", 4, "--learning_rate", 3, "--warmup_ratio", 1, "--keep_checkpoints", 9)
+        growing = (
+            "--num_epoch",
+            3,
+            "--batch_size",
+            4,
+            "--learning_rate",
+            3,
+            "--warmup_ratio",
+            1,
+            "--keep_checkpoints",
+            9,
+        )
         cases["best first"] = (entry, ("best_first", *growing))
         cases["pruned"] = (entry, ("pruned", *growing[:-1], 1))
         cases["last kept"] = (entry, ("last_kept", *growing[:-1], 1, "--keep", "last"))
         cases["best first, resumed"] = (
-            lambda: entry("best_first_resumed", *growing, "--resume", checkpoint_of(FOLDER / "best_first" / "checkpoints", 12)),
+            lambda: entry(
+                "best_first_resumed",
+                *growing,
+                "--resume",
+                checkpoint_of(FOLDER / "best_first" / "checkpoints", 12),
+            ),
             (),
         )
         cases["dry run"] = (entry, ("dry", "--dry_run"))
-        cases["evaluation only"] = (lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"), ())
+        cases["evaluation only"] = (
+            lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"),
+            (),
+        )
         cases["evaluation of other labels"] = (entry, ("evaluated", "--eval_only"))
         cases["damaged, not in memory"] = (
-            lambda: entry("skipped", *one_epoch, "--skip_bad_images", "--data_memory", 1e-9, dataset="damaged"),
+            lambda: entry(
+                "skipped", *one_epoch, "--skip_bad_images", "--data_memory", 1e-9, dataset="damaged"
+            ),
             (),
         )
     if WORLD == 2:
@@ -368,7 +457,10 @@ def all_cases() -> dict:
         cases["failing write"] = (failing_write, ())
         # a step of all images an epoch, and a signal in the first: there is no later step to notice it in
         cases["terminated in an epoch of one step"] = (terminated, ("one_step", 1, "--batch_size", 16))
-        cases["diverging"] = (entry, ("diverging", *one_epoch, "--plugin", "torch_ddp", "--learning_rate", 1e30))
+        cases["diverging"] = (
+            entry,
+            ("diverging", *one_epoch, "--plugin", "torch_ddp", "--learning_rate", 1e30),
+        )
         other = ("--resume", FOLDER / "gemini_1_straight")
         cases["gemini on other processes"] = (entry, ("refused", *RUN, "--plugin", "gemini", *other))
         other = ("--resume", FOLDER / "ddp_2_straight", "--seed", 1, "--weight_decay", 0.1)
@@ -379,8 +471,14 @@ def all_cases() -> dict:
 
 
 def adopted() -> dict:
-    """The best epoch's checkpoint is brought from another run's folder; one process comes to it long after the other."""
-    checkpoints, found = ckpt.Checkpoints(FOLDER / "adopted", 1), checkpoint_of(FOLDER / "best_first" / "checkpoints", 18)
+    """The best epoch's checkpoint is brought from another run's folder.
+
+    One process comes to it long after the other.
+    """
+    checkpoints, found = (
+        ckpt.Checkpoints(FOLDER / "adopted", 1),
+        checkpoint_of(FOLDER / "best_first" / "checkpoints", 18),
+    )
     if RANK == 1:
         time.sleep(1)
     checkpoints.adopt_best(1, found)
@@ -400,9 +498,22 @@ def continued() -> dict:
         for step in (12, 18):
             shutil.rmtree(checkpoint_of(FOLDER / "continued" / "checkpoints", step))
     dist.barrier()
-    flags = ("--num_epoch", 3, "--batch_size", 4, "--learning_rate", 3, "--warmup_ratio", 1, "--keep_checkpoints", 9)
+    flags = (
+        "--num_epoch",
+        3,
+        "--batch_size",
+        4,
+        "--learning_rate",
+        3,
+        "--warmup_ratio",
+        1,
+        "--keep_checkpoints",
+        9,
+    )
     result = entry("continued", *flags, "--resume", "auto")
-    result["newest"] = ckpt.read_meta(ckpt.Checkpoints(FOLDER / "continued" / "checkpoints", 9).find("auto"))["epoch"]
+    result["newest"] = ckpt.read_meta(ckpt.Checkpoints(FOLDER / "continued" / "checkpoints", 9).find("auto"))[
+        "epoch"
+    ]
     return result
 
 
@@ -421,12 +532,16 @@ def main() -> None:
             with open(path, "a") as file:
                 file.write(json.dumps({"case": name}) + "\n")
         started = time.perf_counter()
-        faulthandler.dump_traceback_later(120, exit=True, file=sys.__stderr__)  # a case takes seconds: processes that wait for each other
+        faulthandler.dump_traceback_later(
+            120, exit=True, file=sys.__stderr__
+        )  # a case takes seconds: processes that wait for each other
         try:
             result = function(**arguments) if isinstance(arguments, dict) else function(*arguments)
         except BaseException:
             with open(path, "a") as file:
-                file.write(json.dumps({"case": name, "error": f"process {RANK}: {traceback.format_exc()}"}) + "\n")
+                file.write(
+                    json.dumps({"case": name, "error": f"process {RANK}: {traceback.format_exc()}"}) + "\n"
+                )
             raise
         faulthandler.cancel_dump_traceback_later()
         if RANK == 0:

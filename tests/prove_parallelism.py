@@ -1,8 +1,10 @@
-"""Proves that every form of parallelism trains as one process does, with ViT-Lite-7/4 on real images, on the CPU.
+"""Proves that every form of parallelism trains as one process does, with ViT-Lite-7/4 on real images, on
+the CPU.
 
     DATA=/path/to/cifar-10 python tests/prove_parallelism.py results/parallelism            # everything
     DATA=... python tests/prove_parallelism.py results/parallelism --only 2d 3d             # some cases anew
-    python tests/prove_parallelism.py results/parallelism --report                          # tables and chart from the rows
+    python tests/prove_parallelism.py results/parallelism --report                          # tables and
+    chart from the rows
 
 DATA is anything that train.py takes. Two cores need half an hour. Parts:
 
@@ -68,13 +70,29 @@ EPOCHS, WARMUP_EPOCHS = 5, 1
 PER_EPOCH = math.ceil(IMAGES / BATCH)
 STEPS, SHORT = EPOCHS * PER_EPOCH, 20  # the short bounds hold over the first 20
 SAVED = 10  # resumed from here to step 20
-SETTINGS = [f"TOTAL_BATCH_SIZE={BATCH}", f"LEARNING_RATE={PEAK}", f"NUM_EPOCHS={EPOCHS}", f"WARMUP_EPOCHS={WARMUP_EPOCHS}",
-            f"clip_grad_norm={MAX_NORM}", "RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None", "DROPOUT=0"]  # fmt: skip
+SETTINGS = [
+    f"TOTAL_BATCH_SIZE={BATCH}",
+    f"LEARNING_RATE={PEAK}",
+    f"NUM_EPOCHS={EPOCHS}",
+    f"WARMUP_EPOCHS={WARMUP_EPOCHS}",
+    f"clip_grad_norm={MAX_NORM}",
+    "RANDOM_CROP_PADDING=0",
+    "AUTO_AUGMENT=None",
+    "DROPOUT=0",
+]
 PRECISIONS = {"fp32": [], "bf16": ["bf16=True"]}
 
 NOISE = 1e-6  # gradients below are rounding noise, of which Adam's first step makes lr times any sign
 BOUNDS = {
-    "fp32": {"loss_20": 1e-4, "loss_50": 1e-3, "norm_1": 1e-5, "norms": 1e-3, "weights_1": 1e-6, "evaluation": 1e-5, "resume": 1e-6},
+    "fp32": {
+        "loss_20": 1e-4,
+        "loss_50": 1e-3,
+        "norm_1": 1e-5,
+        "norms": 1e-3,
+        "weights_1": 1e-6,
+        "evaluation": 1e-5,
+        "resume": 1e-6,
+    },
     "bf16": {"loss_20": 0.005, "norm_1": 0.005, "norms": 0.02},
 }
 
@@ -96,7 +114,10 @@ class Case:
 
 
 def _one_d(size: int, pipeline: int = 1) -> tuple[str, ...]:
-    return (f"parallel={{'pipeline': {pipeline}, 'tensor': {{'mode': '1d', 'size': {size}}}}}", f"TENSOR_PARALLEL_SIZE={size}")
+    return (
+        f"parallel={{'pipeline': {pipeline}, 'tensor': {{'mode': '1d', 'size': {size}}}}}",
+        f"TENSOR_PARALLEL_SIZE={size}",
+    )
 
 
 DEPTH_2 = ("TENSOR_PARALLEL_SIZE=8", "TENSOR_PARALLEL_DEPTH=2")
@@ -120,10 +141,15 @@ CASES = {
 
 
 def write_cut(source: str, folder: Path) -> Path:
-    """Some of the training images of ``source``, as torchvision's folder: `IMAGES` to train and `HELD_OUT` to evaluate."""
+    """Some of the training images of ``source``, as torchvision's folder.
+
+    `IMAGES` to train and `HELD_OUT` to evaluate.
+    """
     images = feed.read(source, config.load(CASES["vanilla"].path)[0])
     chosen = np.random.default_rng(SEED).permutation(len(images.train.labels))[: IMAGES + HELD_OUT]
-    parts = dict(zip(cifar.TRAIN_FILES, np.array_split(chosen[:IMAGES], len(cifar.TRAIN_FILES)))) | {"test_batch": chosen[IMAGES:]}
+    parts = dict(zip(cifar.TRAIN_FILES, np.array_split(chosen[:IMAGES], len(cifar.TRAIN_FILES)))) | {
+        "test_batch": chosen[IMAGES:]
+    }
     cut = folder / cifar.FOLDER
     cut.mkdir()
     for name, part in parts.items():
@@ -133,13 +159,15 @@ def write_cut(source: str, folder: Path) -> Path:
     return cut
 
 
-# ---------------------------------------------------------------------------------------------- one process, plainly
+# ---------------------------------------------------------------------------------------------- one
+# process, plainly
 
 
 def serial(rank: int, cut: str, precision: str, folder: Path) -> None:
     """What all is measured against: nothing of this project but the order of the images.
 
-    ``precision``: "fp32", "fp64", "bf16" (autocast) or "bf16 weights": the optimizer has them in fp32, from the rounded
+    ``precision``: "fp32", "fp64", "bf16" (autocast) or "bf16 weights": the optimizer has them in fp32, from
+    the rounded
     ones on, as Colossal-AI does. A first step below half a bf16 digit then moves no weight.
     """
     from transformers import ViTConfig, ViTForImageClassification
@@ -149,19 +177,46 @@ def serial(rank: int, cut: str, precision: str, folder: Path) -> None:
     images = cifar.read(cut)
     pixels = torch.from_numpy(np.stack(images.train.resized)).to(dtype) / 255
     labels = torch.from_numpy(images.train.labels)
-    pixels = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std((0, 2, 3), keepdim=True, correction=0)
+    pixels = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std(
+        (0, 2, 3), keepdim=True, correction=0
+    )
     torch.manual_seed(SEED)
-    model = ViTForImageClassification(ViTConfig(
-        image_size=32, patch_size=4, hidden_size=256, num_hidden_layers=7, num_attention_heads=4, intermediate_size=512,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=10,
-    )).to(dtype).train()  # fmt: skip
+    model = (
+        ViTForImageClassification(
+            ViTConfig(
+                image_size=32,
+                patch_size=4,
+                hidden_size=256,
+                num_hidden_layers=7,
+                num_attention_heads=4,
+                intermediate_size=512,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                num_labels=10,
+            )
+        )
+        .to(dtype)
+        .train()
+    )
     masters = {name: p.detach().to(computed).to(dtype, copy=True) for name, p in model.named_parameters()}
     model.to(computed)
-    matrices = [p for name, p in masters.items() if p.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))]
-    rest = [p for name, p in masters.items() if p.ndim == 1 or name.endswith(("cls_token", "position_embeddings"))]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}])
+    matrices = [
+        p
+        for name, p in masters.items()
+        if p.ndim > 1 and not name.endswith(("cls_token", "position_embeddings"))
+    ]
+    rest = [
+        p for name, p in masters.items() if p.ndim == 1 or name.endswith(("cls_token", "position_embeddings"))
+    ]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
+    )
     order = data.Schedule(IMAGES, BATCH, 1, Layout(1), SEED)
-    dealt = [[image for _, image in batch if image >= 0] for epoch in range(EPOCHS) for batch in order.batches(epoch)]
+    dealt = [
+        [image for _, image in batch if image >= 0]
+        for epoch in range(EPOCHS)
+        for batch in order.batches(epoch)
+    ]
     seen, warmup = {"loss": [], "norm": []}, WARMUP_EPOCHS * PER_EPOCH
     torch.save(masters, folder / "weights_0.pt")
     for step, batch in enumerate(dealt[: SHORT if "bf16" in precision else STEPS]):
@@ -194,14 +249,23 @@ def judge(folder: Path, cut: str) -> dict:
     """Mean loss, accuracy and count over the held-out images of an exported folder, by transformers alone."""
     from transformers import ViTForImageClassification, ViTImageProcessor
 
-    model, processor = ViTForImageClassification.from_pretrained(folder).eval(), ViTImageProcessor.from_pretrained(folder)
+    model, processor = (
+        ViTForImageClassification.from_pretrained(folder).eval(),
+        ViTImageProcessor.from_pretrained(folder),
+    )
     held = cifar.read(cut).test
-    pixels = processor(list(held.resized), return_tensors="pt", input_data_format="channels_first")["pixel_values"]
+    pixels = processor(list(held.resized), return_tensors="pt", input_data_format="channels_first")[
+        "pixel_values"
+    ]
     labels = torch.from_numpy(held.labels)
     with torch.no_grad():
         logits = torch.cat([model(some).logits for some in pixels.split(50)])
     accuracy = (logits.argmax(-1) == labels).double().mean().item()
-    return {"average_loss": F.cross_entropy(logits, labels).item(), "accuracy": accuracy, "images": len(labels)}
+    return {
+        "average_loss": F.cross_entropy(logits, labels).item(),
+        "accuracy": accuracy,
+        "images": len(labels),
+    }
 
 
 # ---------------------------------------------------------------------------------------------- the product
@@ -218,7 +282,9 @@ class Run:
         self._watch_norms()
         self.images = feed.open_feeds(self.args.dataset, self.args.values, plugins.device())
         self.boosted, self.config = train.build(self.args, self.images.label_names)
-        self.engine = Engine(self.boosted, 10, Normalize(*self.images.normal), self.args.values["LABEL_SMOOTHING"])
+        self.engine = Engine(
+            self.boosted, 10, Normalize(*self.images.normal), self.args.values["LABEL_SMOOTHING"]
+        )
         self.layout = self.args.layout
         self.schedule = data.Schedule(IMAGES, BATCH // self.layout.dp, 1, self.layout, SEED)
 
@@ -258,7 +324,9 @@ class Run:
 
     def evaluate(self) -> dict:
         held = self.images.evaluated
-        return self.engine.evaluate(held.batches(data.evaluation_order(len(held), self.schedule.rows, self.layout)), len(held))
+        return self.engine.evaluate(
+            held.batches(data.evaluation_order(len(held), self.schedule.rows, self.layout)), len(held)
+        )
 
     def checkpoints(self) -> checkpoint.Checkpoints:
         return checkpoint.Checkpoints(Path(self.args.output_path) / "checkpoints", keep=1)
@@ -270,10 +338,18 @@ def case_fp32(case: Case, folder: Path) -> dict:
     losses = run.steps(0, 1)
     run.weights(folder / "weights_1.pt")
     losses += run.steps(1, SAVED)
-    run.checkpoints().save(run.boosted, dict(
-        step=SAVED, epoch=SAVED // PER_EPOCH, progress={"images": 0}, rows=[], best_epoch=None, processes=run.layout.world,
-        settings=run.args.settings,
-    ))  # fmt: skip
+    run.checkpoints().save(
+        run.boosted,
+        dict(
+            step=SAVED,
+            epoch=SAVED // PER_EPOCH,
+            progress={"images": 0},
+            rows=[],
+            best_epoch=None,
+            processes=run.layout.world,
+            settings=run.args.settings,
+        ),
+    )
     losses += run.steps(SAVED, STEPS)
     whole, evaluated = run.weights(folder / "weights_last.pt"), run.evaluate()
     if whole is not None:
@@ -294,7 +370,9 @@ def case_bf16(case: Case, folder: Path) -> dict:
 
 def worker(rank: int, function, name: str, cut: str, folder: Path, port: int) -> None:
     case = CASES[name]
-    os.environ.update(DATA=cut, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        DATA=cut, RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
     os.environ.update(WORLD_SIZE=str(case.processes), LOCAL_WORLD_SIZE=str(case.processes))
     seen = function(case, folder)
     if rank == 0:
@@ -328,36 +406,50 @@ def relative(ours: list[float], theirs: list[float]) -> float:
 
 
 def compare(row: dict, references: dict[str, dict]) -> dict:
-    """The row with the deviations of its losses and norms from the serial run's, and whether all are within the bounds."""
+    """The row with the deviations of its losses and norms from the serial run's, and whether all are within
+    the bounds.
+    """
     reference = "fp32"
     if row["kind"] == "case" and row["precision"] == "bf16":
         reference = "bf16 weights" if CASES[row["case"]].hybrid else "bf16"
     serial = references[reference]
-    row = row | {
-        "reference": reference,
-        "loss_20": difference(row["loss"][:SHORT], serial["loss"]),
+    row = row | {"reference": reference, "loss_20": difference(row["loss"][:SHORT], serial["loss"])}
+    row |= {
+        "norm_1": relative(row["norm"][:1], serial["norm"]),
+        "norms": relative(row["norm"], serial["norm"]),
     }
-    row |= {"norm_1": relative(row["norm"][:1], serial["norm"]), "norms": relative(row["norm"], serial["norm"])}
     if len(row["loss"]) > SHORT:
         row["loss_50"] = difference(row["loss"], serial["loss"])
     return row | {"pass": passes(row)} if row["kind"] == "case" else row
 
 
 def compare_weights(folder: Path, reference: Path) -> dict:
-    """Largest differences of the gathered weights from the serial ones: at the start, after step 1, at the end."""
+    """Largest differences of the gathered weights from the serial ones.
+
+    At the start, after step 1, at the end.
+    """
     labels = 10  # the rest is padding
     gaps = {}
-    clear = {name: gradient.abs() > NOISE for name, gradient in torch.load(reference / "gradients_1.pt").items()}
+    clear = {
+        name: gradient.abs() > NOISE for name, gradient in torch.load(reference / "gradients_1.pt").items()
+    }
     for when in ("0", "1", "last"):
         ours, theirs = (torch.load(where / f"weights_{when}.pt") for where in (folder, reference))
         assert ours.keys() == theirs.keys()
-        both = {name: (ours[name][:labels] if name.startswith("classifier") else ours[name], theirs[name]) for name in theirs}
+        both = {
+            name: (ours[name][:labels] if name.startswith("classifier") else ours[name], theirs[name])
+            for name in theirs
+        }
         gap = {name: (a - b).abs() for name, (a, b) in both.items()}
         gaps[f"weights_{when}"] = max(g.max().item() for g in gap.values())
         if when == "1":
             gaps["weights_1_noise"] = gaps["weights_1"]
-            gaps["weights_1"] = max(g[clear[name]].max().item() for name, g in gap.items() if clear[name].any())
-            gaps["noise_share"] = 1 - sum(c.sum().item() for c in clear.values()) / sum(c.numel() for c in clear.values())
+            gaps["weights_1"] = max(
+                g[clear[name]].max().item() for name, g in gap.items() if clear[name].any()
+            )
+            gaps["noise_share"] = 1 - sum(c.sum().item() for c in clear.values()) / sum(
+                c.numel() for c in clear.values()
+            )
     return gaps
 
 
@@ -371,41 +463,87 @@ def prove(name: str, cut: str, scratch: Path) -> Iterator[dict]:
     """The rows of one case: fp32 and bf16."""
     case, folder = CASES[name], scratch / name
     folder.mkdir()
-    about = {"kind": "case", "case": name, "config": Path(case.path).name, "processes": case.processes, "overrides": list(case.overrides)}
+    about = {
+        "kind": "case",
+        "case": name,
+        "config": Path(case.path).name,
+        "processes": case.processes,
+        "overrides": list(case.overrides),
+    }
 
     started = time.perf_counter()
     seen = in_processes(case_fp32, name, cut, folder)
     ours, plain = seen["evaluation"], judge(folder / "export", cut)
     resumed = in_processes(case_resumed, name, cut, folder)
-    yield about | {"precision": "fp32"} | report.environment() | seen | compare_weights(folder, scratch / "serial fp32") | {
-        "evaluated": ours,
-        "plain_evaluation": plain,
-        "evaluation": abs(ours["average_loss"] - plain["average_loss"]),
-        "accuracy_difference": abs(ours["accuracy"] - plain["accuracy"]) + abs(ours["images"] - plain["images"]),
-        "resume": max(difference(resumed[what], seen[what][SAVED:SHORT]) for what in ("loss", "norm")),
-        "seconds": time.perf_counter() - started,
-    }
+    yield (
+        about
+        | {"precision": "fp32"}
+        | report.environment()
+        | seen
+        | compare_weights(folder, scratch / "serial fp32")
+        | {
+            "evaluated": ours,
+            "plain_evaluation": plain,
+            "evaluation": abs(ours["average_loss"] - plain["average_loss"]),
+            "accuracy_difference": abs(ours["accuracy"] - plain["accuracy"])
+            + abs(ours["images"] - plain["images"]),
+            "resume": max(difference(resumed[what], seen[what][SAVED:SHORT]) for what in ("loss", "norm")),
+            "seconds": time.perf_counter() - started,
+        }
+    )
 
     started = time.perf_counter()
     seen = in_processes(case_bf16, name, cut, folder)
-    yield about | {"precision": "bf16"} | report.environment() | seen | {"seconds": time.perf_counter() - started}
+    yield (
+        about
+        | {"precision": "bf16"}
+        | report.environment()
+        | seen
+        | {"seconds": time.perf_counter() - started}
+    )
 
 
-# ---------------------------------------------------------------------------------------------- train.py, launched
+# ---------------------------------------------------------------------------------------------- train.py,
+# launched
 
 LAUNCHED = ("vanilla", "3d", "2.5d depth 2", "2d x dp 2", "1d of 2 x pipeline 2")
-ONE_EPOCH = [word for word in SETTINGS if not word.startswith(("NUM_EPOCHS", "RANDOM_CROP", "AUTO_AUGMENT"))] + ["NUM_EPOCHS=1"]  # augmented
+ONE_EPOCH = [
+    word for word in SETTINGS if not word.startswith(("NUM_EPOCHS", "RANDOM_CROP", "AUTO_AUGMENT"))
+] + ["NUM_EPOCHS=1"]  # augmented
 DROPPED, DROPOUT = ("2d", "1d of 2"), ["DROPOUT=0.1"]
 
 
-def launch(name: str, cut: str, out: Path, *options: str, overrides: list[str] = (), stop: bool = False) -> tuple[int, str]:
-    """One run of train.py by torchrun, sent SIGTERM in its epoch if ``stop``. -> (exit status, what it said)"""
+def launch(
+    name: str, cut: str, out: Path, *options: str, overrides: list[str] = (), stop: bool = False
+) -> tuple[int, str]:
+    """One run of train.py by torchrun, sent SIGTERM in its epoch if ``stop``.
+
+    -> (exit status, what it said)
+    """
     case = CASES[name]
     process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={case.processes}", str(ROOT / "train.py"),
-         "--config", case.path, "--output_path", str(out), *options, "--set", *ONE_EPOCH, *case.overrides, *overrides],
-        env=os.environ | {"DATA": cut}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={case.processes}",
+            str(ROOT / "train.py"),
+            "--config",
+            case.path,
+            "--output_path",
+            str(out),
+            *options,
+            "--set",
+            *ONE_EPOCH,
+            *case.overrides,
+            *overrides,
+        ],
+        env=os.environ | {"DATA": cut},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     said = ""
     for line in process.stdout:
         said += line
@@ -427,13 +565,23 @@ def predicted_accuracy(model: Path, cut: str, folder: Path) -> float:
     with redirect_stdout(said):
         vit_predict.main(["--model", str(model), "--format", "json", str(folder)])
     guesses = [image["predictions"][0]["label"] for image in json.loads(said.getvalue())]
-    return float(np.mean([guess == held.label_names[label] for guess, label in zip(guesses, held.test.labels, strict=True)]))
+    return float(
+        np.mean(
+            [guess == held.label_names[label] for guess, label in zip(guesses, held.test.labels, strict=True)]
+        )
+    )
 
 
 def launched_row(name: str, label: str, cut: str, scratch: Path, *options: str, **how) -> dict:
     out, started = scratch / "runs" / label, time.perf_counter()
     status, said = launch(name, cut, out, *options, **how)
-    row = {"kind": "run", "case": label, "processes": CASES[name].processes, **report.environment(), "status": status}
+    row = {
+        "kind": "run",
+        "case": label,
+        "processes": CASES[name].processes,
+        **report.environment(),
+        "status": status,
+    }
     if status == 0:
         epoch = next(row for row in report.read_rows(out / "metrics.jsonl") if row["kind"] == "epoch")
         row |= {key: epoch[key] for key in ("train_loss", "average_loss", "accuracy", "images")}
@@ -468,11 +616,17 @@ def judged(row: dict, reference: dict, bound: float) -> dict:
     if row["status"] or reference["status"]:
         return row | {"pass": False}
     gap = max(abs(row[key] - reference[key]) for key in ("train_loss", "average_loss"))
-    same = gap <= bound and row["predicted_accuracy"] == row["accuracy"] and row["images"] == HELD_OUT and row.get("stopped", True)
+    same = (
+        gap <= bound
+        and row["predicted_accuracy"] == row["accuracy"]
+        and row["images"] == HELD_OUT
+        and row.get("stopped", True)
+    )
     return row | {"reference": reference["case"], "bound": bound, "difference": gap, "pass": same}
 
 
-# ---------------------------------------------------------------------------------------------- what is written
+# ---------------------------------------------------------------------------------------------- what is
+# written
 
 
 def number(value: float | None) -> str:
@@ -497,23 +651,54 @@ def deviations(rows: list[dict], precisions: tuple[str, ...], columns: dict[str,
 
 
 def launches(rows: list[dict]) -> str:
-    header = ["run", "processes", "exit status", "train loss", "held-out loss", "accuracy", "by vit_predict.py", "difference", "bound", "seconds", ""]
+    header = [
+        "run",
+        "processes",
+        "exit status",
+        "train loss",
+        "held-out loss",
+        "accuracy",
+        "by vit_predict.py",
+        "difference",
+        "bound",
+        "seconds",
+        "",
+    ]
     lines = []
     for row in rows:
         if row["kind"] == "run":
             losses = [f"{row[name]:.6f}" if name in row else "" for name in ("train_loss", "average_loss")]
-            accuracies = [f"{row[name]:.4f}" if name in row else "" for name in ("accuracy", "predicted_accuracy")]
+            accuracies = [
+                f"{row[name]:.4f}" if name in row else "" for name in ("accuracy", "predicted_accuracy")
+            ]
             gap = [number(row.get("difference")), number(row.get("bound"))]
-            lines.append([row["case"], row["processes"], row["status"], *losses, *accuracies, *gap, f"{row['seconds']:.0f}", verdict(row)])
+            lines.append(
+                [
+                    row["case"],
+                    row["processes"],
+                    row["status"],
+                    *losses,
+                    *accuracies,
+                    *gap,
+                    f"{row['seconds']:.0f}",
+                    verdict(row),
+                ]
+            )
     return report.markdown_table(header, lines)
 
 
 def write_table(folder: Path, rows: list[dict]) -> None:
     fp32 = {
-        f"loss, {SHORT} steps": "loss_20", f"loss, {STEPS} steps": "loss_50", "gradient norm, step 1": "norm_1", "gradient norm": "norms",
-        "weights, step 1": "weights_1", "small gradients": "weights_1_noise", "weights, end": "weights_last", "evaluation": "evaluation",
+        f"loss, {SHORT} steps": "loss_20",
+        f"loss, {STEPS} steps": "loss_50",
+        "gradient norm, step 1": "norm_1",
+        "gradient norm": "norms",
+        "weights, step 1": "weights_1",
+        "small gradients": "weights_1_noise",
+        "weights, end": "weights_last",
+        "evaluation": "evaluation",
         "resume": "resume",
-    }  # fmt: skip
+    }
     bf16 = {f"loss, {SHORT} steps": "loss_20", "gradient norm, step 1": "norm_1", "gradient norm": "norms"}
     clear = 100 * (1 - next(row["noise_share"] for row in rows if "noise_share" in row))
     warmup = WARMUP_EPOCHS * PER_EPOCH
@@ -575,12 +760,23 @@ def write_chart(folder: Path, rows: list[dict]) -> None:
         look = {"color": f"C{i % 10}", "linewidth": 1, "linestyle": "-" if i < 10 else "--"}
         losses.plot(steps, row["loss"], **look)
         # a difference of 0 has no place on a log axis
-        gaps.plot(steps, [max(abs(a - b), 1e-8) for a, b in zip(row["loss"], serial["loss"])], label=row["case"], **look)
+        gaps.plot(
+            steps,
+            [max(abs(a - b), 1e-8) for a, b in zip(row["loss"], serial["loss"])],
+            label=row["case"],
+            **look,
+        )
     for last, bound in ((SHORT, BOUNDS["fp32"]["loss_20"]), (STEPS, BOUNDS["fp32"]["loss_50"])):
         gaps.plot([1, last], [bound, bound], color="0.3", linestyle=":")
         gaps.annotate("bound", (1, bound), xytext=(0, 3), textcoords="offset points", fontsize=8, color="0.3")
     losses.set(xlabel="step", ylabel="loss", title=f"{len(cases)} layouts over the serial run, fp32")
-    gaps.set(xlabel="step", ylabel="difference of the loss from the serial run", yscale="log", ylim=(7e-9, 3e-3), title="0 is drawn at 1e-8")
+    gaps.set(
+        xlabel="step",
+        ylabel="difference of the loss from the serial run",
+        yscale="log",
+        ylim=(7e-9, 3e-3),
+        title="0 is drawn at 1e-8",
+    )
     losses.legend(frameon=False)
     gaps.legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
     report.save_figure(figure, folder / "losses.png")
@@ -595,13 +791,23 @@ PARTS = {"launched": prove_launched, "dropout": prove_dropout}
 def key(row: dict) -> tuple:
     """A new row replaces the old one of the same key; they sort as the tables have them."""
     order = [*CASES, row["case"]]
-    return ["serial", "case", "run"].index(row["kind"]), row.get("precision", ""), order.index(row["case"]), row["case"]
+    return (
+        ["serial", "case", "run"].index(row["kind"]),
+        row.get("precision", ""),
+        order.index(row["case"]),
+        row["case"],
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="+", choices=[*CASES, *PARTS], help="these anew; launched, dropout: what torchrun starts")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[*CASES, *PARTS],
+        help="these anew; launched, dropout: what torchrun starts",
+    )
     parser.add_argument("--report", action="store_true", help="nothing anew")
     args = parser.parse_args()
     wanted = [] if args.report else args.only or [*CASES, *PARTS]
@@ -631,11 +837,15 @@ def main() -> None:
             for row in PARTS[name](cut, scratch) if name in PARTS else prove(name, cut, scratch):
                 keep(row)
     references = {row["precision"]: row for row in rows.values() if row["kind"] == "serial"}
-    ordered = [compare(rows[place], references) if "loss" in rows[place] else rows[place] for place in sorted(rows)]
+    ordered = [
+        compare(rows[place], references) if "loss" in rows[place] else rows[place] for place in sorted(rows)
+    ]
     report.write_rows(path, ordered)
     write_table(args.folder, ordered)
     write_chart(args.folder, ordered)
-    failed = [f"{row['case']} {row.get('precision', '')}".rstrip() for row in ordered if not row.get("pass", True)]
+    failed = [
+        f"{row['case']} {row.get('precision', '')}".rstrip() for row in ordered if not row.get("pass", True)
+    ]
     sys.exit(f"not within the bounds: {'; '.join(failed)}" if failed else 0)
 
 

@@ -2,7 +2,8 @@
 
     python tests/tensor_parallel_cases.py OUT.json [--steps 20] [--only NAME ...]
 
-The libraries are imported once, before the forks: eight imports would take longer than all the steps. Every case
+The libraries are imported once, before the forks: eight imports would take longer than all the steps. Every
+case
 has new processes, as the library keeps its process groups for good.
 """
 
@@ -61,14 +62,23 @@ BF16_STEPS = 5
 def config(side: int, dropout: float = 0.0) -> ViTConfig:
     width, heads = (32, 4) if side == 2 else (36, 6)
     return ViTConfig(
-        image_size=16, patch_size=4, hidden_size=width, num_hidden_layers=2, num_attention_heads=heads,
-        intermediate_size=2 * width, num_labels=CLASSES,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
-    )  # fmt: skip
+        image_size=16,
+        patch_size=4,
+        hidden_size=width,
+        num_hidden_layers=2,
+        num_attention_heads=heads,
+        intermediate_size=2 * width,
+        num_labels=CLASSES,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
 
 
 def serial_model(side: int) -> ViTForImageClassification:
-    """The same on every process; biases and LayerNorms are moved off 0 and 1, where a wrong slice would not show."""
+    """The same on every process.
+
+    Biases and LayerNorms are moved off 0 and 1, where a wrong slice would not show.
+    """
     generator = torch.Generator().manual_seed(0)
     model = ViTForImageClassification(config(side))
     with torch.no_grad():
@@ -84,7 +94,9 @@ def serial_model(side: int) -> ViTForImageClassification:
 def batch(step: int, images: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Four batches in turn, so that the loss falls."""
     generator = torch.Generator().manual_seed(1 + step % 4)
-    return torch.randn(images, 3, 16, 16, generator=generator), torch.randint(CLASSES, (images,), generator=generator)
+    return torch.randn(images, 3, 16, 16, generator=generator), torch.randint(
+        CLASSES, (images,), generator=generator
+    )
 
 
 def autocast(dtype):
@@ -193,7 +205,8 @@ def refusal(error: type[Exception], call) -> str | None:
 
 
 def overflow(case: Case) -> list | None:
-    """[loss scale, whether the weights moved] after a step in which one slice overflows, then after one in which none does.
+    """[loss scale, whether the weights moved] after a step in which one slice overflows, then after one in
+    which none does.
 
     None: not the same on every process.
     """
@@ -217,7 +230,9 @@ def run_case(case: Case, steps: int) -> dict:
     run, seen = Run(case), {"loss": [], "norm": []}
     serial, start = serial_model(case.side).state_dict(), tp.gather(run.model)
     if start is not None:
-        seen["round trip"] = start.keys() == serial.keys() and all(torch.equal(start[k], serial[k]) for k in serial)
+        seen["round trip"] = start.keys() == serial.keys() and all(
+            torch.equal(start[k], serial[k]) for k in serial
+        )
     logits = run.logits().tolist()
     run.backward(0)
     grads = tp.gather(run.model, {name: param.grad for name, param in run.model.named_parameters()})
@@ -259,7 +274,10 @@ def run_case(case: Case, steps: int) -> dict:
     seen["refusals"] = [
         refusal(ValueError, lambda: tp.build(run.model.config, lacking)),
         refusal(ValueError, lambda: run.model(torch.zeros(3, 3, 16, 16))),
-        refusal(RuntimeError, lambda: tp.start(*("2.5d" if case.mode == "2d" else "2d", 4 if case.side == 2 else 9))),
+        refusal(
+            RuntimeError,
+            lambda: tp.start(*("2.5d" if case.mode == "2d" else "2d", 4 if case.side == 2 else 9)),
+        ),
         refusal(ValueError, lambda: tp.start("2d", 100)),
     ]
     return seen

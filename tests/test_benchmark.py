@@ -18,8 +18,7 @@ HERE = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize(
-    "world, tp, pp, images",
-    [(1, 1, 1, 64), (4, 1, 1, 256), (4, 2, 1, 128), (4, 2, 2, 64), (8, 2, 2, 128)],
+    "world, tp, pp, images", [(1, 1, 1, 64), (4, 1, 1, 256), (4, 2, 1, 128), (4, 2, 2, 64), (8, 2, 2, 128)]
 )
 def test_throughput_counts_data_parallel_groups_not_processes(world, tp, pp, images):
     layout = Layout(world, tp, pp)
@@ -45,22 +44,49 @@ def test_flops_of_vit_base_are_the_known_ones():
 
 def row(plugin: str, batch_size: int, **changes) -> dict:
     base = {name: None for name in report.SAME_CASE} | {
-        "kind": "case", "plugin": plugin, "precision": "bf16", "batch_size": batch_size, "model_name_or_path": "vit-x", "world": 1,
-        "tp_size": 1, "pp_size": 1, "zero_stage": 0, "compile": False, "cuda_graphs": False, "preset": "fast", "hardware": "1 x GPU",
-        "num_labels": 10, "status": "ok", "reason": "", "images_per_second": 100.0 * batch_size, "steps_per_second": 100.0,
-        "step_ms": 10.0, "step_ms_min": 9.0, "step_ms_max": 11.0, "peak_memory_gib": 1.5, "peak_reserved_gib": 2.0, "mfu": 0.25,
-        "peak_tflops": 100.0, "peak_source": "test", "first_loss": 2.3, "last_loss": 0.1, "date": "2026-01-02 03:04 UTC",
-        "versions": {"torch": "0"}, "command": "python vit_benchmark.py",
-    }  # fmt: skip
+        "kind": "case",
+        "plugin": plugin,
+        "precision": "bf16",
+        "batch_size": batch_size,
+        "model_name_or_path": "vit-x",
+        "world": 1,
+        "tp_size": 1,
+        "pp_size": 1,
+        "zero_stage": 0,
+        "compile": False,
+        "cuda_graphs": False,
+        "preset": "fast",
+        "hardware": "1 x GPU",
+        "num_labels": 10,
+        "status": "ok",
+        "reason": "",
+        "images_per_second": 100.0 * batch_size,
+        "steps_per_second": 100.0,
+        "step_ms": 10.0,
+        "step_ms_min": 9.0,
+        "step_ms_max": 11.0,
+        "peak_memory_gib": 1.5,
+        "peak_reserved_gib": 2.0,
+        "mfu": 0.25,
+        "peak_tflops": 100.0,
+        "peak_source": "test",
+        "first_loss": 2.3,
+        "last_loss": 0.1,
+        "date": "2026-01-02 03:04 UTC",
+        "versions": {"torch": "0"},
+        "command": "python vit_benchmark.py",
+    }
     return base | changes
 
 
 def test_tables_and_charts_are_rebuilt_from_the_rows(tmp_path, capsys):
     rows = [
-        row("torch_ddp", 8), row("torch_ddp", 32), row("none", 8),
+        row("torch_ddp", 8),
+        row("torch_ddp", 32),
+        row("none", 8),
         row("none", 32, status="out of memory", reason="CUDA out of memory"),
         row("torch_ddp", 8, images_per_second=901.0),  # measured again: the later row counts
-    ]  # fmt: skip
+    ]
     report.write_rows(tmp_path / "rows.jsonl", rows)
     report.main(["benchmark", str(tmp_path)])
     text = (tmp_path / "table.md").read_text()
@@ -70,8 +96,11 @@ def test_tables_and_charts_are_rebuilt_from_the_rows(tmp_path, capsys):
     with open(tmp_path / "table.csv") as file:
         found = list(csv.DictReader(file))
     assert [(r["plugin"], r["batch_size"], r["status"]) for r in found] == [
-        ("torch_ddp", "8", "ok"), ("torch_ddp", "32", "ok"), ("none", "8", "ok"), ("none", "32", "out of memory"),
-    ]  # fmt: skip
+        ("torch_ddp", "8", "ok"),
+        ("torch_ddp", "32", "ok"),
+        ("none", "8", "ok"),
+        ("none", "32", "out of memory"),
+    ]
     for chart in ("throughput.png", "batches_per_second.png", "peak_memory.png"):
         assert (tmp_path / chart).read_bytes().startswith(b"\x89PNG")
 
@@ -96,9 +125,19 @@ def test_folder_without_rows_is_one_clear_error(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "device, half",
-    [("NVIDIA H200", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("Tesla T4", 65), ("NVIDIA L40", 181), ("NVIDIA L40S", 362),
-     ("NVIDIA H100 NVL", 835), ("NVIDIA RTX A1000", None), ("NVIDIA T400", None)],
-)  # fmt: skip
+    [
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("Tesla T4", 65),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400", None),
+    ],
+)
 def test_peak_is_that_of_the_device_and_of_no_namesake(monkeypatch, device, half):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
@@ -116,10 +155,12 @@ from helpers import tiny_vit
 from layout import Layout
 plugins.import_libraries(); plugins.start_distributed(0)
 def case():
-    boosted = plugins.boost(tiny_vit(), Namespace(**BASE | dict(plugin="gemini", precision="bf16")), Layout(1))
+    boosted = plugins.boost(tiny_vit(), Namespace(**BASE | dict(plugin="gemini", precision="bf16")),
+    Layout(1))
     boosted.model.train()
     for _ in range(2):
-        boosted.booster.backward(boosted.model(pixel_values=torch.rand(2, 3, 16, 16)).logits.float().sum(), boosted.optimizer)
+        boosted.booster.backward(boosted.model(pixel_values=torch.rand(2, 3, 16, 16)).logits.float().sum(),
+        boosted.optimizer)
         boosted.optimizer.step()
     return [weakref.ref(chunk) for chunk in boosted.gemini_chunks()]
 chunks = case()
@@ -127,17 +168,40 @@ speedups.forget_models()
 print("left", sum(chunk() is not None for chunk in chunks), "of", len(chunks))
 """
     paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert "left 0 of " in done.stdout and not done.stdout.strip().endswith("of 0"), done.stdout + done.stderr
 
 
 def benchmark(folder: Path, *flags: str, code: str = "") -> subprocess.CompletedProcess:
     """vit_benchmark.py in a process of its own, after ``code``."""
-    start = f"import sys, runpy; sys.path.insert(0, {str(HERE)!r}); sys.argv[0] = 'vit_benchmark.py'; {code}\n"
+    start = (
+        f"import sys, runpy; sys.path.insert(0, {str(HERE)!r}); sys.argv[0] = 'vit_benchmark.py'; {code}\n"
+    )
     start += f"runpy.run_path({str(HERE / 'vit_benchmark.py')!r}, run_name='__main__')"
-    settings = ["--num_labels", "4", "--windows", "2", "--window_steps", "2", "--results", str(folder / "rows.jsonl")]
+    settings = [
+        "--num_labels",
+        "4",
+        "--windows",
+        "2",
+        "--window_steps",
+        "2",
+        "--results",
+        str(folder / "rows.jsonl"),
+    ]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-c", start, *settings, *flags], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", start, *settings, *flags],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def read(folder: Path) -> list[dict]:
@@ -162,7 +226,11 @@ def test_cases_are_measured_kept_and_skipped(tmp_path):
     assert good["images_per_second"] == pytest.approx(2 / (good["step_ms"] / 1e3))
     assert good["step_ms_min"] <= good["step_ms"] <= good["step_ms_max"]
     assert good["last_loss"] < good["first_loss"]  # it trains
-    assert good["command"].startswith("python vit_benchmark.py") and good["versions"]["torch"] and good["peak_memory_gib"] > 0
+    assert (
+        good["command"].startswith("python vit_benchmark.py")
+        and good["versions"]["torch"]
+        and good["peak_memory_gib"] > 0
+    )
 
     # called again: only the failed case is measured
     second = benchmark(tmp_path, "--plugin", "torch_ddp", "--batch_size", "2", "3", "4")
@@ -181,27 +249,75 @@ def test_shell_goes_on_after_a_case_that_killed_its_process_and_one_without_memo
     for path in [*HERE.glob("*.py"), *HERE.glob("*.sh"), HERE / "requirements.txt"]:
         shutil.copy(path, project)
     engine = project / "engine.py"
-    fault = "        import os, signal\n        if images == 3: os.kill(os.getpid(), signal.SIGKILL)\n        if images == 4: raise torch.cuda.OutOfMemoryError('made up')\n"
+    fault = (
+        "        import os, signal\n        if images == 3: os.kill(os.getpid(), "
+        "signal.SIGKILL)\n        if images == 4: raise torch.cuda.OutOfMemoryError('made "
+        "up')\n"
+    )
     text = engine.read_text()
     assert text.count("        scale = self.layout.dp / images") == 1
-    engine.write_text(text.replace("        scale = self.layout.dp / images", fault + "        scale = self.layout.dp / images"))
-    settings = dict(PLUGINS="none", BATCH_SIZES="2 3 4 5", MODEL="vit-demo", NUM_LABELS="4", RESULTS=str(tmp_path), LAUNCHER="torchrun", INSTALL="0", PYTHON=sys.executable,
-                    CUDA_VISIBLE_DEVICES="", GPUNUM="1")  # fmt: skip
+    engine.write_text(
+        text.replace(
+            "        scale = self.layout.dp / images", fault + "        scale = self.layout.dp / images"
+        )
+    )
+    settings = dict(
+        PLUGINS="none",
+        BATCH_SIZES="2 3 4 5",
+        MODEL="vit-demo",
+        NUM_LABELS="4",
+        RESULTS=str(tmp_path),
+        LAUNCHER="torchrun",
+        INSTALL="0",
+        PYTHON=sys.executable,
+        CUDA_VISIBLE_DEVICES="",
+        GPUNUM="1",
+    )
     flags = ["--windows", "2", "--window_steps", "2", "--remeasure"]
-    done = subprocess.run(["bash", project / "run_benchmark.sh", *flags], env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        ["bash", project / "run_benchmark.sh", *flags],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 1 and "1 case(s) did not run" in done.stderr, done.stdout + done.stderr
     assert "measured before" not in done.stdout  # but in this call
     rows = read(tmp_path)
-    assert [(r["batch_size"], r["status"]) for r in rows] == [(2, "ok"), (3, "failed"), (4, "out of memory"), (5, "ok")]
+    assert [(r["batch_size"], r["status"]) for r in rows] == [
+        (2, "ok"),
+        (3, "failed"),
+        (4, "out of memory"),
+        (5, "ok"),
+    ]
     assert "status 137" in rows[1]["reason"] and "--known_from" not in rows[0]["command"]
     assert "| throughput, images/s | out of memory |" in (tmp_path / "table.md").read_text()
 
-    wrong = subprocess.run(["bash", project / "run_benchmark.sh"], env=os.environ | settings | {"PLUGINS": "none gemni"}, capture_output=True, text=True, timeout=60)
-    assert wrong.returncode == 2 and "gemni" in wrong.stderr and len(read(tmp_path)) == 4  # before the first is measured
+    wrong = subprocess.run(
+        ["bash", project / "run_benchmark.sh"],
+        env=os.environ | settings | {"PLUGINS": "none gemni"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (
+        wrong.returncode == 2 and "gemni" in wrong.stderr and len(read(tmp_path)) == 4
+    )  # before the first is measured
 
 
 def test_an_impossible_case_is_a_row_with_its_reason(tmp_path):
-    done = benchmark(tmp_path, "--plugin", "hybrid_parallel", "--tp_size", "2", "--batch_size", "8", "--world_size", "1", "--check")
+    done = benchmark(
+        tmp_path,
+        "--plugin",
+        "hybrid_parallel",
+        "--tp_size",
+        "2",
+        "--batch_size",
+        "8",
+        "--world_size",
+        "1",
+        "--check",
+    )
     assert done.returncode == vit_benchmark.NOTHING_TO_DO, done.stderr
     (found,) = read(tmp_path)
     assert found["status"] == "impossible" and "does not divide the 1 process" in found["reason"]

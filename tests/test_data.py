@@ -27,7 +27,9 @@ def decoded(images, *flags, augment=None, size=16):
 
 def pixels_of(split, size=16):
     """What training sees of every image, in order."""
-    return data.Batches(split, data.Resize(size), None, False).__getitems__([(0, i) for i in range(len(split))])
+    return data.Batches(split, data.Resize(size), None, False).__getitems__(
+        [(0, i) for i in range(len(split))]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -103,8 +105,13 @@ IMAGE, CLASS = datasets.Image(), datasets.ClassLabel(names=list(CLASSES))
 
 
 def huggingface_table(pictures, image="image", label="labels", **more):
-    table = {image: [{"bytes": png(p), "path": None} for p in pictures], label: [i % 3 for i in range(len(pictures))]}
-    features = datasets.Features({image: IMAGE, label: CLASS} | {name: datasets.Value("int64") for name in more})
+    table = {
+        image: [{"bytes": png(p), "path": None} for p in pictures],
+        label: [i % 3 for i in range(len(pictures))],
+    }
+    features = datasets.Features(
+        {image: IMAGE, label: CLASS} | {name: datasets.Value("int64") for name in more}
+    )
     return datasets.Dataset.from_dict(table | more, features=features)
 
 
@@ -115,13 +122,17 @@ def assert_pictures(images, pictures, names=CLASSES):
     found = []
     for split in images.splits():
         batch = pixels_of(split)
-        found += [(p.numpy().tobytes(), label) for p, label in zip(batch["pixel_values"], batch["labels"].tolist())]
+        found += [
+            (p.numpy().tobytes(), label) for p, label in zip(batch["pixel_values"], batch["labels"].tolist())
+        ]
     assert sorted(found) == expected
 
 
 def test_saved_datasets_directory(tmp_path, pictures):
     table = huggingface_table(pictures)
-    datasets.DatasetDict(train=table.select(range(8)), validation=table.select(range(8, 12))).save_to_disk(tmp_path / "a")
+    datasets.DatasetDict(train=table.select(range(8)), validation=table.select(range(8, 12))).save_to_disk(
+        tmp_path / "a"
+    )
     images = load(tmp_path / "a")
     assert (len(images.train), len(images.validation)) == (8, 4)
     assert_pictures(images, pictures)
@@ -136,7 +147,10 @@ def test_parquet_with_the_hubs_features(tmp_path, pictures):
     assert_pictures(images, pictures)
 
 
-@pytest.mark.parametrize("labels, names", [((0, 1, 2), ("0", "1", "2")), ((30, 4, 5), ("4", "5", "30")), (("c", "a", "b"), ("a", "b", "c"))])
+@pytest.mark.parametrize(
+    "labels, names",
+    [((0, 1, 2), ("0", "1", "2")), ((30, 4, 5), ("4", "5", "30")), (("c", "a", "b"), ("a", "b", "c"))],
+)
 def test_parquet_of_plain_structs_and_values(tmp_path, pictures, labels, names):
     columns = {
         "picture": [{"bytes": png(p), "path": None} for p in pictures],
@@ -145,21 +159,33 @@ def test_parquet_of_plain_structs_and_values(tmp_path, pictures, labels, names):
     pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "all.parquet")
     images = load(tmp_path / "all.parquet", "--validation_fraction", 0.3)
     assert images.label_names == list(names)
-    shown = {pixels.numpy().tobytes(): images.label_names[label]
-             for split in images.splits() for pixels, label in zip(*list(pixels_of(split).values())[:2])}  # fmt: skip
+    shown = {
+        pixels.numpy().tobytes(): images.label_names[label]
+        for split in images.splits()
+        for pixels, label in zip(*list(pixels_of(split).values())[:2])
+    }
     assert shown == {data.Resize(16)(p).tobytes(): str(labels[i % 3]) for i, p in enumerate(pictures)}
 
 
 def test_columns_are_named_by_flags_where_types_do_not_tell(tmp_path, pictures):
-    table = huggingface_table(pictures, image="front").add_column("back", [{"bytes": png(p), "path": None} for p in pictures[::-1]])
-    table = table.cast_column("back", IMAGE).add_column("coarse", [0, 1] * 6).cast_column("coarse", datasets.ClassLabel(names=["odd", "even"]))
+    table = huggingface_table(pictures, image="front").add_column(
+        "back", [{"bytes": png(p), "path": None} for p in pictures[::-1]]
+    )
+    table = (
+        table.cast_column("back", IMAGE)
+        .add_column("coarse", [0, 1] * 6)
+        .cast_column("coarse", datasets.ClassLabel(names=["odd", "even"]))
+    )
     table.save_to_disk(tmp_path / "two")
     with pytest.raises(data.DataError, match="2 image columns among .*front.*--image_column"):
         load(tmp_path / "two")
     with pytest.raises(data.DataError, match="2 label columns among .*coarse.*--label_column"):
         load(tmp_path / "two", "--image_column", "front")
     assert_pictures(load(tmp_path / "two", "--image_column", "front", "--label_column", "labels"), pictures)
-    assert load(tmp_path / "two", "--image_column", "back", "--label_column", "coarse").label_names == ["odd", "even"]
+    assert load(tmp_path / "two", "--image_column", "back", "--label_column", "coarse").label_names == [
+        "odd",
+        "even",
+    ]
     with pytest.raises(data.DataError, match="no column 'side'; it has: front, labels"):
         load(tmp_path / "two", "--image_column", "side", "--label_column", "labels")
 
@@ -167,13 +193,19 @@ def test_columns_are_named_by_flags_where_types_do_not_tell(tmp_path, pictures):
 def test_missing_labels_of_a_split_are_named(tmp_path, pictures):
     table = huggingface_table(pictures)
     datasets.DatasetDict(train=table, test=table.remove_columns("labels")).save_to_disk(tmp_path / "saved")
-    with pytest.raises(data.DataError, match="split test has no column 'labels'; add it, or leave the split out"):
+    with pytest.raises(
+        data.DataError, match="split test has no column 'labels'; add it, or leave the split out"
+    ):
         load(tmp_path / "saved")
-    words = table.remove_columns("labels").add_column("labels", ["b", "a"] * (len(table) // 2) + ["a"] * (len(table) % 2))
+    words = table.remove_columns("labels").add_column(
+        "labels", ["b", "a"] * (len(table) // 2) + ["a"] * (len(table) % 2)
+    )
     hidden = words.select(range(4)).remove_columns("labels").add_column("labels", ["a", None, "b", "a"])
     datasets.DatasetDict(train=words, validation=words, test=hidden).save_to_disk(tmp_path / "words")
     images = load(tmp_path / "words")
-    assert images.label_names == ["a", "b"] and images.notes == ["split 'test' is not used: its labels are hidden"]
+    assert images.label_names == ["a", "b"] and images.notes == [
+        "split 'test' is not used: its labels are hidden"
+    ]
     for split, rows in (("train", table), ("test", table.remove_columns("labels"))):
         (tmp_path / "parquet").mkdir(exist_ok=True)
         rows.to_parquet(tmp_path / "parquet" / f"{split}.parquet")
@@ -183,7 +215,9 @@ def test_missing_labels_of_a_split_are_named(tmp_path, pictures):
 
 def test_hidden_test_labels_are_said_and_not_used(tmp_path, pictures):
     table = huggingface_table(pictures)
-    hidden = table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4).cast(table.features)
+    hidden = (
+        table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4).cast(table.features)
+    )
     datasets.DatasetDict(train=table, validation=table, test=hidden).save_to_disk(tmp_path / "a")
     images = load(tmp_path / "a")
     assert images.test is None and images.notes == ["split 'test' is not used: its labels are hidden"]
@@ -192,11 +226,17 @@ def test_hidden_test_labels_are_said_and_not_used(tmp_path, pictures):
 def test_splits_of_other_class_names_are_refused(tmp_path, pictures):
     """Each split encoded by itself: the numbers of one are not those of the other."""
     table = huggingface_table(pictures)
-    fewer = table.filter(lambda label: label > 0, input_columns="labels").cast_column("labels", datasets.Value("string"))
-    datasets.DatasetDict(train=table, validation=fewer.class_encode_column("labels")).save_to_disk(tmp_path / "a")
+    fewer = table.filter(lambda label: label > 0, input_columns="labels").cast_column(
+        "labels", datasets.Value("string")
+    )
+    datasets.DatasetDict(train=table, validation=fewer.class_encode_column("labels")).save_to_disk(
+        tmp_path / "a"
+    )
     with pytest.raises(data.DataError, match="split validation has other class names, .* than train"):
         load(tmp_path / "a")
-    hidden = table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4)  # numbers without names
+    hidden = (
+        table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4)
+    )  # numbers without names
     datasets.DatasetDict(train=table, test=hidden, unlabelled=hidden).save_to_disk(tmp_path / "b")
     assert load(tmp_path / "b").test is None
 
@@ -213,7 +253,9 @@ def test_empty_validation_split_is_refused(tmp_path):
     with pytest.raises(data.DataError, match="no image falls to the validation split: use fewer folds"):
         load(tmp_path / "few", "--fold", "5/5")
     write_folder(tmp_path / "one", {"train": 3})
-    with pytest.raises(data.DataError, match="no image falls to the validation split: give a class two images or more"):
+    with pytest.raises(
+        data.DataError, match="no image falls to the validation split: give a class two images or more"
+    ):
         load(tmp_path / "one")
 
 
@@ -266,11 +308,17 @@ SQUARE, CROP = ({"height": side, "width": side} for side in (20, 16))
 
 
 @pytest.mark.parametrize("size", [None, 24])
-@pytest.mark.parametrize("kind, settings", [
-    ("ViTImageProcessor", dict(size=CROP)),
-    ("BitImageProcessor", dict(size={"shortest_edge": 20}, crop_size=CROP)),  # what train.py exports for ImageNet
-    ("DeiTImageProcessor", dict(size=SQUARE, crop_size=CROP)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("ViTImageProcessor", dict(size=CROP)),
+        (
+            "BitImageProcessor",
+            dict(size={"shortest_edge": 20}, crop_size=CROP),
+        ),  # what train.py exports for ImageNet
+        ("DeiTImageProcessor", dict(size=SQUARE, crop_size=CROP)),
+    ],
+)
 def test_preprocessing_equals_the_image_processor(image_folder, kind, settings, size):
     import transformers
 
@@ -282,7 +330,9 @@ def test_preprocessing_equals_the_image_processor(image_folder, kind, settings, 
         assert resize.size == (size or 16)
         for path in sorted((image_folder / "train").rglob("*.png"))[:8]:
             image = data.open_image(path)
-            expected = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)["pixel_values"][0]
+            expected = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)[
+                "pixel_values"
+            ][0]
             assert (resize(image) == expected).all(), (path, image.size)
 
 
@@ -291,7 +341,10 @@ def test_own_processors_do_what_they_say():
         assert data.preprocessing(resize.processor([0.5] * 3, [0.5] * 3)) == resize
 
 
-@pytest.mark.parametrize("size, crop", [({"height": 20, "width": 16}, None), ({"shortest_edge": 20}, None), ({"shortest_edge": 12}, CROP)])
+@pytest.mark.parametrize(
+    "size, crop",
+    [({"height": 20, "width": 16}, None), ({"shortest_edge": 20}, None), ({"shortest_edge": 12}, CROP)],
+)
 def test_preprocessing_that_is_not_known_is_refused(size, crop):
     processor = Namespace(size=size, crop_size=crop, do_center_crop=bool(crop), resample=2)
     with pytest.raises(data.DataError, match="the model's preprocessing, size"):
@@ -313,7 +366,9 @@ def test_resize_equals_the_image_processor(image_folder):
 
     path = next((image_folder / "train" / "red").iterdir())
     for resample in (0, 2, 3):
-        processor = ViTImageProcessor(size={"height": 16, "width": 16}, resample=resample, do_rescale=False, do_normalize=False)
+        processor = ViTImageProcessor(
+            size={"height": 16, "width": 16}, resample=resample, do_rescale=False, do_normalize=False
+        )
         expected = processor(Image.open(path), return_tensors="np")["pixel_values"][0]
         assert (data.Resize(16, resample)(data.open_image(path)) == expected).all()
 
@@ -332,7 +387,9 @@ def test_unreadable_images_are_named_and_counted(tmp_path):
     assert all(str(path) in str(error.value) for path in bad)
     kept, _ = decoded(images, "--skip_bad_images")
     assert len(kept.train) == 10 and not {str(path) for path in bad} & set(kept.train.where)
-    assert "2 unreadable image(s) skipped" in kept.notes[0] and all(str(path) in kept.notes[0] for path in bad)
+    assert "2 unreadable image(s) skipped" in kept.notes[0] and all(
+        str(path) in kept.notes[0] for path in bad
+    )
     # the others keep their own labels and pixels
     batch = pixels_of(kept.train)
     for path, pixels, label in zip(kept.train.where, batch["pixel_values"], batch["labels"]):
@@ -353,7 +410,9 @@ def test_unreadable_image_found_by_a_worker_is_named(tmp_path):
     with pytest.raises(data.DataError, match="train/red/002.png"):
         pixels_of(split)
     pairs = [(0, i) for i in range(6)]
-    batch = data.Batches(split, data.Resize(16), None, True).__getitems__(pairs)  # the next image takes its place
+    batch = data.Batches(split, data.Resize(16), None, True).__getitems__(
+        pairs
+    )  # the next image takes its place
     bad = [i for i in range(6) if "red/002" in split.where[i]][0]
     assert batch["labels"].tolist() == [split.labels[i if i != bad else (i + 1) % 6] for i in range(6)]
     assert torch.equal(batch["pixel_values"][bad], batch["pixel_values"][(bad + 1) % 6])
@@ -368,18 +427,23 @@ def test_split_of_many_images_is_not_read_before_training(tmp_path, monkeypatch)
     monkeypatch.setattr(data, "LARGE", 5)
     kept, _ = decoded(images)
     assert kept.train.resized is None and len(kept.train) == 6 and kept.validation.resized is not None
-    monkeypatch.setattr(data, "LARGE", 2)  # what is evaluated is read whole in any case, or an epoch would end in an error
+    monkeypatch.setattr(
+        data, "LARGE", 2
+    )  # what is evaluated is read whole in any case, or an epoch would end in an error
     (tmp_path / "validation" / "red" / "002.png").write_text("broken")
     kept, _ = decoded(images, "--skip_bad_images")
     assert len(kept.validation) == 2 and "validation/red/002.png" in kept.notes[-1]
 
 
-@pytest.mark.parametrize("groups, file, limit", [
-    ("0::/job/step\n", "job/memory.max", 2**30),
-    ("5:cpu:/\n4:memory:/job\n", "memory/job/memory.limit_in_bytes", 2**31),
-    ("0::/job\n", "job/memory.max", "max"),
-    ("0::/job\n", "other/memory.max", 2**30),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "groups, file, limit",
+    [
+        ("0::/job/step\n", "job/memory.max", 2**30),
+        ("5:cpu:/\n4:memory:/job\n", "memory/job/memory.limit_in_bytes", 2**31),
+        ("0::/job\n", "job/memory.max", "max"),
+        ("0::/job\n", "other/memory.max", 2**30),
+    ],
+)
 def test_memory_of_a_container_is_the_machines(tmp_path, groups, file, limit):
     (tmp_path / "cgroup").write_text(groups)
     (tmp_path / file).parent.mkdir(parents=True)
@@ -475,7 +539,9 @@ def test_images_beyond_the_memory_budget_are_decoded_later_with_the_same_pixels(
     expected = pixels_of(kept.train)
     for workers in (0, 2):
         order = [[(0, i) for i in range(11)], [(0, i) for i in range(11, 22)]]
-        batches = list(data.make_loader(data.Batches(left.train, data.Resize(16), None, False), order, workers))
+        batches = list(
+            data.make_loader(data.Batches(left.train, data.Resize(16), None, False), order, workers)
+        )
         for name in ("pixel_values", "labels"):
             assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
 
@@ -498,7 +564,10 @@ def test_splits_that_fit_the_budget_are_kept_and_others_are_not(image_folder):
 
 
 def schedule(images, batch_size, accumulation=1, world=1, tp=1, pp=1, seed=42):
-    return [data.Schedule(images, batch_size, accumulation, Layout(world, tp, pp, rank), seed) for rank in range(world)]
+    return [
+        data.Schedule(images, batch_size, accumulation, Layout(world, tp, pp, rank), seed)
+        for rank in range(world)
+    ]
 
 
 def seen(parts, epoch, first_step=0):
@@ -512,9 +581,17 @@ def seen(parts, epoch, first_step=0):
     return [sorted(steps[step]) for step in sorted(steps)]
 
 
-GROUPINGS = [dict(world=1, batch_size=8), dict(world=2, batch_size=4), dict(world=4, batch_size=2), dict(world=8, batch_size=1),
-             dict(world=4, batch_size=4, tp=2), dict(world=4, batch_size=4, pp=2), dict(world=2, batch_size=2, accumulation=2),
-             dict(world=1, batch_size=2, accumulation=4), dict(world=2, batch_size=4, accumulation=2, pp=2)]  # fmt: skip
+GROUPINGS = [
+    dict(world=1, batch_size=8),
+    dict(world=2, batch_size=4),
+    dict(world=4, batch_size=2),
+    dict(world=8, batch_size=1),
+    dict(world=4, batch_size=4, tp=2),
+    dict(world=4, batch_size=4, pp=2),
+    dict(world=2, batch_size=2, accumulation=2),
+    dict(world=1, batch_size=2, accumulation=4),
+    dict(world=2, batch_size=4, accumulation=2, pp=2),
+]
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
@@ -522,7 +599,9 @@ def test_each_step_takes_the_same_images_however_processes_share_them(grouping):
     parts = schedule(22, **grouping)
     assert seen(parts, 3) == seen(schedule(22, 8), 3)
     assert {part.steps for part in parts} == {3} and parts[0].images_per_step == [8, 8, 6]
-    assert {len(batch) for part in parts for batch in part.batches(3)} == {parts[0].rows}  # one size, the last too
+    assert {len(batch) for part in parts for batch in part.batches(3)} == {
+        parts[0].rows
+    }  # one size, the last too
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)
@@ -561,7 +640,13 @@ def test_evaluation_takes_every_image_exactly_once(world, tp, pp, images):
     layouts = [Layout(world, tp, pp, rank) for rank in range(world)]
     orders = [data.evaluation_order(images, 4, layout) for layout in layouts]
     assert {len(order) for order in orders} == {len(orders[0])} and {len(b) for o in orders for b in o} == {4}
-    taken = [image for layout, order in zip(layouts, orders) if layout.is_reporter for batch in order for _, image in batch]
+    taken = [
+        image
+        for layout, order in zip(layouts, orders)
+        if layout.is_reporter
+        for batch in order
+        for _, image in batch
+    ]
     assert sorted(image for image in taken if image >= 0) == list(range(images))
 
 
@@ -573,14 +658,20 @@ def test_padding_is_marked_in_the_batch(image_folder):
 
 
 def test_folds_part_the_training_split_and_leave_the_others_alone(image_folder):
-    whole, parts = load(image_folder), [load(image_folder, "--fold", f"{i}/3", "--seed", i) for i in (1, 2, 3)]
+    whole, parts = (
+        load(image_folder),
+        [load(image_folder, "--fold", f"{i}/3", "--seed", i) for i in (1, 2, 3)],
+    )
     assert sorted(path for part in parts for path in part.validation.where) == sorted(whole.train.where)
     for part in parts:
         assert part.test is None and not set(part.validation.where) & set(whole.validation.where)
         assert sorted([*part.train.where, *part.validation.where]) == sorted(whole.train.where)
         counts = np.bincount(part.validation.labels)
         assert counts.min() >= 2 and counts.max() <= 3  # of 22 images in 3 classes
-        assert part.notes == [f"fold {parts.index(part) + 1}/3 of the training split is the validation split; the others are not used"]
+        assert part.notes == [
+            f"fold {parts.index(part) + 1}/3 of the training split is the validation split; the "
+            "others are not used"
+        ]
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
@@ -589,7 +680,11 @@ def test_folds_part_the_training_split_and_leave_the_others_alone(image_folder):
 def augmented(split, workers, epoch=0, seed=42, order=None):
     augment = data.Augment(16, seed)
     pairs = [(epoch, i) for i in (order or range(len(split)))]
-    loader = data.make_loader(data.Batches(split, data.Resize(16), augment, False), [pairs[i : i + 4] for i in range(0, 22, 4)], workers)
+    loader = data.make_loader(
+        data.Batches(split, data.Resize(16), augment, False),
+        [pairs[i : i + 4] for i in range(0, 22, 4)],
+        workers,
+    )
     return torch.cat([batch["pixel_values"] for batch in loader])
 
 
@@ -615,7 +710,11 @@ def test_policies_change_crops_by_seed_epoch_and_image_alone(policy):
 
     first = all_of(changing, 0)
     torch.manual_seed(3)
-    assert torch.equal(all_of(changing, 0), first) and first.dtype == torch.uint8 and first.shape == (30, 3, 16, 16)
+    assert (
+        torch.equal(all_of(changing, 0), first)
+        and first.dtype == torch.uint8
+        and first.shape == (30, 3, 16, 16)
+    )
     assert not torch.equal(all_of(changing, 1), first)
     changed = (first != all_of(plain, 0)).flatten(1).any(1)
     assert 0.5 < changed.float().mean() <= 1
@@ -635,7 +734,9 @@ def test_augmentation_equals_torchvisions(image_folder, resample):
     from torchvision.transforms import InterpolationMode, v2
 
     modes = {2: InterpolationMode.BILINEAR, 3: InterpolationMode.BICUBIC}
-    theirs = v2.Compose([v2.RandomResizedCrop(16, (0.2, 1.0), interpolation=modes[resample]), v2.RandomHorizontalFlip()])
+    theirs = v2.Compose(
+        [v2.RandomResizedCrop(16, (0.2, 1.0), interpolation=modes[resample]), v2.RandomHorizontalFlip()]
+    )
     for i, path in enumerate(sorted((image_folder / "train").rglob("*.png"))):
         image = data.open_image(path)
         pixels = np.array(image)
@@ -649,8 +750,13 @@ def test_augmentation_equals_torchvisions(image_folder, resample):
 
 def test_augmentation_without_flip():
     ramp = np.arange(40, dtype=np.uint8)[None, :, None].repeat(30, 0).repeat(3, 2)
-    rising = [bool(a[0, 0, 0] < a[0, 0, -1]) for a in (data.Augment(16, 0, flip=False)(ramp, 0, i) for i in range(20))]
-    assert all(rising) and not all(bool(a[0, 0, 0] < a[0, 0, -1]) for a in (data.Augment(16, 0)(ramp, 0, i) for i in range(20)))
+    rising = [
+        bool(a[0, 0, 0] < a[0, 0, -1])
+        for a in (data.Augment(16, 0, flip=False)(ramp, 0, i) for i in range(20))
+    ]
+    assert all(rising) and not all(
+        bool(a[0, 0, 0] < a[0, 0, -1]) for a in (data.Augment(16, 0)(ramp, 0, i) for i in range(20))
+    )
 
 
 def test_augmentation_leaves_the_random_state_alone():
@@ -667,8 +773,17 @@ def test_large_images_are_kept_small_for_later_crops():
 def test_small_images_are_decoded_by_one_thread_and_large_ones_by_several(image_folder, monkeypatch):
     from argparse import Namespace
 
-    args = Namespace(dataset=str(image_folder), image_column=None, label_column=None, fold=None, seed=0, max_train_samples=None,
-                     max_eval_samples=None, data_memory=None, skip_bad_images=False)  # fmt: skip
+    args = Namespace(
+        dataset=str(image_folder),
+        image_column=None,
+        label_column=None,
+        fold=None,
+        seed=0,
+        max_train_samples=None,
+        max_eval_samples=None,
+        data_memory=None,
+        skip_bad_images=False,
+    )
     decoded, pools = [], []
     pool = data.ThreadPoolExecutor
     monkeypatch.setattr(data, "ThreadPoolExecutor", lambda threads: pools.append(threads) or pool(threads))

@@ -53,7 +53,10 @@ def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
 
 def test_advice_leaves_out_what_is_done_already():
     args = Namespace(max_norm=1.0, precision="fp16")
-    assert NonFiniteLoss("it burst").mend(args, "RATE", "CLIP = 1") == "it burst: lower RATE, or use bf16 or fp32"
+    assert (
+        NonFiniteLoss("it burst").mend(args, "RATE", "CLIP = 1")
+        == "it burst: lower RATE, or use bf16 or fp32"
+    )
 
 
 def test_a_signal_ends_an_evaluation(monkeypatch):
@@ -76,11 +79,15 @@ def test_attention_with_dropout_is_not_cudnns():
         torch.backends.cuda.enable_cudnn_sdp(usual)
 
 
-# ---------------------------------------------------------------------------------------------- a step as a graph
+# ---------------------------------------------------------------------------------------------- a step as
+# a graph
 
 
 class Replayed(StepGraph):
-    """A StepGraph without a GPU: a "recording" does the step again when it is replayed, from its own inputs and rates."""
+    """A StepGraph without a GPU.
+
+    A "recording" does the step again when it is replayed, from its own inputs and rates.
+    """
 
     def __init__(self, *args):
         super().__init__(*args, stream=None)
@@ -123,7 +130,10 @@ def test_recorded_steps_take_each_batch_and_learning_rate_and_leave_the_padded_o
 
         step, losses = step_of(update, optimizer), []
         for i in range(30):
-            batch = {"x": torch.tensor([i % 3, 1.0]), "y": torch.tensor([i % 2]) if i < 25 else torch.full((1, 3), 0.5)}
+            batch = {
+                "x": torch.tensor([i % 3, 1.0]),
+                "y": torch.tensor([i % 2]) if i < 25 else torch.full((1, 3), 0.5),
+            }
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
             losses.append(step(batch, 0.5 if i % 10 == 9 else 1.0, i % 10 != 9))
         return weight.detach(), torch.stack(losses), step
@@ -132,7 +142,11 @@ def test_recorded_steps_take_each_batch_and_learning_rate_and_leave_the_padded_o
     weight, same, graph = train(Replayed)
     assert torch.equal(weight, expected) and torch.equal(losses, same)
     eager = StepGraph.WARM_UP + 2  # of the padded ones, at 9, 19 and 29, the first is among the others
-    assert [graph.done.count(kind) for kind in ("eager", "record", "replay")] == [eager, 2, 30 - eager]  # mixed labels are of another kind
+    assert [graph.done.count(kind) for kind in ("eager", "record", "replay")] == [
+        eager,
+        2,
+        30 - eager,
+    ]  # mixed labels are of another kind
 
 
 # ---------------------------------------------------------------------------------------------- mixing
@@ -167,13 +181,22 @@ def test_mixing_depends_on_seed_step_micro_step_and_group_alone():
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
     assert torch.equal(Mix(*both, seed=1, group=0)(pixels, labels, 4, 0)[0], first)
-    for mix, step, micro_step in ((Mix(*both, 2, 0), 4, 0), (Mix(*both, 1, 1), 4, 0), (Mix(*both, 1, 0), 5, 0), (Mix(*both, 1, 0), 4, 1)):
+    for mix, step, micro_step in (
+        (Mix(*both, 2, 0), 4, 0),
+        (Mix(*both, 1, 1), 4, 0),
+        (Mix(*both, 1, 0), 5, 0),
+        (Mix(*both, 1, 0), 4, 1),
+    ):
         assert not torch.equal(mix(pixels, labels, step, micro_step)[0], first)
 
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "hybrid dp2"])
 def test_processes_of_one_group_mix_alike_and_groups_otherwise(one, two, name):
-    mixed, alone, plain = two[f"mixed {name}"]["losses"], one["mixed ddp"]["losses"], two["train ddp"]["losses"]
+    mixed, alone, plain = (
+        two[f"mixed {name}"]["losses"],
+        one["mixed ddp"]["losses"],
+        two["train ddp"]["losses"],
+    )
     whole = [0, 1, 3, 4]  # the last of three steps an epoch is padded, and so not mixed
     assert all(abs(plain[i] - alone[i]) > 1e-3 for i in whole)
     if name == "hybrid dp2":

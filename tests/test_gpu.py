@@ -1,4 +1,7 @@
-"""On GPUs: every plugin, precision, layout and form of compilation follows plain PyTorch. Skipped where there is none."""
+"""On GPUs: every plugin, precision, layout and form of compilation follows plain PyTorch.
+
+Skipped where there is none.
+"""
 
 import json
 import os
@@ -6,7 +9,11 @@ import os
 import pytest
 from conftest import ROOT, VISIBLE_GPUS, torchrun
 
-BOUNDS = {"fp32": 1e-3, "fp16": 1e-2, "bf16": 3e-2}  # of the loss, over 16 steps; fp32 of different kernels is not bit-equal
+BOUNDS = {
+    "fp32": 1e-3,
+    "fp16": 1e-2,
+    "bf16": 3e-2,
+}  # of the loss, over 16 steps; fp32 of different kernels is not bit-equal
 
 
 def visible() -> dict:
@@ -18,7 +25,12 @@ def gpus() -> int:
     import subprocess
     import sys
 
-    return int(subprocess.run([sys.executable, ROOT / "launch.py", "gpus"], env=visible(), capture_output=True, text=True).stdout or 0)
+    return int(
+        subprocess.run(
+            [sys.executable, ROOT / "launch.py", "gpus"], env=visible(), capture_output=True, text=True
+        ).stdout
+        or 0
+    )
 
 
 @pytest.mark.gpu
@@ -32,7 +44,10 @@ def test_every_plugin_follows_plain_pytorch(processes, tmp_path):
     assert losses.pop("attention is finite")
     wrong = {}
     for name, found in losses.items():
-        bound, expected = BOUNDS[name.split()[1]], losses["none fp32 recipe" if "recipe" in name else "none fp32"]
+        bound, expected = (
+            BOUNDS[name.split()[1]],
+            losses["none fp32 recipe" if "recipe" in name else "none fp32"],
+        )
         if isinstance(found, str) or any(abs(a - b) > bound for a, b in zip(found, expected, strict=True)):
             wrong[name] = found
     assert not wrong, f"plain fp32: {losses['none fp32']}"

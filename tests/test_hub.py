@@ -1,4 +1,7 @@
-"""What goes to the HuggingFace hub: the card's metadata, and the upload; against a hub of our own on this machine."""
+"""What goes to the HuggingFace hub: the card's metadata, and the upload.
+
+Against a hub of our own on this machine.
+"""
 
 import json
 import threading
@@ -13,19 +16,37 @@ import report
 
 def rows(accuracy: float) -> list[dict]:
     measured = {"average_loss": 0.1234567, "accuracy": accuracy, "images": 133}
-    epoch = {"kind": "epoch", "epoch": 1, "best": True, "train_loss": 0.5, "images_per_second": 10.0, "seconds": 2.0}
-    run = {"kind": "run", "versions": {"torch": "2.5.1"}, "hardware": "CPU, 2 cores", "layout": "1 process", "date": "2026-01-01"}
+    epoch = {
+        "kind": "epoch",
+        "epoch": 1,
+        "best": True,
+        "train_loss": 0.5,
+        "images_per_second": 10.0,
+        "seconds": 2.0,
+    }
+    run = {
+        "kind": "run",
+        "versions": {"torch": "2.5.1"},
+        "hardware": "CPU, 2 cores",
+        "layout": "1 process",
+        "date": "2026-01-01",
+    }
     return [run, epoch | measured, {"kind": "test", "epoch": 1, **measured, "images": 128}]
 
 
 def test_card_metadata_is_what_the_hub_reads():
     settings = {"model_name_or_path": "google/vit-base-patch16-224", "dataset": "AI-Lab-Makerere/beans"}
     card = ModelCard(report.model_card(rows(0.984375), settings, ["a", "b"]))
-    assert card.data.base_model == "google/vit-base-patch16-224" and card.data.datasets == ["AI-Lab-Makerere/beans"]
+    assert card.data.base_model == "google/vit-base-patch16-224" and card.data.datasets == [
+        "AI-Lab-Makerere/beans"
+    ]
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-classification"
     found = {result.metric_type: result for result in card.data.eval_results}
     assert found["accuracy"].metric_value == 0.984375 and found["loss"].metric_value == 0.123457
-    assert found["accuracy"].dataset_type == "AI-Lab-Makerere/beans" and found["accuracy"].dataset_split == "test"
+    assert (
+        found["accuracy"].dataset_type == "AI-Lab-Makerere/beans"
+        and found["accuracy"].dataset_split == "test"
+    )
 
 
 def test_an_endpoint_that_is_no_address_does_not_answer(monkeypatch):
@@ -39,13 +60,17 @@ def test_names_of_folders_on_this_machine_stay_out_of_the_metadata(tmp_path):
     settings = {"model_name_or_path": str(folder), "dataset": str(folder)}
     metadata = report.model_card(rows(0.5), settings, ["a", "b"]).split("---")[1]
     assert str(tmp_path) not in metadata and "base_model" not in metadata
-    assert ModelCard(report.model_card(rows(0.5), settings, ["a"])).data.eval_results[0].dataset_type == "leaves"
+    assert (
+        ModelCard(report.model_card(rows(0.5), settings, ["a"])).data.eval_results[0].dataset_type == "leaves"
+    )
 
 
 @pytest.mark.parametrize("part", [{"fold": "1/5"}, {"max_eval_samples": 64}])
 def test_parts_of_a_split_are_no_result_of_it(part):
     settings = {"model_name_or_path": "google/vit-base-patch16-224", "dataset": "AI-Lab-Makerere/beans"}
-    text = report.model_card(rows(0.984375), settings | {name: None for name in ("fold", "max_eval_samples")} | part, ["a", "b"])
+    text = report.model_card(
+        rows(0.984375), settings | {name: None for name in ("fold", "max_eval_samples")} | part, ["a", "b"]
+    )
     card = ModelCard(text)
     assert card.data.datasets == ["AI-Lab-Makerere/beans"] and card.data.eval_results is None
     metadata, told = text.split("---", 2)[1:]
@@ -56,7 +81,9 @@ def test_parts_of_a_split_are_no_result_of_it(part):
 def test_a_part_held_out_of_train_is_no_split_of_the_set(tested):
     found = rows(0.75)[: 2 + tested]
     found[0] |= {"held_out": True}
-    card = ModelCard(report.model_card(found, {"model_name_or_path": "a/vit", "dataset": "a/leaves"}, ["a", "b"]))
+    card = ModelCard(
+        report.model_card(found, {"model_name_or_path": "a/vit", "dataset": "a/leaves"}, ["a", "b"])
+    )
     assert "Held-out part of the training split (133 images)" in card.text
     assert [result.dataset_split for result in card.data.eval_results or []] == ["test", "test"] * tested
 
@@ -69,11 +96,19 @@ class Hub(BaseHTTPRequestHandler):
         self.server.asked.append((self.path, body, self.headers.get("Authorization")))
         status, answer = 200, {}
         if self.server.refuses:
-            status, answer = 403, {"error": "You don't have the rights to create a model under this namespace"}
+            status, answer = (
+                403,
+                {"error": "You don't have the rights to create a model under this namespace"},
+            )
         elif self.path == "/api/repos/create":
             answer = {"url": f"http://{self.headers['Host']}/me/leaves"}
         elif "/preupload/" in self.path:
-            answer = {"files": [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]}
+            answer = {
+                "files": [
+                    {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for file in json.loads(body)["files"]
+                ]
+            }
         elif "/commit/" in self.path:
             answer = {"commitUrl": "https://huggingface.co/me/leaves/commit/0", "commitOid": "0"}
         self.send_response(status)

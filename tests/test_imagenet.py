@@ -1,6 +1,7 @@
-"""Training on a set of ImageNet's shape: configs, whole runs over the tree and over what was prepared of it, and what is wrong with a set.
+"""Training on a set of ImageNet's shape: configs, whole runs over the tree and over what was prepared of
+it, and what is wrong with a set.
 
-    python tests/test_imagenet.py FOLDER      runs the cases, as the fixture `runs` does
+python tests/test_imagenet.py FOLDER      runs the cases, as the fixture `runs` does
 """
 
 import io
@@ -35,12 +36,30 @@ def test_configs_fit_and_have_a_card(path):
     assert problems_of(path, world=8) == []
     config, _ = configs.load(str(path))
     vit = configs.model_config(config)  # ViT-S/16
-    assert (vit.image_size, vit.hidden_size, vit.num_hidden_layers, vit.intermediate_size, vit.num_labels) == (224, 384, 12, 1536, 1000)
+    assert (
+        vit.image_size,
+        vit.hidden_size,
+        vit.num_hidden_layers,
+        vit.intermediate_size,
+        vit.num_labels,
+    ) == (224, 384, 12, 1536, 1000)
     better = path.stem == "vit_s_16_better_baseline"
-    recipe = ("NUM_EPOCHS", "TOTAL_BATCH_SIZE", "LEARNING_RATE", "WEIGHT_DECAY", "WARMUP_EPOCHS", "WARMUP_STEPS", "clip_grad_norm")
-    assert [config[name] for name in recipe] == ([90, 1024, 1e-3, 0.1, None, 10_000, 1.0] if better else [300, 4096, 3e-3, 0.3, 32, None, 1.0])
+    recipe = (
+        "NUM_EPOCHS",
+        "TOTAL_BATCH_SIZE",
+        "LEARNING_RATE",
+        "WEIGHT_DECAY",
+        "WARMUP_EPOCHS",
+        "WARMUP_STEPS",
+        "clip_grad_norm",
+    )
+    assert [config[name] for name in recipe] == (
+        [90, 1024, 1e-3, 0.1, None, 10_000, 1.0] if better else [300, 4096, 3e-3, 0.3, 32, None, 1.0]
+    )
     assert (vit.model_type, vit.hidden_dropout_prob) == (("ijepa", 0.0) if better else ("vit", 0.1))
-    assert all(word in configs.docstring(str(path)) for word in ("Command", "Published", "Measured  ", path.stem))
+    assert all(
+        word in configs.docstring(str(path)) for word in ("Command", "Published", "Measured  ", path.stem)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the model
@@ -59,7 +78,11 @@ def test_mean_pooling_classifies_the_mean_of_the_patches_and_there_is_no_class_t
     with torch.no_grad():
         tokens = vit.base_model(pixel_values=pixels).last_hidden_state
         assert tokens.shape == (3, 9, 16)
-        assert torch.allclose(vit(pixel_values=pixels).logits, tokens.mean(1) @ vit.classifier.weight.T + vit.classifier.bias, atol=1e-6)
+        assert torch.allclose(
+            vit(pixel_values=pixels).logits,
+            tokens.mean(1) @ vit.classifier.weight.T + vit.classifier.bias,
+            atol=1e-6,
+        )
     assert model.build_vit(tiny()).base_model(pixel_values=pixels).last_hidden_state.shape == (3, 10, 16)
 
 
@@ -72,26 +95,47 @@ def test_fixed_positions_are_sines_and_cosines_of_the_place(pooling):
     assert positions[0, :-9].eq(0).all()
     for y in range(3):
         for x in range(3):
-            expected = [function(place / 10000 ** (i / 3)) for place in (x, y) for function in (np.sin, np.cos) for i in range(4)]
+            expected = [
+                function(place / 10000 ** (i / 3))
+                for place in (x, y)
+                for function in (np.sin, np.cos)
+                for i in range(4)
+            ]
             assert positions[0, -9 + 3 * y + x].tolist() == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(pooling):
-    """Products as in Trockman and Kolter (2023): query and key near the identity, value and output near its negative."""
+    """Products as in Trockman and Kolter (2023).
+
+    Query and key near the identity, value and output near its negative.
+    """
     torch.manual_seed(0)
     vit = model.build_vit(tiny(POOLING=pooling, HIDDEN_SIZE=64, NUM_HEADS=2))
-    others = {name: tensor.clone() for name, tensor in vit.state_dict().items() if ".attention." not in name and "position" not in name}
+    others = {
+        name: tensor.clone()
+        for name, tensor in vit.state_dict().items()
+        if ".attention." not in name and "position" not in name
+    }
     model.imitate_trained_attention(vit)
     for layer in vit.base_model.encoder.layer:
         attention, output = layer.attention.attention, layer.attention.output.dense
         for query, key in zip(attention.query.weight.split(32), attention.key.weight.split(32)):
             product = (query.T @ key).detach()  # of 64 dimensions the 32 that matter most
-            assert 0.3 < product.diagonal().mean() < 0.7 and (product - product.diagonal().diag()).mean().abs() < 0.01
+            assert (
+                0.3 < product.diagonal().mean() < 0.7
+                and (product - product.diagonal().diag()).mean().abs() < 0.01
+            )
         product = (output.weight @ attention.value.weight).detach()
         noise = (product + 0.4 * torch.eye(64)) / 0.4 * 64**0.5
-        assert noise.mean().abs() < 0.05 and noise.std().item() == pytest.approx(1, abs=0.03) and noise.abs().max() < 3**0.5 + 1e-3
-        assert torch.allclose(output.weight.norm(), attention.value.weight.norm(), rtol=1e-3)  # neither is the larger
+        assert (
+            noise.mean().abs() < 0.05
+            and noise.std().item() == pytest.approx(1, abs=0.03)
+            and noise.abs().max() < 3**0.5 + 1e-3
+        )
+        assert torch.allclose(
+            output.weight.norm(), attention.value.weight.norm(), rtol=1e-3
+        )  # neither is the larger
     positions = vit.base_model.embeddings.position_embeddings
     fixed = model.build_vit(vit.config)
     model.fix_positions(fixed)
@@ -99,7 +143,8 @@ def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(poolin
     assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in others.items())
 
 
-# ---------------------------------------------------------------------------------------------- what is wrong with a set
+# ---------------------------------------------------------------------------------------------- what is
+# wrong with a set
 
 
 @pytest.fixture(scope="module")
@@ -124,10 +169,18 @@ def test_set_that_is_not_whole_is_one_clear_error(tree, tmp_path):
         shutil.rmtree(broken)
         return str(caught.value)
 
-    assert f"the validation split has no images of class {wnid(3)}" in error(lambda: shutil.rmtree(broken / "val" / wnid(3)))
-    assert f"no training images of class {wnid(5)}" in error(lambda: [path.unlink() for path in (broken / "train" / wnid(5)).iterdir()])
-    assert f"class {wnid(5)} is in val/ but not in train/" in error(lambda: shutil.rmtree(broken / "train" / wnid(5)))
-    assert "has 7 classes, NUM_CLASSES is 8" in error(lambda: [shutil.rmtree(broken / split / wnid(5)) for split in ("train", "val")])
+    assert f"the validation split has no images of class {wnid(3)}" in error(
+        lambda: shutil.rmtree(broken / "val" / wnid(3))
+    )
+    assert f"no training images of class {wnid(5)}" in error(
+        lambda: [path.unlink() for path in (broken / "train" / wnid(5)).iterdir()]
+    )
+    assert f"class {wnid(5)} is in val/ but not in train/" in error(
+        lambda: shutil.rmtree(broken / "train" / wnid(5))
+    )
+    assert "has 7 classes, NUM_CLASSES is 8" in error(
+        lambda: [shutil.rmtree(broken / split / wnid(5)) for split in ("train", "val")]
+    )
 
     def flatten():
         for path in list((broken / "val").rglob("*.JPEG")):
@@ -140,29 +193,45 @@ def test_missing_class_folders_are_said_before_anything_starts(tree, tmp_path, m
     broken = shutil.copytree(tree, tmp_path / "tree")
     argv = ("--config", str(CONFIGS[-1]), "--output_path", str(tmp_path / "out"), "--set", "NUM_CLASSES=8")
     shutil.rmtree(broken / "val" / wnid(3))
-    assert f"DATA={broken}: the validation split has no images of class {wnid(3)}" in refused(monkeypatch, capsys, *argv, data=str(broken))
+    assert f"DATA={broken}: the validation split has no images of class {wnid(3)}" in refused(
+        monkeypatch, capsys, *argv, data=str(broken)
+    )
     shutil.rmtree(broken / "train" / wnid(3))
-    assert f"DATA={broken} has 7 classes, NUM_CLASSES is 8" in refused(monkeypatch, capsys, *argv, data=str(broken))
+    assert f"DATA={broken} has 7 classes, NUM_CLASSES is 8" in refused(
+        monkeypatch, capsys, *argv, data=str(broken)
+    )
 
 
 def test_validation_folder_is_evaluated_and_a_part_of_train_is_held_out(tree):
     images = streamed(tree, VALIDATION_FRACTION=0.1)
-    assert (len(images.train), len(images.minival), len(images.validation), images.test) == (104, 16, 24, None)
+    assert (len(images.train), len(images.minival), len(images.validation), images.test) == (
+        104,
+        16,
+        24,
+        None,
+    )
     assert images.train.sources is not None and images.validation.resized[0].shape == (3, 32, 32)
     assert not set(images.train.where) & set(images.minival.where)
 
 
 def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, monkeypatch):
-    values = {name: default for name, (default, _) in configs.NAMES.items()} | {"IMG_SIZE": 32, "NUM_CLASSES": 8}
+    values = {name: default for name, (default, _) in configs.NAMES.items()} | {
+        "IMG_SIZE": 32,
+        "NUM_CLASSES": 8,
+    }
     small = feed.open_feeds(str(tree), values, torch.device("cpu"))
     assert isinstance(small.train, feed.Resident) and small.normal != ((0.5,) * 3, (0.5,) * 3)
     monkeypatch.setattr(data, "LARGE", 50)
     large = feed.open_feeds(str(tree), values, torch.device("cpu"))
     assert isinstance(large.train, feed.Streamed) and isinstance(large.evaluated, feed.Resident)
-    assert large.normal == ((0.5,) * 3, (0.5,) * 3) and any("MEAN and STD: 0.5" in note for note in large.notes)
+    assert large.normal == ((0.5,) * 3, (0.5,) * 3) and any(
+        "MEAN and STD: 0.5" in note for note in large.notes
+    )
     order = [[(0, i) for i in range(40)]]
     (expected,), (batch,) = small.train.batches(order), large.train.batches(order)
-    assert torch.equal(batch["pixel_values"], expected["pixel_values"]) and torch.equal(batch["labels"], expected["labels"])
+    assert torch.equal(batch["pixel_values"], expected["pixel_values"]) and torch.equal(
+        batch["labels"], expected["labels"]
+    )
 
 
 def test_synthetic_images_need_no_files(monkeypatch, capsys):
@@ -171,7 +240,11 @@ def test_synthetic_images_need_no_files(monkeypatch, capsys):
     assert "DATA=synthetic:many: must be synthetic, or synthetic:N" in said
     split = feed.Synthetic(3000, 8, 5, torch.device("cpu"))
     batch = split.batch([(0, 0), (0, 2999), (0, -1)])
-    assert len(split) == 3000 and batch["pixel_values"].shape == (3, 3, 8, 8) and batch["labels"][2] == data.IGNORE
+    assert (
+        len(split) == 3000
+        and batch["pixel_values"].shape == (3, 3, 8, 8)
+        and batch["labels"][2] == data.IGNORE
+    )
 
 
 def test_streamed_batches_are_those_of_the_loader_then_augmented_by_their_own_draws(tree):
@@ -182,7 +255,12 @@ def test_streamed_batches_are_those_of_the_loader_then_augmented_by_their_own_dr
     augment = cifar.Augment(42, 32, rand_augment=(2, 9, 31))
     order = [[(e, i) for i in range(first, first + 30)] for e, first in ((0, 0), (0, 30), (1, 0))]
     plain = feed.Streamed(images.train, resize, crop, False, 0, device).batches(order)
-    for pairs, expected, batch in zip(order, plain, feed.Streamed(images.train, resize, crop, False, 2, device).batches(order, augment), strict=True):
+    for pairs, expected, batch in zip(
+        order,
+        plain,
+        feed.Streamed(images.train, resize, crop, False, 2, device).batches(order, augment),
+        strict=True,
+    ):
         index = torch.tensor([image for _, image in pairs])
         assert torch.equal(batch["pixel_values"], augment(expected["pixel_values"], pairs[0][0], index))
         assert batch["labels"].tolist() == images.train.labels[index].tolist()
@@ -191,9 +269,28 @@ def test_streamed_batches_are_those_of_the_loader_then_augmented_by_their_own_dr
 # ---------------------------------------------------------------------------------------------- runs
 
 # 120 images less 1 of each class, 16 a step: 7 steps, two epochs
-SIZES = ["IMG_SIZE=32", "PATCH_SIZE=8", "HIDDEN_SIZE=32", "DEPTH=2", "NUM_HEADS=2", "NUM_CLASSES=8", "TOTAL_BATCH_SIZE=16", "LEARNING_RATE=0.005"]
+SIZES = [
+    "IMG_SIZE=32",
+    "PATCH_SIZE=8",
+    "HIDDEN_SIZE=32",
+    "DEPTH=2",
+    "NUM_HEADS=2",
+    "NUM_CLASSES=8",
+    "TOTAL_BATCH_SIZE=16",
+    "LEARNING_RATE=0.005",
+]
 BETTER = [*SIZES, "NUM_EPOCHS=2", "WARMUP_STEPS=3", "NUM_WORKERS=1"]
-ONE_EPOCH = [*SIZES, "NUM_EPOCHS=1", "WARMUP_EPOCHS=0.5", "DROPOUT=0", "MIXUP=0.4", "CUTMIX=1.0", "fp16=None", "gradient_accumulation=1", "NUM_WORKERS=0"]
+ONE_EPOCH = [
+    *SIZES,
+    "NUM_EPOCHS=1",
+    "WARMUP_EPOCHS=0.5",
+    "DROPOUT=0",
+    "MIXUP=0.4",
+    "CUTMIX=1.0",
+    "fp16=None",
+    "gradient_accumulation=1",
+    "NUM_WORKERS=0",
+]
 
 
 def run_cases(root: Path) -> None:
@@ -225,7 +322,9 @@ def runs(tree) -> Path:
     return run_all(__file__, tree.parent)
 
 
-@pytest.mark.parametrize("name, processes", [("whole", 2), ("skipped", 2), ("serial", 1), ("1d", 2), ("synthetic", 1)])
+@pytest.mark.parametrize(
+    "name, processes", [("whole", 2), ("skipped", 2), ("serial", 1), ("1d", 2), ("synthetic", 1)]
+)
 def test_run_ends_well(runs, name, processes):
     assert statuses(runs / name) == [[0] * processes], log_of(runs / name)
     images = 16 if name == "synthetic" else 24
@@ -234,9 +333,13 @@ def test_run_ends_well(runs, name, processes):
 
 def test_run_over_the_tree_learns_and_reports_both_splits(runs):
     first, last = rows(runs / "whole")
-    assert last["average_loss"] < first["average_loss"] < 2.2  # log 8 = 2.08; mixed training losses say little
+    assert (
+        last["average_loss"] < first["average_loss"] < 2.2
+    )  # log 8 = 2.08; mixed training losses say little
     assert last["minival_images"] == 8 and 0 <= last["minival_accuracy"] <= 1
-    assert "train 112, validation 24 images of 8 classes, 32 px, read by 1 worker(s)" in log_of(runs / "whole")
+    assert "train 112, validation 24 images of 8 classes, 32 px, read by 1 worker(s)" in log_of(
+        runs / "whole"
+    )
 
 
 def test_stopped_run_meets_a_truncated_image_and_goes_on_as_if_nothing_had_been(runs):
@@ -247,10 +350,18 @@ def test_stopped_run_meets_a_truncated_image_and_goes_on_as_if_nothing_had_been(
     assert set(stopped) == {128 + signal.SIGTERM} and 0 not in broken and set(resumed) == {0}, said
     assert said.count("epoch 2, step 1 of 7") == 2
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
-    for part in ("unreadable image", f"{wnid(1)}_65.JPEG", "--skip_bad_images", "The last checkpoint stays", "--resume auto"):
+    for part in (
+        "unreadable image",
+        f"{wnid(1)}_65.JPEG",
+        "--skip_bad_images",
+        "The last checkpoint stays",
+        "--resume auto",
+    ):
         assert part in line
     for expected, row in zip(rows(runs / "whole"), rows(runs / "resumed"), strict=True):
-        assert (row["train_loss"], row["average_loss"]) == pytest.approx((expected["train_loss"], expected["average_loss"]), abs=1e-6)
+        assert (row["train_loss"], row["average_loss"]) == pytest.approx(
+            (expected["train_loss"], expected["average_loss"]), abs=1e-6
+        )
     expected, weights = (load_file(runs / name / "model.safetensors") for name in ("whole", "resumed"))
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
@@ -258,7 +369,11 @@ def test_stopped_run_meets_a_truncated_image_and_goes_on_as_if_nothing_had_been(
 def test_truncated_image_is_skipped_and_counted(runs):
     (row,) = rows(runs / "skipped")
     said = log_of(runs / "skipped")
-    assert row["skipped_images"] == 1 and "1 unreadable training image(s) skipped" in said and f"{wnid(1)}_65.JPEG" in said
+    assert (
+        row["skipped_images"] == 1
+        and "1 unreadable training image(s) skipped" in said
+        and f"{wnid(1)}_65.JPEG" in said
+    )
     assert row["train_loss"] == pytest.approx(rows(runs / "whole")[0]["train_loss"], abs=0.1)
 
 
@@ -272,7 +387,9 @@ def test_synthetic_run_says_that_its_accuracy_means_nothing(runs):
     assert "the accuracy means nothing" in log_of(runs / "synthetic")
 
 
-@pytest.mark.parametrize("name, kind", [("whole", "IJepaForImageClassification"), ("serial", "ViTForImageClassification")])
+@pytest.mark.parametrize(
+    "name, kind", [("whole", "IJepaForImageClassification"), ("serial", "ViTForImageClassification")]
+)
 def test_result_opens_with_transformers_alone_and_judges_alike(runs, name, kind):
     from transformers import pipeline
 
@@ -280,11 +397,16 @@ def test_result_opens_with_transformers_alone_and_judges_alike(runs, name, kind)
 
     said = io.StringIO()
     with redirect_stdout(said):
-        assert vit_predict.main(["--model", str(runs / name), "--format", "json", str(runs / "tree" / "val")]) == 0
+        assert (
+            vit_predict.main(["--model", str(runs / name), "--format", "json", str(runs / "tree" / "val")])
+            == 0
+        )
     guesses = json.loads(said.getvalue())
     right = sum(guess["predictions"][0]["label"] == Path(guess["image"]).parent.name for guess in guesses)
     assert right / 24 == pytest.approx(rows(runs / name)[-1]["accuracy"])
-    (best,) = pipeline("image-classification", model=str(runs / name), use_fast=False)(guesses[0]["image"], top_k=1)
+    (best,) = pipeline("image-classification", model=str(runs / name), use_fast=False)(
+        guesses[0]["image"], top_k=1
+    )
     assert best["label"] == guesses[0]["predictions"][0]["label"]
     assert json.loads((runs / name / "config.json").read_text())["architectures"] == [kind]
 
@@ -295,7 +417,9 @@ def test_fixed_positions_stay_as_they_are(runs):
     weights = load_file(runs / "whole" / "model.safetensors")
     vit = model.build_vit(tiny(POOLING="mean", IMG_SIZE=32, HIDDEN_SIZE=32))
     model.fix_positions(vit)
-    assert torch.equal(weights["ijepa.embeddings.position_embeddings"], vit.base_model.embeddings.position_embeddings)
+    assert torch.equal(
+        weights["ijepa.embeddings.position_embeddings"], vit.base_model.embeddings.position_embeddings
+    )
 
 
 if __name__ == "__main__":

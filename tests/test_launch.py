@@ -1,4 +1,7 @@
-"""launch.sh and launch.py: environment, GPUs, ports, and processes that get their arguments whole and end when told."""
+"""launch.sh and launch.py.
+
+Environment, GPUs, ports, and processes that get their arguments whole and end when told.
+"""
 
 import json
 import os
@@ -18,7 +21,7 @@ AWKWARD = [
     "plain",
     "two words",
     "",
-    "it's \"quoted\" \\ and `touch ran`",
+    'it\'s "quoted" \\ and `touch ran`',
     "$(touch ran)",
     "a;touch ran",
     "&& touch ran #",
@@ -66,10 +69,17 @@ def home(tmp_path):
 
 
 def settings(home, **env):
-    clean = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "RANK", "WORLD_SIZE")}
+    clean = {
+        k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "RANK", "WORLD_SIZE")
+    }
     for name in "GPUNUM LAUNCHER MASTER_PORT MASTER_ADDR HOSTFILE LAUNCH_ARGS NNODES INSTALL NEEDED".split():
         clean.pop(name, None)
-    clean |= {"PYTHON": sys.executable, "INSTALL": "0", "CUDA_VISIBLE_DEVICES": "", "SEEN": str(home.parent / "seen")}
+    clean |= {
+        "PYTHON": sys.executable,
+        "INSTALL": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "SEEN": str(home.parent / "seen"),
+    }
     return {k: v for k, v in (clean | env).items() if v is not None}
 
 
@@ -90,7 +100,9 @@ def start(home, **env):
         ["bash", "-c", f'source "$0/launch.sh"; {LAUNCH}', str(home)],
         **dict(cwd=home.parent, env=settings(home, WAIT="1", **env), start_new_session=True),
         **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"),
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored where the tests run in the background
+        preexec_fn=lambda: signal.signal(
+            signal.SIGINT, signal.SIG_DFL
+        ),  # ignored where the tests run in the background
     )
     deadline = time.monotonic() + 90
     while len(list((home.parent / "seen").glob("*.json"))) < 2:
@@ -172,7 +184,9 @@ def test_several_machines_get_the_environment_and_fail_together(home):
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
-    env = dict(HOSTFILE="../hosts", MASTER_PORT=port, GPUNUM="1", AWKWARD=AWKWARD[3] + "\n$(touch ran)", FAILS="1")
+    env = dict(
+        HOSTFILE="../hosts", MASTER_PORT=port, GPUNUM="1", AWKWARD=AWKWARD[3] + "\n$(touch ran)", FAILS="1"
+    )
     done = call(home, LAUNCH, "two words", **env)
     ranks = seen(home)
     assert [rank["env"]["WORLD_SIZE"] for rank in ranks] == ["2", "2"], done.stderr
@@ -243,9 +257,14 @@ def test_gpus(home, tmp_path):
         pytest.skip("needs a C compiler, for a driver that says there are two GPUs")
     code = "int cuInit(int flags) { return 0; } int cuDeviceGetCount(int *n) { *n = 2; return 0; }"
     library = str(tmp_path / "libcuda.so.1")
-    subprocess.run([compiler, "-shared", "-fPIC", "-x", "c", "-o", library, "-"], input=code.encode(), check=True)
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-x", "c", "-o", library, "-"], input=code.encode(), check=True
+    )
     for wanted, processes in {None: "1", "auto": "1", "all": "2", "2": "2"}.items():
-        assert call(home, "count_processes", GPUNUM=wanted, LD_LIBRARY_PATH=str(tmp_path)).stdout.strip() == processes
+        assert (
+            call(home, "count_processes", GPUNUM=wanted, LD_LIBRARY_PATH=str(tmp_path)).stdout.strip()
+            == processes
+        )
     done = call(home, "count_processes", GPUNUM="3", LD_LIBRARY_PATH=str(tmp_path))
     assert done.returncode == 2 and "GPUNUM=3 is more than the GPUs" in done.stderr
 

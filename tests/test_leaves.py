@@ -11,7 +11,9 @@ SIZES = {"train": 9, "test": 4}
 
 
 def contents(root):
-    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
+    }
 
 
 def test_the_same_arguments_give_the_same_files(tmp_path):
@@ -19,8 +21,11 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
     assert first == contents(write_leaves(tmp_path / "b", SIZES))
     assert first != contents(write_leaves(tmp_path / "c", SIZES, seed=43))
     assert sorted(name for name in first if name.startswith("test")) == [
-        "test/angular_leaf_spot/0000.jpg", "test/angular_leaf_spot/0001.jpg", "test/bean_rust/0000.jpg", "test/healthy/0000.jpg",
-    ]  # fmt: skip
+        "test/angular_leaf_spot/0000.jpg",
+        "test/angular_leaf_spot/0001.jpg",
+        "test/bean_rust/0000.jpg",
+        "test/healthy/0000.jpg",
+    ]
     assert Image.open(tmp_path / "a" / "train" / "healthy" / "0000.jpg").format == "JPEG"
 
 
@@ -44,7 +49,10 @@ def linear_accuracy(features: np.ndarray, labels: np.ndarray, held_out: int) -> 
 
     def closure():
         optimizer.zero_grad()
-        loss = torch.nn.functional.cross_entropy(linear(x[held_out:]), y[held_out:]) + 3e-3 * linear.weight.square().sum()
+        loss = (
+            torch.nn.functional.cross_entropy(linear(x[held_out:]), y[held_out:])
+            + 3e-3 * linear.weight.square().sum()
+        )
         loss.backward()
         return loss
 

@@ -12,16 +12,26 @@ LABELS = ["a", "b", "c"]
 
 
 def test_presets_have_the_published_sizes():
-    """Parameters with 1,000 classes, from Dosovitskiy et al. (2021) and Touvron et al. (2021) to the last one."""
+    """Parameters with 1,000 classes, from Dosovitskiy et al. (2021) and Touvron et al.
+
+    (2021) to the last one.
+    """
     from transformers import ViTForImageClassification
 
-    expected = {"vit-tiny-patch16-224": 5_717_416, "vit-small-patch16-224": 22_050_664, "vit-base-patch16-224": 86_567_656,
-                "vit-large-patch16-224": 304_326_632, "vit-base-patch16-384": 86_859_496}  # fmt: skip
+    expected = {
+        "vit-tiny-patch16-224": 5_717_416,
+        "vit-small-patch16-224": 22_050_664,
+        "vit-base-patch16-224": 86_567_656,
+        "vit-large-patch16-224": 304_326_632,
+        "vit-base-patch16-384": 86_859_496,
+    }
     for name, count in expected.items():
         with torch.device("meta"):
             model = ViTForImageClassification(vit.PRESETS[name].config(1000))
         assert sum(p.numel() for p in model.parameters()) == count, name
-    assert {f"vit-{size}-patch16-{pixels}" for size in ("tiny", "small", "base", "large") for pixels in (224, 384)} <= vit.PRESETS.keys()
+    assert {
+        f"vit-{size}-patch16-{pixels}" for size in ("tiny", "small", "base", "large") for pixels in (224, 384)
+    } <= vit.PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", ["vit-demo", "vit-lite-7-4"])
@@ -39,7 +49,11 @@ def test_small_presets_take_their_own_size(name):
 
 def test_preset_is_found_behind_a_hub_name():
     base = vit.PRESETS["vit-base-patch16-224"]
-    assert vit.known_architecture("google/vit-base-patch16-224-in21k") == base == vit.known_architecture("vit-base-patch16-224")
+    assert (
+        vit.known_architecture("google/vit-base-patch16-224-in21k")
+        == base
+        == vit.known_architecture("vit-base-patch16-224")
+    )
     assert vit.known_architecture("google/other") is None
 
 
@@ -72,7 +86,9 @@ def test_drop_path_skips_whole_branches_of_single_images_in_training_only():
     layer, same = model.vit.encoder.layer[3], plain.vit.encoder.layer[3]
     x = torch.randn(4000, 2, 32)
     with torch.no_grad():
-        assert torch.equal(model.eval()(torch.ones(1, 3, 16, 16)).logits, plain.eval()(torch.ones(1, 3, 16, 16)).logits)
+        assert torch.equal(
+            model.eval()(torch.ones(1, 3, 16, 16)).logits, plain.eval()(torch.ones(1, 3, 16, 16)).logits
+        )
         model.train()
         difference = (layer(x)[0] - x).abs().amax((1, 2))
         branch = layer.attention.output(x, x)
@@ -129,7 +145,11 @@ def test_image_size_changes_model_and_processor_and_is_said(tmp_path):
 
 
 def weights_are(model, saved, but=()):
-    return all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items() if not name.startswith(but))
+    return all(
+        torch.equal(tensor, saved[name])
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(but)
+    )
 
 
 def test_other_class_count_gets_a_fresh_head_and_keeps_the_rest(tmp_path):
@@ -142,7 +162,12 @@ def test_other_class_count_gets_a_fresh_head_and_keeps_the_rest(tmp_path):
 
 
 def test_same_classes_keep_their_head_and_other_names_do_not(tmp_path):
-    save_tiny_vit(tmp_path, labels=3, id2label=dict(enumerate(LABELS)), label2id={name: i for i, name in enumerate(LABELS)})
+    save_tiny_vit(
+        tmp_path,
+        labels=3,
+        id2label=dict(enumerate(LABELS)),
+        label2id={name: i for i, name in enumerate(LABELS)},
+    )
     from transformers import ViTForImageClassification
 
     saved = ViTForImageClassification.from_pretrained(tmp_path).state_dict()
@@ -180,7 +205,11 @@ def test_other_architecture_is_refused_by_name(tmp_path):
 def test_weights_of_something_else_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    save_file({"some.weight": torch.zeros(2)}, save_tiny_vit(tmp_path) / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {"some.weight": torch.zeros(2)},
+        save_tiny_vit(tmp_path) / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(ValueError, match="lacks .* weights of a ViT"):
         vit.load_model(str(tmp_path), LABELS)
 
@@ -194,8 +223,12 @@ def test_labels_are_padded_to_tp_and_trimmed_on_export(tmp_path, tp, rows):
     assert state["classifier.weight"].shape == (rows, 32) and not state["classifier.weight"][3:].any()
     pixels = torch.randn(2, 3, 16, 16)
     expected = loaded.model.eval()(pixels).logits[:, :3]
-    vit.export({name: tensor.half().float() if tp == 1 else tensor for name, tensor in state.items()}, loaded.model.config,
-               loaded.processor, tmp_path / "out")  # fmt: skip
+    vit.export(
+        {name: tensor.half().float() if tp == 1 else tensor for name, tensor in state.items()},
+        loaded.model.config,
+        loaded.processor,
+        tmp_path / "out",
+    )
     exported = ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
     assert exported.config.num_labels == 3 and exported.config.id2label == dict(enumerate(LABELS))
     assert torch.allclose(exported(pixels).logits, expected, atol=2e-3 if tp == 1 else 1e-6)
@@ -207,8 +240,14 @@ def test_export_writes_fp32_safetensors_and_nothing_else(tmp_path):
     loaded = vit.load_model(str(save_tiny_vit(tmp_path / "in")), LABELS)
     half = {name: tensor.bfloat16() for name, tensor in loaded.model.state_dict().items()}
     vit.export(half, loaded.model.config, loaded.processor, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors", "preprocessor_config.json"]
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float32}
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
+    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
+        torch.float32
+    }
 
 
 def test_biases_norms_and_embeddings_are_not_decayed():
@@ -219,7 +258,14 @@ def test_biases_norms_and_embeddings_are_not_decayed():
     decayed, rest = parameter_groups(model, 0.3)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
-    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]} == {"projection", "query", "key", "value", "dense", "classifier"}
+    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]} == {
+        "projection",
+        "query",
+        "key",
+        "value",
+        "dense",
+        "classifier",
+    }
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])
     assert decayed["lr_scale"] == rest["lr_scale"] == 1
 
@@ -228,9 +274,19 @@ def test_learning_rates_fall_from_the_head_to_the_embeddings():
     from plugins import parameter_groups
 
     model = tiny_vit()
-    scales = {id(param): group["lr_scale"] for group in parameter_groups(model, 0.3, 0.5) for param in group["params"]}
+    scales = {
+        id(param): group["lr_scale"]
+        for group in parameter_groups(model, 0.3, 0.5)
+        for param in group["params"]
+    }
     assert len(scales) == len(list(model.parameters()))
-    expected = {"classifier": 1, "vit.layernorm": 1, "vit.encoder.layer.3": 0.5, "vit.encoder.layer.0": 0.5**4, "vit.embeddings": 0.5**5}
+    expected = {
+        "classifier": 1,
+        "vit.layernorm": 1,
+        "vit.encoder.layer.3": 0.5,
+        "vit.encoder.layer.0": 0.5**4,
+        "vit.embeddings": 0.5**5,
+    }
     for name, param in model.named_parameters():
         for prefix, scale in expected.items():
             assert not name.startswith(prefix) or scales[id(param)] == scale, name
@@ -248,7 +304,9 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
     plain = vit.build_vit(vit.mean_pooled(config) if pooling == "mean" else config)
     faster = deepcopy(plain)
     use_larger_products(faster)
-    pixels = torch.randn(3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1))
+    pixels = torch.randn(
+        3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1)
+    )
     logits = [model.train()(pixel_values=pixels).logits for model in (plain, faster)]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-6, rtol=1e-5)
     for each in logits:

@@ -1,4 +1,7 @@
-"""Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does (cases: parallel_cases.py)."""
+"""Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does (cases.
+
+Parallel_cases.py).
+"""
 
 import copy
 import functools
@@ -7,27 +10,70 @@ import pytest
 import torch
 import torch.nn.functional as F
 from data import Schedule
-from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, MAX_NORM, WEIGHT_DECAY, in_memory_images, tiny_vit
+from helpers import (
+    EMA,
+    LABEL_SMOOTHING,
+    LAYER_DECAY,
+    LEARNING_RATES,
+    MAX_NORM,
+    WEIGHT_DECAY,
+    in_memory_images,
+    tiny_vit,
+)
 from layout import Layout
 
 # Largest difference of a loss (values near 1) over six steps, measured: fp32 1e-6, fp16 1.5e-4, bf16 1.2e-3.
 # A wrong learning rate, clip or average moves the losses by 1e-2 or more.
 BOUNDS = {"fp32": 2e-5, "fp16": 5e-4, "bf16": 2.5e-3}
 
-PLAIN = ("ddp", "zero1", "zero2", "ddp bf16", "ddp fp16", "zero1 bf16", "zero1 fp16", "zero2 bf16", "gemini bf16", "gemini fp16")
+PLAIN = (
+    "ddp",
+    "zero1",
+    "zero2",
+    "ddp bf16",
+    "ddp fp16",
+    "zero1 bf16",
+    "zero1 fp16",
+    "zero2 bf16",
+    "gemini bf16",
+    "gemini fp16",
+)
 NAMES = {
     1: (*PLAIN, "hybrid", "hybrid fp16"),
-    2: (*PLAIN, "tp2", "pp2", "pp2 of 4 micro-batches", "hybrid dp2", "tp2 bf16", "pp2 fp16", "hybrid zero1 bf16", "hybrid zero2 fp16"),
-    4: ("ddp", "zero1", "gemini bf16", "tp4", "pp4", "tp2 pp2", "dp2 tp2", "dp2 pp2", "dp2 tp2 zero1 bf16", "dp2 pp2 zero1 bf16"),
-}  # fmt: skip
+    2: (
+        *PLAIN,
+        "tp2",
+        "pp2",
+        "pp2 of 4 micro-batches",
+        "hybrid dp2",
+        "tp2 bf16",
+        "pp2 fp16",
+        "hybrid zero1 bf16",
+        "hybrid zero2 fp16",
+    ),
+    4: (
+        "ddp",
+        "zero1",
+        "gemini bf16",
+        "tp4",
+        "pp4",
+        "tp2 pp2",
+        "dp2 tp2",
+        "dp2 pp2",
+        "dp2 tp2 zero1 bf16",
+        "dp2 pp2 zero1 bf16",
+    ),
+}
 EVERY = [(processes, name) for processes, names in NAMES.items() for name in names]
 
 
 @functools.cache
 def plain_training(max_norm: float, recipe: bool = False) -> dict:
-    """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW, clipping.
+    """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW,
+    clipping.
 
-    ``recipe``: label smoothing, learning rates that fall from layer to layer, and evaluation of averaged weights.
+    ``recipe``: label smoothing, learning rates that fall from layer to layer, and evaluation of averaged
+    weights.
     """
     train, held_out = in_memory_images(22), in_memory_images(13, seed=2)
 
@@ -41,16 +87,29 @@ def plain_training(max_norm: float, recipe: bool = False) -> dict:
     others = [p for p in model.parameters() if all(p is not q for q in decayed)]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     if recipe:  # a group for each parameter
-        below = {"classifier": 0, "vit.layernorm": 0, "vit.embeddings": 5} | {f"vit.encoder.layer.{i}": 4 - i for i in range(4)}
+        below = {"classifier": 0, "vit.layernorm": 0, "vit.embeddings": 5} | {
+            f"vit.encoder.layer.{i}": 4 - i for i in range(4)
+        }
         groups = [
-            {"params": [p], "weight_decay": WEIGHT_DECAY * any(p is q for q in decayed), "scale": LAYER_DECAY**count}
-            for n, p in model.named_parameters() for prefix, count in below.items() if n.startswith(prefix)
-        ]  # fmt: skip
+            {
+                "params": [p],
+                "weight_decay": WEIGHT_DECAY * any(p is q for q in decayed),
+                "scale": LAYER_DECAY**count,
+            }
+            for n, p in model.named_parameters()
+            for prefix, count in below.items()
+            if n.startswith(prefix)
+        ]
         assert len(groups) == len(list(model.parameters()))
     optimizer, average = torch.optim.AdamW(groups), copy.deepcopy(model)
     rates, losses, evaluations, norms = iter(LEARNING_RATES), [], [], []
     for epoch in range(2):
-        order = [image for step in Schedule(22, 8, 1, Layout(1), 5).batches(epoch) for _, image in step if image >= 0]
+        order = [
+            image
+            for step in Schedule(22, 8, 1, Layout(1), 5).batches(epoch)
+            for _, image in step
+            if image >= 0
+        ]
         for start in (0, 8, 16):
             x, y = batch(train, order[start : start + 8])
             rate = next(rates)
@@ -91,7 +150,9 @@ def test_the_clipping_compared_below_is_active_in_some_steps_only():
     assert max(difference) > 4 * BOUNDS["bf16"]
 
 
-@pytest.mark.parametrize("processes, name", [(n, c) for n, c in EVERY if n < 4 and (c[-2:] != "16" or "gemini" in c)])
+@pytest.mark.parametrize(
+    "processes, name", [(n, c) for n, c in EVERY if n < 4 and (c[-2:] != "16" or "gemini" in c)]
+)
 def test_losses_equal_plain_pytorch(launched, processes, name):
     assert_same(launched(processes)[f"train {name}"], plain_training(0), bound(name))
 
@@ -106,11 +167,15 @@ def test_two_micro_steps_of_half_the_batch_equal_one_step(launched, processes, n
     assert_same(launched(processes)[f"train {name}, accumulated"], plain_training(MAX_NORM), bound(name))
 
 
-@pytest.mark.parametrize("processes, name", [case for case in EVERY if "pp2 zero1" not in case[1]])  # refused: args.py
+@pytest.mark.parametrize(
+    "processes, name", [case for case in EVERY if "pp2 zero1" not in case[1]]
+)  # refused: args.py
 def test_layer_decay_weight_average_and_label_smoothing_equal_plain_pytorch(launched, processes, name):
     expected = plain_training(MAX_NORM, recipe=True)
     # that each of the three is seen: none of these losses is the plain training's
-    assert min(abs(a - b) for a, b in zip(expected["losses"], plain_training(MAX_NORM)["losses"])) > 2 * bound(name)
+    assert min(
+        abs(a - b) for a, b in zip(expected["losses"], plain_training(MAX_NORM)["losses"])
+    ) > 2 * bound(name)
     result = launched(processes)[f"train {name}, recipe"]
     assert_same(result, expected, bound(name))
     # what is exported is what was evaluated; 16-bit weights round the same averages on their way
@@ -119,17 +184,37 @@ def test_layer_decay_weight_average_and_label_smoothing_equal_plain_pytorch(laun
 
 @pytest.mark.parametrize(
     "processes, name",
-    [(1, "ddp"), (1, "zero1"), (1, "gemini bf16"), (1, "hybrid"), (2, "ddp"), (2, "zero1"), (2, "gemini bf16"), (2, "tp2"), (2, "pp2")],
-)  # fmt: skip
+    [
+        (1, "ddp"),
+        (1, "zero1"),
+        (1, "gemini bf16"),
+        (1, "hybrid"),
+        (2, "ddp"),
+        (2, "zero1"),
+        (2, "gemini bf16"),
+        (2, "tp2"),
+        (2, "pp2"),
+    ],
+)
 def test_gradient_checkpointing_changes_nothing(launched, processes, name):
     plain, recomputed = launched(processes)[f"train {name}"], launched(processes)[f"train {name}, recomputed"]
     assert recomputed["losses"] == pytest.approx(plain["losses"], abs=1e-6)
 
 
 EVALUATIONS = [
-    (1, "ddp"), (1, "zero1"), (1, "hybrid"), (2, "ddp"), (2, "zero1"), (2, "tp2"), (2, "pp2"),
-    (4, "ddp"), (4, "tp4"), (4, "pp4"), (4, "tp2 pp2"), (4, "dp2 pp2"),
-]  # fmt: skip
+    (1, "ddp"),
+    (1, "zero1"),
+    (1, "hybrid"),
+    (2, "ddp"),
+    (2, "zero1"),
+    (2, "tp2"),
+    (2, "pp2"),
+    (4, "ddp"),
+    (4, "tp4"),
+    (4, "pp4"),
+    (4, "tp2 pp2"),
+    (4, "dp2 pp2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +225,9 @@ def plain_evaluation(shared):
 
     files = sorted((shared / "images" / "validation").glob("*/*.png"))
     classes = sorted({path.parent.name for path in files})
-    model = ViTForImageClassification.from_pretrained(shared / "model", num_labels=3, ignore_mismatched_sizes=True).eval()
+    model = ViTForImageClassification.from_pretrained(
+        shared / "model", num_labels=3, ignore_mismatched_sizes=True
+    ).eval()
     torch.manual_seed(9)
     with torch.no_grad():
         model.classifier.weight[:] = torch.randn(3, 32) * 0.5
@@ -154,15 +241,20 @@ def plain_evaluation(shared):
 
 
 @pytest.mark.parametrize("processes, name", EVALUATIONS)
-def test_evaluation_equals_transformers_and_never_predicts_padding(launched, plain_evaluation, processes, name):
+def test_evaluation_equals_transformers_and_never_predicts_padding(
+    launched, plain_evaluation, processes, name
+):
     loss, correct, count = plain_evaluation
     result = launched(processes)[f"evaluate {name}"]
     assert result["images"] == count == 13
-    # with tp 2 and 4 there is a padding logit of 0 beside true ones near -100: it must not win, nor enter the loss
+    # with tp 2 and 4 there is a padding logit of 0 beside true ones near -100: it must not win, nor enter
+    # the loss
     assert result["accuracy"] == correct / count and 0 < correct < count
     assert result["average_loss"] == pytest.approx(loss, abs=1e-4)
 
 
 @pytest.mark.parametrize("processes, name", EVALUATIONS)
 def test_evaluation_that_misses_an_image_is_an_error(launched, processes, name):
-    assert launched(processes)[f"evaluate {name}"]["wrong_count"] == "evaluation counted 13 images instead of 14"
+    assert (
+        launched(processes)[f"evaluate {name}"]["wrong_count"] == "evaluation counted 13 images instead of 14"
+    )

@@ -38,14 +38,21 @@ def expected(folder, path):
     from transformers import pipeline
 
     classify = pipeline("image-classification", model=str(folder / "model"), device="cpu", use_fast=False)
-    return [(row["label"], row["score"]) for row in classify(Image.open(folder / path).convert("RGB"), top_k=3)]
+    return [
+        (row["label"], row["score"]) for row in classify(Image.open(folder / path).convert("RGB"), top_k=3)
+    ]
 
 
 def test_json_equals_transformers_pipeline(predict, folder):
     code, out, err = predict("images", "--topk", "3", "--format", "json", "--batch_size", "3")
     rows = json.loads(out)
     assert code == 0 and err == ""
-    assert [row["image"] for row in rows] == ["images/deep/0.png", "images/deep/1.png", "images/deep/2.png", "images/grey.jpg"]
+    assert [row["image"] for row in rows] == [
+        "images/deep/0.png",
+        "images/deep/1.png",
+        "images/deep/2.png",
+        "images/grey.jpg",
+    ]
     for row in rows:
         for found, (label, score) in zip(row["predictions"], expected(folder, row["image"]), strict=True):
             assert found["label"] == label and found["probability"] == pytest.approx(score, abs=1e-5)
@@ -55,9 +62,14 @@ def test_csv_has_a_row_for_each_rank(predict):
     code, out, _ = predict("images/grey.jpg", "images/deep/0.png", "--topk", "2", "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert code == 0 and [(row["image"], row["rank"]) for row in rows] == [
-        ("images/grey.jpg", "1"), ("images/grey.jpg", "2"), ("images/deep/0.png", "1"), ("images/deep/0.png", "2"),
-    ]  # fmt: skip
-    assert float(rows[0]["probability"]) > float(rows[1]["probability"]) and rows[0]["label"].startswith("kind ")
+        ("images/grey.jpg", "1"),
+        ("images/grey.jpg", "2"),
+        ("images/deep/0.png", "1"),
+        ("images/deep/0.png", "2"),
+    ]
+    assert float(rows[0]["probability"]) > float(rows[1]["probability"]) and rows[0]["label"].startswith(
+        "kind "
+    )
 
 
 def test_table_has_a_line_for_each_image(predict):
@@ -79,7 +91,10 @@ def test_bad_image_is_reported_and_the_rest_go_on(predict, folder):
     code, out, err = predict("broken.png", "images/grey.jpg", "missing.png", "--format", "json")
     assert code == 1
     assert [row["image"] for row in json.loads(out)] == ["images/grey.jpg"]
-    assert [line.split(":")[0] for line in err.splitlines()] == ["broken.png", "missing.png"] and "cannot be read" in err
+    assert [line.split(":")[0] for line in err.splitlines()] == [
+        "broken.png",
+        "missing.png",
+    ] and "cannot be read" in err
 
 
 def test_nothing_but_bad_images_still_is_valid_output(predict):

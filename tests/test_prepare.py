@@ -1,4 +1,7 @@
-"""prepare_images.py and packed.py: what is written, what is read, what is wrong with it, and going on after an end."""
+"""prepare_images.py and packed.py.
+
+What is written, what is read, what is wrong with it, and going on after an end.
+"""
 
 import json
 import os
@@ -21,7 +24,15 @@ def tree(tmp_path_factory):
 
 
 def load(folder) -> data.ImageData:
-    asked = Namespace(dataset=str(folder), image_column=None, label_column=None, fold=None, max_train_samples=None, max_eval_samples=None, seed=0)
+    asked = Namespace(
+        dataset=str(folder),
+        image_column=None,
+        label_column=None,
+        fold=None,
+        max_train_samples=None,
+        max_eval_samples=None,
+        seed=0,
+    )
     return data.load_data(asked, hold_out=False)
 
 
@@ -53,17 +64,26 @@ def test_prepared_images_are_those_of_the_files_resized(tree, tmp_path, capsys, 
         assert (split.labels == expected.labels).all() and split.name == expected.name
         for i in range(len(split)):
             image = data.open_image(expected.images[i])
-            assert (split.images[i] == np.asarray(data.resize_shorter(image, 32))).all() and min(split.images[i].shape[:2]) == 32
+            assert (split.images[i] == np.asarray(data.resize_shorter(image, 32))).all() and min(
+                split.images[i].shape[:2]
+            ) == 32
             with data.Image.open(expected.images[i]) as opened:
                 modes.add((opened.format, opened.mode))
         # evaluation is the same to the bit
         pairs = [(0, i) for i in range(len(split))]
-        before, after = (data.Batches(s, data.ResizeAndCrop(28, 32), None, False).__getitems__(pairs) for s in (expected, split))
+        before, after = (
+            data.Batches(s, data.ResizeAndCrop(28, 32), None, False).__getitems__(pairs)
+            for s in (expected, split)
+        )
         assert data.torch.equal(before["pixel_values"], after["pixel_values"])
     assert modes == {("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGB")}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "prepared.json", *(f"train-0000{i}.bin" for i in range(5)), "train.npz", "validation-00000.bin", "validation.npz"
-    ]  # fmt: skip
+        "prepared.json",
+        *(f"train-0000{i}.bin" for i in range(5)),
+        "train.npz",
+        "validation-00000.bin",
+        "validation.npz",
+    ]
     assert "is complete" in refused(capsys, tree, tmp_path / "out")
 
 
@@ -84,9 +104,14 @@ def test_fine_tuning_reads_a_prepared_folder_too(tree, tmp_path, capsys, parts):
     args = settings("--dataset", tmp_path / "out")
     images = data.load_data(args)
     augmented, kept = data.decode(images, data.Resize(16), data.Augment(16, 0), args, 1)
-    assert augmented.train.sources is images.train.sources and kept == 9 * 3 * 16 * 16  # train stays where it is
+    assert (
+        augmented.train.sources is images.train.sources and kept == 9 * 3 * 16 * 16
+    )  # train stays where it is
     plain, kept = data.decode(images, data.Resize(16), None, args, 1)
-    assert kept == 54 * 3 * 16 * 16 and (plain.train.resized[7] == data.Resize(16)(data.open_image(images.train.images[7]))).all()
+    assert (
+        kept == 54 * 3 * 16 * 16
+        and (plain.train.resized[7] == data.Resize(16)(data.open_image(images.train.images[7]))).all()
+    )
 
 
 def test_packed_as_jpeg_takes_less_and_stays_near(tree, tmp_path, capsys, parts):
@@ -97,7 +122,10 @@ def test_packed_as_jpeg_takes_less_and_stays_near(tree, tmp_path, capsys, parts)
     for i in range(45):
         difference = np.asarray(data.open_image(jpeg.images[i])).astype(int) - raw.images[i]
         assert np.abs(difference).mean() < 8
-    sizes = [json.loads((tmp_path / name / "prepared.json").read_text())["splits"]["train"]["bytes"] for name in ("raw", "jpeg")]
+    sizes = [
+        json.loads((tmp_path / name / "prepared.json").read_text())["splits"]["train"]["bytes"]
+        for name in ("raw", "jpeg")
+    ]
     assert sizes[0] == sum(raw.images[i].nbytes for i in range(45)) > 2 * sizes[1]
 
 
@@ -105,7 +133,11 @@ def test_truncated_images_are_named_or_skipped_and_counted(tmp_path, capsys, par
     cut = write_set(tmp_path / "tree", classes=4, train=45, val=9, side=90, truncated=2)
     out = tmp_path / "out"
     said = refused(capsys, tmp_path / "tree", out)
-    assert "2 unreadable image(s)" in said and all(path.name in said for path in cut) and "--skip_bad_images" in said
+    assert (
+        "2 unreadable image(s)" in said
+        and all(path.name in said for path in cut)
+        and "--skip_bad_images" in said
+    )
     with pytest.raises(data.DataError, match="was interrupted"):
         data.locate(str(out))
     said = prepare(capsys, tmp_path / "tree", out, "--skip_bad_images")
@@ -113,7 +145,9 @@ def test_truncated_images_are_named_or_skipped_and_counted(tmp_path, capsys, par
     files, ready = load(tmp_path / "tree").train, load(out).train
     good = [i for i in range(45) if files.where[i] not in map(str, cut)]
     assert (ready.labels == files.labels[good]).all() and len(ready.images) == 43
-    assert (ready.images[42] == np.asarray(data.resize_shorter(data.open_image(files.images[good[42]]), 32))).all()
+    assert (
+        ready.images[42] == np.asarray(data.resize_shorter(data.open_image(files.images[good[42]]), 32))
+    ).all()
 
 
 def test_set_that_is_not_whole_is_refused_before_it_is_packed(tmp_path, capsys, parts):
@@ -121,14 +155,20 @@ def test_set_that_is_not_whole_is_refused_before_it_is_packed(tmp_path, capsys, 
 
     write_set(tmp_path / "tree", classes=4, train=45, val=9, side=90)
     shutil.rmtree(sorted((tmp_path / "tree" / "val").iterdir())[1])
-    assert "the validation split has no images of class" in refused(capsys, tmp_path / "tree", tmp_path / "out")
+    assert "the validation split has no images of class" in refused(
+        capsys, tmp_path / "tree", tmp_path / "out"
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_interrupted_preparation_goes_on(tree, tmp_path, capsys, parts, monkeypatch):
     prepare(capsys, tree, tmp_path / "whole")
     whole = packed.write_part
-    monkeypatch.setattr(packed, "write_part", lambda folder, split, part, *rest: os._exit(1) if part == 2 else whole(folder, split, part, *rest))
+    monkeypatch.setattr(
+        packed,
+        "write_part",
+        lambda folder, split, part, *rest: os._exit(1) if part == 2 else whole(folder, split, part, *rest),
+    )
     assert "goes on" in refused(capsys, tree, tmp_path / "out", "--processes", 1)
     written = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.bin")}
     assert sorted(written) == ["train-00000.bin", "train-00001.bin"]

@@ -10,16 +10,37 @@ import torch
 from safetensors.torch import load_file
 
 RESUMED = [
-    (1, "ddp"), (1, "ddp mid-epoch"), (1, "ddp_fp16"), (1, "recipe"), (1, "gemini"),
-    (2, "ddp"), (2, "ddp bf16"), (2, "ddp_fp16"), (2, "zero1"), (2, "zero1 fp16"), (2, "zero2 bf16"), (2, "gemini bf16"),
-    (2, "gemini fp16"), (2, "tp2"), (2, "pp2"), (2, "pp2 bf16"), (2, "hybrid zero1 fp16"),
-    (2, "zero1 recipe"), (2, "gemini recipe"), (2, "pp2 recipe"), (4, "tp2 pp2"),
-]  # fmt: skip
+    (1, "ddp"),
+    (1, "ddp mid-epoch"),
+    (1, "ddp_fp16"),
+    (1, "recipe"),
+    (1, "gemini"),
+    (2, "ddp"),
+    (2, "ddp bf16"),
+    (2, "ddp_fp16"),
+    (2, "zero1"),
+    (2, "zero1 fp16"),
+    (2, "zero2 bf16"),
+    (2, "gemini bf16"),
+    (2, "gemini fp16"),
+    (2, "tp2"),
+    (2, "pp2"),
+    (2, "pp2 bf16"),
+    (2, "hybrid zero1 fp16"),
+    (2, "zero1 recipe"),
+    (2, "gemini recipe"),
+    (2, "pp2 recipe"),
+    (4, "tp2 pp2"),
+]
 MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
 
 
 def rows(folder, kind="epoch"):
-    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+    return [
+        row
+        for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+        if row["kind"] == kind
+    ]
 
 
 def assert_same_run(straight, resumed, tolerance: float, kinds=("epoch", "test")) -> None:
@@ -27,7 +48,11 @@ def assert_same_run(straight, resumed, tolerance: float, kinds=("epoch", "test")
         assert len(rows(straight, kind)) == len(rows(resumed, kind)) > 0
         for expected, row in zip(rows(straight, kind), rows(resumed, kind)):
             for name in set(MEASURED) & expected.keys():
-                assert row[name] == pytest.approx(expected[name], rel=0, abs=tolerance), (kind, row["epoch"], name)
+                assert row[name] == pytest.approx(expected[name], rel=0, abs=tolerance), (
+                    kind,
+                    row["epoch"],
+                    name,
+                )
     expected, weights = load_file(straight / "model.safetensors"), load_file(resumed / "model.safetensors")
     assert expected.keys() == weights.keys()
     for name in expected:
@@ -58,7 +83,9 @@ def test_checkpoint_of_half_as_many_processes_goes_on_alike(launched, processes,
     """At the same global batch; the optimizer's shards are cut anew."""
     saved, loaded = launched(processes // 2)[f"save {name}"], launched(processes)[f"load {name}"]
     assert loaded["losses"] == pytest.approx(saved["losses"][3:], abs=tolerance)
-    assert loaded["evaluations"][0]["average_loss"] == pytest.approx(saved["evaluations"][1]["average_loss"], abs=tolerance)
+    assert loaded["evaluations"][0]["average_loss"] == pytest.approx(
+        saved["evaluations"][1]["average_loss"], abs=tolerance
+    )
 
 
 def test_run_goes_on_with_other_processes_and_still_knows_its_best_epoch(one, two, shared):
@@ -71,7 +98,9 @@ def test_run_goes_on_with_other_processes_and_still_knows_its_best_epoch(one, tw
     assert [row["best"] for row in epochs] == [True, False, False]  # or this test tests nothing
     assert result["newest"] == 3
     expected = rows(shared / "best_first", "test")[0]
-    assert rows(shared / "continued", "test")[0]["average_loss"] == pytest.approx(expected["average_loss"], abs=1e-4)
+    assert rows(shared / "continued", "test")[0]["average_loss"] == pytest.approx(
+        expected["average_loss"], abs=1e-4
+    )
 
 
 def test_all_processes_agree_on_what_to_copy_though_one_comes_late(two):
@@ -101,7 +130,10 @@ def test_other_settings_are_refused_and_named(two, shared):
     assert not (shared / "refused").exists()
 
 
-@pytest.mark.parametrize("case, folder, epochs", [("terminated", "terminated", 1), ("terminated in an epoch of one step", "one_step", 0)])
+@pytest.mark.parametrize(
+    "case, folder, epochs",
+    [("terminated", "terminated", 1), ("terminated in an epoch of one step", "one_step", 0)],
+)
 def test_sigterm_to_one_process_saves_and_ends_all_and_the_run_goes_on(two, shared, case, folder, epochs):
     result = two[case]
     assert result["stopped"]["code"] == 128 + signal.SIGTERM
@@ -117,7 +149,9 @@ def test_full_disk_during_a_save_is_an_error_and_leaves_the_checkpoint_before(tw
     assert "No space left" in result["error"]
     assert result["found"] == 1
     assert result["found_after"] == 2
-    assert len(result["left"]) == 1 and not result["left"][0].startswith(".")  # nothing is left of the half one
+    assert len(result["left"]) == 1 and not result["left"][0].startswith(
+        "."
+    )  # nothing is left of the half one
 
 
 # ---------------------------------------------------------------------------------------------- kills
@@ -184,7 +218,9 @@ def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, ste
             assert end is None or status == end
         assert status in (0, -signal.SIGKILL)
         found = Checkpoints(folder, 1).find("auto")
-        assert found is not None, f"killed at change {deaths}: only {sorted(p.name for p in folder.iterdir())} left"
+        assert found is not None, (
+            f"killed at change {deaths}: only {sorted(p.name for p in folder.iterdir())} left"
+        )
         read_meta(found)
         assert torch.load(found / "state_tp0_pp0_dp0.pt", weights_only=True)["of"] in {1, *steps}
         if status == 0:
@@ -217,6 +253,10 @@ def test_last_epoch_is_tested_and_exported_when_asked(one, shared):
     assert "last epoch 3 is in" in one["last kept"]["out"]
     best, last = (rows(shared / name, "test")[0] for name in ("pruned", "last_kept"))
     assert (best["epoch"], last["epoch"]) == (1, 3)
-    assert rows(shared / "pruned")[2]["accuracy"] == rows(shared / "last_kept")[2]["accuracy"]  # the same training
+    assert (
+        rows(shared / "pruned")[2]["accuracy"] == rows(shared / "last_kept")[2]["accuracy"]
+    )  # the same training
     assert last["average_loss"] != best["average_loss"]
-    assert len(list((shared / "last_kept" / "checkpoints").iterdir())) == 1  # the first epoch's is needed no more
+    assert (
+        len(list((shared / "last_kept" / "checkpoints").iterdir())) == 1
+    )  # the first epoch's is needed no more

@@ -26,8 +26,11 @@ def run_cases(folder: Path, *options: str) -> dict:
     # a group of its own, so that no worker outlives a timeout
     process = subprocess.Popen(
         [sys.executable, "-W", "ignore", str(SCRIPT), str(out), *options],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
         said, _ = process.communicate(timeout=900)
     except subprocess.TimeoutExpired:
@@ -97,7 +100,10 @@ class TestMode:
         assert case["bf16"]["loss"] != case["loss"][: len(case["bf16"]["loss"])]  # it did compute in bf16
 
     def test_an_overflow_in_one_slice_skips_the_step_in_all(self, seen, name):
-        assert seen[name]["overflow"] == [[INITIAL_SCALE / 2, False], [INITIAL_SCALE / 2, True]]  # halved once
+        assert seen[name]["overflow"] == [
+            [INITIAL_SCALE / 2, False],
+            [INITIAL_SCALE / 2, True],
+        ]  # halved once
 
     def test_refusals(self, seen, name):
         state, images, again, size = seen[name]["refusals"]
@@ -121,7 +127,9 @@ def test_three_on_a_side(tmp_path):
 
 def vit(**sizes):
     """As much of a ViTConfig as is looked at: ViT-Lite-7/4."""
-    lite = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, hidden_act="gelu", qkv_bias=True)
+    lite = dict(
+        hidden_size=256, intermediate_size=512, num_attention_heads=4, hidden_act="gelu", qkv_bias=True
+    )
     return SimpleNamespace(**{**lite, **sizes})
 
 
@@ -167,7 +175,10 @@ def test_sizes_that_do_not_fit(mesh, sizes, batch, said):
 
 
 def test_all_problems_are_reported_together():
-    assert len(tp.problems("3d", 8, 1, vit(hidden_size=6, intermediate_size=7, num_attention_heads=3), batch=5)) == 4
+    assert (
+        len(tp.problems("3d", 8, 1, vit(hidden_size=6, intermediate_size=7, num_attention_heads=3), batch=5))
+        == 4
+    )
 
 
 def test_build_needs_start():

@@ -1,6 +1,7 @@
-"""train.py, config.py, feed.py and cifar.py: configs, CIFAR-10 in its forms, augmentation, and whole runs that are the same in every mode.
+"""train.py, config.py, feed.py and cifar.py: configs, CIFAR-10 in its forms, augmentation, and whole runs
+that are the same in every mode.
 
-    python tests/test_train.py FOLDER      runs the cases, as the fixture `runs` does
+python tests/test_train.py FOLDER      runs the cases, as the fixture `runs` does
 """
 
 import io
@@ -41,16 +42,24 @@ def write_cifar(root: Path, per_file: int = 12, test: int = 23) -> Path:
         if count:
             labels = [i % 10 for i in range(count)]
             pixels = rng.integers(0, 156, (count, 3, 1024)) + 10 * np.array(labels)[:, None, None]
-            batch = {"data": pixels.astype(np.uint8).reshape(count, -1), "labels": labels, "batch_label": name}
+            batch = {
+                "data": pixels.astype(np.uint8).reshape(count, -1),
+                "labels": labels,
+                "batch_label": name,
+            }
             (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CLASSES), "num_vis": 3072}, protocol=2))
+    (folder / "batches.meta").write_bytes(
+        pickle.dumps({"label_names": list(CLASSES), "num_vis": 3072}, protocol=2)
+    )
     return folder
 
 
 def read(folder, size: int = 32, classes: int = 10, skip_bad: bool = False, **values):
     """feed.read with a config of defaults."""
     defaults = {name: default for name, (default, _) in configs.NAMES.items()}
-    return feed.read(str(folder), defaults | {"IMG_SIZE": size, "NUM_CLASSES": classes} | values, skip_bad=skip_bad)
+    return feed.read(
+        str(folder), defaults | {"IMG_SIZE": size, "NUM_CLASSES": classes} | values, skip_bad=skip_bad
+    )
 
 
 # ---------------------------------------------------------------------------------------------- configs
@@ -103,7 +112,13 @@ def test_published_imagenet_config_loads_as_it_stands(tmp_path):
     assert (config["BATCH_SIZE"], config["precision"], config["mode"], config["tp"]) == (512, "fp16", "2d", 4)
     assert config["LOG_PATH"] == "./vit_2d_bs512_AMP_TYPE.TORCH/"
     vit = configs.model_config(config)  # ViT-S/16
-    assert (vit.image_size, vit.hidden_size, vit.num_hidden_layers, vit.intermediate_size, vit.num_labels) == (224, 384, 12, 1536, 1000)
+    assert (
+        vit.image_size,
+        vit.hidden_size,
+        vit.num_hidden_layers,
+        vit.intermediate_size,
+        vit.num_labels,
+    ) == (224, 384, 12, 1536, 1000)
 
 
 def test_published_one_with_heads_that_tensor_parallelism_cannot_cut_is_refused(tmp_path):
@@ -121,10 +136,21 @@ def test_configs_of_this_repository_fit_and_have_a_card(path):
 
 
 def test_every_problem_is_named_at_once(tmp_path):
-    text = "NUM_EPOCH = 3\nLEARNING_RATE = 'fast'\nWARMUP_EPOCHS = 9\nTOTAL_BATCH_SIZE = 30\nHIDDEN_SIZE = 30\nNUM_HEADS = 4\nNUM_EPOCHS = 5\n"
+    text = (
+        "NUM_EPOCH = 3\nLEARNING_RATE = 'fast'\nWARMUP_EPOCHS = 9\nTOTAL_BATCH_SIZE = "
+        "30\nHIDDEN_SIZE = 30\nNUM_HEADS = 4\nNUM_EPOCHS = 5\n"
+    )
     found = problems_of(write(tmp_path / "a.py", text), "SEED=-1", "SEEDS=1")
-    for part in ("NUM_EPOCH = 3", "did you mean NUM_EPOCHS", "LEARNING_RATE = 'fast'", "WEIGHT_DECAY is missing", "SEED = -1",
-                 "--set SEEDS=1", "no multiple of NUM_HEADS", "BATCH_SIZE 30: is no multiple of the 4"):  # fmt: skip
+    for part in (
+        "NUM_EPOCH = 3",
+        "did you mean NUM_EPOCHS",
+        "LEARNING_RATE = 'fast'",
+        "WEIGHT_DECAY is missing",
+        "SEED = -1",
+        "--set SEEDS=1",
+        "no multiple of NUM_HEADS",
+        "BATCH_SIZE 30: is no multiple of the 4",
+    ):
         assert any(part in message for message in found), (part, found)
 
 
@@ -132,8 +158,16 @@ def test_every_problem_is_named_at_once(tmp_path):
     ("overrides", "world", "said"),
     [
         (["TENSOR_PARALLEL_SIZE=6"], 1, ["1 process(es)", "must be a square"]),
-        (["fp16={'mode': 'torch'}", "bf16=True", "IMG_SIZE=30", "parallel={'pipeline': 0}"], 4, ["give one of them", "PATCH_SIZE 4", "pipeline 0: must be"]),
-        (["gradient_accumulation=3", "BATCH_SIZE=100", "HIDDEN_SIZE=30"], 6, ["TOTAL_BATCH_SIZE 512", "NUM_HEADS 4", "6 process(es)", "hidden size 30"]),
+        (
+            ["fp16={'mode': 'torch'}", "bf16=True", "IMG_SIZE=30", "parallel={'pipeline': 0}"],
+            4,
+            ["give one of them", "PATCH_SIZE 4", "pipeline 0: must be"],
+        ),
+        (
+            ["gradient_accumulation=3", "BATCH_SIZE=100", "HIDDEN_SIZE=30"],
+            6,
+            ["TOTAL_BATCH_SIZE 512", "NUM_HEADS 4", "6 process(es)", "hidden size 30"],
+        ),
     ],
 )
 def test_one_problem_hides_no_other(overrides, world, said):
@@ -143,7 +177,11 @@ def test_one_problem_hides_no_other(overrides, world, said):
 
 
 def test_lists_and_imported_functions_are_taken(tmp_path):
-    path = write(tmp_path / "own.py", CONFIGS[-1].read_text() + "\nfrom math import sqrt\nLEARNING_RATE = sqrt(4e-6)\nMEAN = STD = [0.5, 0.5, 0.5]\n")
+    path = write(
+        tmp_path / "own.py",
+        CONFIGS[-1].read_text()
+        + "\nfrom math import sqrt\nLEARNING_RATE = sqrt(4e-6)\nMEAN = STD = [0.5, 0.5, 0.5]\n",
+    )
     config, problems = configs.load(path)
     assert problems + configs.check(config, 1) == [] and config["LEARNING_RATE"] == pytest.approx(2e-3)
     assert hash((config["MEAN"], config["STD"]))  # Normalize keeps them by it
@@ -151,10 +189,25 @@ def test_lists_and_imported_functions_are_taken(tmp_path):
 
 def test_values_on_the_command_line_are_expressions_as_in_a_config():
     values, problems = configs.parse_overrides(
-        ["parallel=dict(pipeline=2, tensor=dict(mode='1d', size=2))", "LEARNING_RATE=1e-3*2", "AUTO_AUGMENT=cifar10", "LOG_PATH=./runs/a-1", "fp16=dict(mode=AMP_TYPE.TORCH)", "seed=7"]  # fmt: skip
+        [
+            "parallel=dict(pipeline=2, tensor=dict(mode='1d', size=2))",
+            "LEARNING_RATE=1e-3*2",
+            "AUTO_AUGMENT=cifar10",
+            "LOG_PATH=./runs/a-1",
+            "fp16=dict(mode=AMP_TYPE.TORCH)",
+            "seed=7",
+        ]
     )
-    assert problems == [] and values["parallel"] == {"pipeline": 2, "tensor": {"mode": "1d", "size": 2}} and values["SEED"] == 7
-    assert (values["LEARNING_RATE"], values["AUTO_AUGMENT"], values["LOG_PATH"]) == (2e-3, "cifar10", "./runs/a-1")
+    assert (
+        problems == []
+        and values["parallel"] == {"pipeline": 2, "tensor": {"mode": "1d", "size": 2}}
+        and values["SEED"] == 7
+    )
+    assert (values["LEARNING_RATE"], values["AUTO_AUGMENT"], values["LOG_PATH"]) == (
+        2e-3,
+        "cifar10",
+        "./runs/a-1",
+    )
     assert values["fp16"] == {"mode": configs.AMP_TYPE.TORCH}
 
 
@@ -163,11 +216,23 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
     [
         (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=8"], 8, "must be a square"),
         (["TENSOR_PARALLEL_MODE=3d", "TENSOR_PARALLEL_SIZE=4"], 4, "must be a cube"),
-        (["TENSOR_PARALLEL_MODE=2.5d", "TENSOR_PARALLEL_SIZE=8", "TENSOR_PARALLEL_DEPTH=4"], 8, "depth x a square"),
+        (
+            ["TENSOR_PARALLEL_MODE=2.5d", "TENSOR_PARALLEL_SIZE=8", "TENSOR_PARALLEL_DEPTH=4"],
+            8,
+            "depth x a square",
+        ),
         (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 6, "6 process(es)"),
         (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "NUM_HEADS=1"], 4, "number of heads 1"),
-        (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "parallel={'pipeline': 2}"], 8, "goes with 1d and vanilla"),
-    (["TENSOR_PARALLEL_SIZE=4", "TENSOR_PARALLEL_MODE=2d", "DROP_PATH=0.1"], 4, "DROP_PATH 0.1: goes with 1d and vanilla"),
+        (
+            ["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4", "parallel={'pipeline': 2}"],
+            8,
+            "goes with 1d and vanilla",
+        ),
+        (
+            ["TENSOR_PARALLEL_SIZE=4", "TENSOR_PARALLEL_MODE=2d", "DROP_PATH=0.1"],
+            4,
+            "DROP_PATH 0.1: goes with 1d and vanilla",
+        ),
         (["TENSOR_PARALLEL_MODE=4d"], 4, "must be one of"),
         (["LEARNING_RATE=1e999"], 4, "must be a number > 0"),
         (["TENSOR_PARALLEL_SIZE=2"], 4, "needs a mode"),
@@ -183,11 +248,27 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
         (["RANDOM_RESIZED_CROP=0"], 4, "RANDOM_RESIZED_CROP = 0: must be a number > 0"),
         (["WARMUP_STEPS=100"], 4, "WARMUP_EPOCHS 40 and WARMUP_STEPS 100"),
         (["WARMUP_EPOCHS=None"], 4, "WARMUP_EPOCHS is missing"),
-        (["POSITIONS=sincos", "HIDDEN_SIZE=30", "NUM_HEADS=2"], 4, "POSITIONS 'sincos': needs a HIDDEN_SIZE that is a multiple of 4"),
-        (["INITIAL_WEIGHTS=mimetic", "HIDDEN_SIZE=30", "NUM_HEADS=2"], 4, "INITIAL_WEIGHTS 'mimetic': needs a HIDDEN_SIZE"),
+        (
+            ["POSITIONS=sincos", "HIDDEN_SIZE=30", "NUM_HEADS=2"],
+            4,
+            "POSITIONS 'sincos': needs a HIDDEN_SIZE that is a multiple of 4",
+        ),
+        (
+            ["INITIAL_WEIGHTS=mimetic", "HIDDEN_SIZE=30", "NUM_HEADS=2"],
+            4,
+            "INITIAL_WEIGHTS 'mimetic': needs a HIDDEN_SIZE",
+        ),
         (["CUDA_GRAPHS=True"], 4, "CUDA_GRAPHS: needs a GPU"),
-        (["POOLING=mean", "TENSOR_PARALLEL_MODE=1d", "TENSOR_PARALLEL_SIZE=2"], 4, "POOLING 'mean': only goes with data parallelism"),
-        (["POSITIONS=sincos", "TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 4, "POSITIONS 'sincos': only goes with data parallelism"),
+        (
+            ["POOLING=mean", "TENSOR_PARALLEL_MODE=1d", "TENSOR_PARALLEL_SIZE=2"],
+            4,
+            "POOLING 'mean': only goes with data parallelism",
+        ),
+        (
+            ["POSITIONS=sincos", "TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"],
+            4,
+            "POSITIONS 'sincos': only goes with data parallelism",
+        ),
         (["COMPILE=True", "parallel={'pipeline': 2}"], 4, "COMPILE True: only goes with data parallelism"),
         (["MIXUP=-1"], 4, "MIXUP = -1"),
         (["MIX_EPOCHS=3"], 4, "MIX_EPOCHS 3: nothing is mixed"),
@@ -197,7 +278,15 @@ def test_sizes_that_do_not_fit(overrides, world, said):
     assert any(said in message for message in problems_of(CONFIGS[-1], *overrides, world=world))
 
 
-@pytest.mark.parametrize("text, said", [("a: 1\nb: [", "line 2"), ("\0", "is not a Python file"), ("A = 1\nB = 1 / 0", "line 2: ZeroDivisionError"), ("A = 1\nraise SystemExit(0)", "line 2: SystemExit")])
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("a: 1\nb: [", "line 2"),
+        ("\0", "is not a Python file"),
+        ("A = 1\nB = 1 / 0", "line 2: ZeroDivisionError"),
+        ("A = 1\nraise SystemExit(0)", "line 2: SystemExit"),
+    ],
+)
 def test_what_is_not_a_python_file_is_one_clear_error(tmp_path, text, said):
     with pytest.raises(configs.ConfigError, match=said):
         configs.load(write(tmp_path / "a.py", text))
@@ -232,14 +321,21 @@ def test_three_formats_hold_the_same_images(folder, tmp_path):
     (tmp_path / "parquet").mkdir()
     for name, column in columns.items():
         # with the bytes in it, as on the hub
-        embedded = {"img": [{"bytes": Path(p).read_bytes(), "path": None} for p in column["img"]], "label": column["label"]}
-        datasets.Dataset.from_dict(embedded, features).to_parquet(str(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet"))
+        embedded = {
+            "img": [{"bytes": Path(p).read_bytes(), "path": None} for p in column["img"]],
+            "label": column["label"],
+        }
+        datasets.Dataset.from_dict(embedded, features).to_parquet(
+            str(tmp_path / "parquet" / f"{name}-00000-of-00001.parquet")
+        )
     for form in ("images", "parquet"):
         found = read(tmp_path / form)
         assert found.validation is None and found.label_names == list(CLASSES)
         for split, expected in ((found.train, ours.train), (found.test, ours.test)):
             # the order is the format's own
-            key = lambda s: sorted((int(label), np.asarray(pixels).tobytes()) for pixels, label in zip(s.resized, s.labels))  # noqa: E731
+            key = lambda s: sorted(
+                (int(label), np.asarray(pixels).tobytes()) for pixels, label in zip(s.resized, s.labels)
+            )  # noqa: E731
             assert key(split) == key(expected), form
 
 
@@ -253,7 +349,9 @@ def test_fraction_is_held_out_beside_the_test_split(folder):
     images = read(folder, VALIDATION_FRACTION=0.2)
     assert (len(images.train), len(images.minival), len(images.test), images.validation) == (48, 12, 23, None)
     whole = {np.asarray(pixels).tobytes() for pixels in read(folder).train.resized}
-    parts = [{np.asarray(pixels).tobytes() for pixels in split.resized} for split in (images.train, images.minival)]
+    parts = [
+        {np.asarray(pixels).tobytes() for pixels in split.resized} for split in (images.train, images.minival)
+    ]
     assert parts[0] | parts[1] == whole and not parts[0] & parts[1]
 
 
@@ -309,14 +407,23 @@ def test_resident_batches_pad_and_measure_mean_and_std(folder):
 
 @pytest.mark.parametrize("together", [0, 3 * 7 * 32 * 32 * 3, 2**25])
 def test_batches_augmented_together_are_those_augmented_alone(folder, monkeypatch, together):
-    resident, augment = feed.Resident(read(folder).train, torch.device("cpu")), cifar.Augment(5, 32, padding=4, policy="cifar10")
-    order = [[(epoch, i) for i in range(first, first + 6)] + [(epoch, -1)] for epoch in (0, 1) for first in range(0, 48, 6)]
+    resident, augment = (
+        feed.Resident(read(folder).train, torch.device("cpu")),
+        cifar.Augment(5, 32, padding=4, policy="cifar10"),
+    )
+    order = [
+        [(epoch, i) for i in range(first, first + 6)] + [(epoch, -1)]
+        for epoch in (0, 1)
+        for first in range(0, 48, 6)
+    ]
     monkeypatch.setattr(feed, "TOGETHER", together)
     batches = list(resident.batches(order[3:], augment))  # from the middle of an epoch, as after a resume
     assert len(batches) == len(order) - 3
     for pairs, batch in zip(order[3:], batches):
         alone = resident.batch(pairs, augment)
-        assert torch.equal(batch["pixel_values"], alone["pixel_values"]) and torch.equal(batch["labels"], alone["labels"])
+        assert torch.equal(batch["pixel_values"], alone["pixel_values"]) and torch.equal(
+            batch["labels"], alone["labels"]
+        )
 
 
 # ---------------------------------------------------------------------------------------------- augmentation
@@ -344,8 +451,12 @@ def test_operations_equal_torchvisions_on_single_images(pictures, name):
         theirs = AutoAugment()._augmentation_space(10, (32, 32))[name][0]
         assert theirs.ndim == 0 or magnitude == pytest.approx(theirs[bin].item(), abs=1e-4)
         for sign in (1, -1) if cifar.OPERATIONS.index(name) < 9 else (1,):
-            ours = cifar.apply(pictures, torch.full((5,), cifar.OPERATIONS.index(name)), torch.full((5,), sign * magnitude))
-            expected = torch.stack([_apply_op(p, name, sign * magnitude, InterpolationMode.NEAREST, None) for p in pictures])
+            ours = cifar.apply(
+                pictures, torch.full((5,), cifar.OPERATIONS.index(name)), torch.full((5,), sign * magnitude)
+            )
+            expected = torch.stack(
+                [_apply_op(p, name, sign * magnitude, InterpolationMode.NEAREST, None) for p in pictures]
+            )
             difference = (ours.int() - expected.int()).abs()
             # blends are cut off to whole numbers, where fp32 is just below one or not
             assert difference.max() <= (1 if name in ("Brightness", "Color", "Contrast", "Sharpness") else 0)
@@ -371,12 +482,19 @@ def test_rand_augment_draws_layers_of_torchvisions_operations(pictures):
     from torchvision.transforms.autoaugment import _apply_op
 
     source, count = pictures[0], 2800
-    ours = cifar.Augment(5, 32, rand_augment=(1, 9, 31))(source.expand(count, -1, -1, -1), 2, torch.arange(count))
+    ours = cifar.Augment(5, 32, rand_augment=(1, 9, 31))(
+        source.expand(count, -1, -1, -1), 2, torch.arange(count)
+    )
     made = {}
     for name, (magnitudes, signed) in RandAugment()._augmentation_space(31, (32, 32)).items():
         magnitude = magnitudes[9].item() if magnitudes.ndim else 0.0
-        made |= {(name, sign): _apply_op(source, name, sign * magnitude, InterpolationMode.NEAREST, None) for sign in ((1, -1) if signed else (1,))}
-    difference = torch.stack([(ours.int() - expected.int()).abs().amax((1, 2, 3)) for expected in made.values()])
+        made |= {
+            (name, sign): _apply_op(source, name, sign * magnitude, InterpolationMode.NEAREST, None)
+            for sign in ((1, -1) if signed else (1,))
+        }
+    difference = torch.stack(
+        [(ours.int() - expected.int()).abs().amax((1, 2, 3)) for expected in made.values()]
+    )
     nearest, which = difference.min(0)
     assert nearest.max() <= 1
     found = torch.bincount(which, minlength=len(made)).tolist()
@@ -385,7 +503,9 @@ def test_rand_augment_draws_layers_of_torchvisions_operations(pictures):
         times[name] += number
     assert all(140 < number < 260 for number in times.values()), times  # of 200
     both = cifar.Augment(5, 32, rand_augment=(2, 9, 31))(source.expand(100, -1, -1, -1), 2, torch.arange(100))
-    assert (both != ours[:100]).flatten(1).any(1).float().mean() > 0.7  # the first layer's draws are the same, the second changes more
+    assert (both != ours[:100]).flatten(1).any(
+        1
+    ).float().mean() > 0.7  # the first layer's draws are the same, the second changes more
 
 
 def test_each_image_has_its_own_operation(pictures):
@@ -424,18 +544,35 @@ def test_draws_are_uniform_and_unrelated():
     assert 0 <= draws.min() and draws.max() < 1
     assert (draws.mean(0) - 0.5).abs().max() < 0.01 and (draws.std(0) - 12**-0.5).abs().max() < 0.01
     assert (torch.corrcoef(draws.T) - torch.eye(8)).abs().max() < 0.03
-    neighbours = torch.corrcoef(torch.stack([draws[:-1, 0], draws[1:, 0], cifar.uniform(1, 3, torch.arange(20000), 1)[1:, 0]]))
+    neighbours = torch.corrcoef(
+        torch.stack([draws[:-1, 0], draws[1:, 0], cifar.uniform(1, 3, torch.arange(20000), 1)[1:, 0]])
+    )
     assert (neighbours - torch.eye(3)).abs().max() < 0.03
 
 
 # ---------------------------------------------------------------------------------------------- runs
 
 # 60 images, 16 a step: three whole steps and one of 12, two epochs; some steps are clipped
-TINY = ["PATCH_SIZE=8", "HIDDEN_SIZE=16", "DEPTH=2", "NUM_HEADS=2", "TOTAL_BATCH_SIZE=16", "NUM_EPOCHS=2", "WARMUP_EPOCHS=1",
-        "LEARNING_RATE=0.01", "clip_grad_norm=0.8", "DROPOUT=0"]  # fmt: skip
+TINY = [
+    "PATCH_SIZE=8",
+    "HIDDEN_SIZE=16",
+    "DEPTH=2",
+    "NUM_HEADS=2",
+    "TOTAL_BATCH_SIZE=16",
+    "NUM_EPOCHS=2",
+    "WARMUP_EPOCHS=1",
+    "LEARNING_RATE=0.01",
+    "clip_grad_norm=0.8",
+    "DROPOUT=0",
+]
 PLAIN = ["RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None"]
 TWO, MIMETIC = "TENSOR_PARALLEL_SIZE=2", "INITIAL_WEIGHTS=mimetic"
-DRAWN = ["DROPOUT=0.1", "DROP_PATH=0.3", "EMA=0.8", "MIXUP=0.2"]  # each process draws, and must go on drawing alike after a resume
+DRAWN = [
+    "DROPOUT=0.1",
+    "DROP_PATH=0.3",
+    "EMA=0.8",
+    "MIXUP=0.2",
+]  # each process draws, and must go on drawing alike after a resume
 RUNS = {  # name -> config, processes, overrides
     "vanilla": ("vanilla", 1, PLAIN),
     "vanilla, accumulated": ("vanilla", 2, [*PLAIN, "gradient_accumulation=2"]),
@@ -460,7 +597,15 @@ def run_cases(root: Path) -> None:
     cases = Cases(root)
 
     def start(name: str, config: str, processes: int, overrides: list[str], *options: str, **stop) -> None:
-        cases.start(name, f"cifar10/vit_lite_7_4_{config}.py", root / cifar.FOLDER, processes, [*TINY, *overrides], *options, **stop)
+        cases.start(
+            name,
+            f"cifar10/vit_lite_7_4_{config}.py",
+            root / cifar.FOLDER,
+            processes,
+            [*TINY, *overrides],
+            *options,
+            **stop,
+        )
 
     for name, case in RUNS.items():
         start(name, *case)
@@ -483,8 +628,14 @@ def test_run_ends_well_and_learns(runs, name):
     first, last = rows(runs / name)
     assert last["train_loss"] < first["train_loss"] and last["images"] == 23
     assert sorted(p.name for p in (runs / name).iterdir()) == [
-        "README.md", "checkpoints", "config.json", "metrics.jsonl", "metrics.png", "model.safetensors", "preprocessor_config.json"
-    ]  # fmt: skip
+        "README.md",
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "metrics.png",
+        "model.safetensors",
+        "preprocessor_config.json",
+    ]
 
 
 @pytest.mark.parametrize("name", SAME)
@@ -497,7 +648,9 @@ def test_every_mode_follows_vanilla(runs, name):
     expected, weights = (load_file(runs / run / "model.safetensors") for run in ("vanilla", name))
     assert expected.keys() == weights.keys()
     for key in expected:
-        assert (weights[key] - expected[key]).abs().max() < 5e-3, key  # a key's bias has no gradient but noise, and Adam's steps
+        assert (weights[key] - expected[key]).abs().max() < 5e-3, (
+            key
+        )  # a key's bias has no gradient but noise, and Adam's steps
 
 
 def test_fp16_in_slices_stays_near(runs):
@@ -508,24 +661,38 @@ def test_fp16_in_slices_stays_near(runs):
 def test_modes_start_and_augment_alike(runs):
     for expected, row in zip(rows(runs / "vanilla straight"), rows(runs / "2d straight"), strict=True):
         assert row["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-4)
-    assert rows(runs / "vanilla straight")[0]["train_loss"] != pytest.approx(rows(runs / "vanilla")[0]["train_loss"], abs=1e-4)
+    assert rows(runs / "vanilla straight")[0]["train_loss"] != pytest.approx(
+        rows(runs / "vanilla")[0]["train_loss"], abs=1e-4
+    )
 
 
 def test_draws_and_averages_change_the_result(runs):
     for name in ("1d straight", "dropped paths"):
-        assert rows(runs / name)[0]["train_loss"] != pytest.approx(rows(runs / "vanilla straight")[0]["train_loss"], abs=1e-3)
-    assert rows(runs / "2d straight")[1]["average_loss"] != pytest.approx(rows(runs / "vanilla straight")[1]["average_loss"], abs=1e-3)
+        assert rows(runs / name)[0]["train_loss"] != pytest.approx(
+            rows(runs / "vanilla straight")[0]["train_loss"], abs=1e-3
+        )
+    assert rows(runs / "2d straight")[1]["average_loss"] != pytest.approx(
+        rows(runs / "vanilla straight")[1]["average_loss"], abs=1e-3
+    )
 
 
 def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
     import report
 
     report.main(["accuracy", str(runs)])
-    lines = [line.strip("|").split("|") for line in (runs / "table.md").read_text().splitlines() if line.startswith("|")]
+    lines = [
+        line.strip("|").split("|")
+        for line in (runs / "table.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
     header, *body = [[cell.strip() for cell in line] for line in (lines[0], *lines[2:])]
     found = {line[0]: dict(zip(header, line)) for line in body}
     assert header[-1] == "differs from 1d resumed"  # of the settings that several runs have, the first
-    assert found["1d resumed"]["seed"] == "42 42" and found["1d resumed"]["accuracy"].endswith("± 0.0000") and found["1d resumed"][header[-1]] == ""
+    assert (
+        found["1d resumed"]["seed"] == "42 42"
+        and found["1d resumed"]["accuracy"].endswith("± 0.0000")
+        and found["1d resumed"][header[-1]] == ""
+    )
     assert found["mixed"]["accuracy"] == f"{rows(runs / 'mixed')[-1]['accuracy']:.4f}"
     assert "CUTMIX 1.0, MIX_EPOCHS 1, mode vanilla" in found["mixed at first"][header[-1]]
     accuracies = [float(line["accuracy"].split(" ")[0]) for line in found.values()]
@@ -537,10 +704,25 @@ def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
 
 
 def test_process_that_waits_for_the_others_ends_at_once():
-    """A store that nobody opens: the library waits for it for minutes, and no handler in Python would be called."""
-    code = "import signal, plugins; plugins.import_libraries(); signal.signal(signal.SIGTERM, lambda *_: None); print('waits', flush=True); plugins.start_distributed(0)"
-    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    """A store that nobody opens.
+
+    The library waits for it for minutes, and no handler in Python would be called.
+    """
+    code = (
+        "import signal, plugins; plugins.import_libraries(); signal.signal(signal.SIGTERM, "
+        "lambda *_: None); print('waits', flush=True); plugins.start_distributed(0)"
+    )
+    environment = os.environ | {
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": free_port(),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
     assert process.stdout.readline() == "waits\n"
     time.sleep(2)  # into the library
     process.terminate()
@@ -559,10 +741,14 @@ def test_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(runs, config):
 
     name = f"{config} resumed"
     stopped, refused, resumed = statuses(runs / name)
-    assert set(stopped) == {128 + signal.SIGTERM} and set(refused) == {2} and set(resumed) == {0}, log_of(runs / name)
+    assert set(stopped) == {128 + signal.SIGTERM} and set(refused) == {2} and set(resumed) == {0}, log_of(
+        runs / name
+    )
     assert "SEED is 1, was 42" in log_of(runs / name) and "epoch 2, step 1 of 4" in log_of(runs / name)
     for expected, row in zip(rows(runs / f"{config} straight"), rows(runs / name), strict=True):
-        assert (row["train_loss"], row["average_loss"]) == pytest.approx((expected["train_loss"], expected["average_loss"]), abs=1e-6)
+        assert (row["train_loss"], row["average_loss"]) == pytest.approx(
+            (expected["train_loss"], expected["average_loss"]), abs=1e-6
+        )
     expected, weights = (load_file(runs / run / "model.safetensors") for run in (f"{config} straight", name))
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
@@ -597,25 +783,59 @@ def refused(monkeypatch, capsys, *argv: str, data: str | None = None) -> str:
 
 
 def test_command_line_says_all_that_is_wrong(monkeypatch, capsys, tmp_path):
-    said = refused(monkeypatch, capsys, "--config", str(CONFIGS[1]), "--set", "NUM_EPOCHS=0", "--rank", "1", "--output_path", str(tmp_path / "out"))
-    for part in ("DATA: set this", "NUM_EPOCHS = 0", "1 process(es): tensor parallel size 4", "--world_size, --local_rank, --host, --port: missing"):
+    said = refused(
+        monkeypatch,
+        capsys,
+        "--config",
+        str(CONFIGS[1]),
+        "--set",
+        "NUM_EPOCHS=0",
+        "--rank",
+        "1",
+        "--output_path",
+        str(tmp_path / "out"),
+    )
+    for part in (
+        "DATA: set this",
+        "NUM_EPOCHS = 0",
+        "1 process(es): tensor parallel size 4",
+        "--world_size, --local_rank, --host, --port: missing",
+    ):
         assert part in said, said
     assert "--config: name a config" in refused(monkeypatch, capsys)
     assert "no such folder" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="/none/there")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "metrics.jsonl").touch()
-    assert "DATA: set this" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), "--overwrite_output", "--output_path", str(tmp_path / "out"))
+    assert "DATA: set this" in refused(
+        monkeypatch,
+        capsys,
+        "--config",
+        str(CONFIGS[-1]),
+        "--overwrite_output",
+        "--output_path",
+        str(tmp_path / "out"),
+    )
     cropped = ("--config", str(CONFIGS[-1]), "--set", "RANDOM_RESIZED_CROP=0.3", "RANDOM_CROP_PADDING=0")
-    assert "RANDOM_RESIZED_CROP 0.3: is for image files" in refused(monkeypatch, capsys, *cropped, data=str(write_cifar(tmp_path)))
+    assert "RANDOM_RESIZED_CROP 0.3: is for image files" in refused(
+        monkeypatch, capsys, *cropped, data=str(write_cifar(tmp_path))
+    )
     by_hand = ("--world_size", "2", "--rank", "1", "--local_rank", "0", "--port", "29500", "--host")
     for host in ("no.such.machine.invalid", "two..dots"):
-        assert "there is no machine of that name" in refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), *by_hand, host)
+        assert "there is no machine of that name" in refused(
+            monkeypatch, capsys, "--config", str(CONFIGS[-1]), *by_hand, host
+        )
 
 
 def test_every_process_started_by_hand_says_what_is_wrong(tmp_path):
     by_hand = ("--world_size=2", "--rank=1", "--local_rank=0", "--host=127.0.0.1", "--port=29500")
     environment = {name: value for name, value in os.environ.items() if name != "DATA"}
-    run = subprocess.run([sys.executable, ROOT / "train.py", *by_hand, f"--config={CONFIGS[-1]}"], env=environment, text=True, capture_output=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, ROOT / "train.py", *by_hand, f"--config={CONFIGS[-1]}"],
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
     assert run.returncode == 2 and "DATA: set this environment variable" in run.stderr and run.stdout == ""
 
 

@@ -15,15 +15,46 @@ from PIL import Image
 from safetensors.torch import load_file
 
 SCRIPT = ROOT / "vit_train_demo.py"
-FILES = {"README.md", "config.json", "metrics.jsonl", "metrics.png", "model.safetensors", "preprocessor_config.json"}
+FILES = {
+    "README.md",
+    "config.json",
+    "metrics.jsonl",
+    "metrics.png",
+    "model.safetensors",
+    "preprocessor_config.json",
+}
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, image_folder, model_folder):
-    """A run with 3 labels over 2 tensor-parallel processes, from a model of 5 classes; -> (process, output folder)"""
+    """A run with 3 labels over 2 tensor-parallel processes, from a model of 5 classes.
+
+    -> (process, output folder)
+    """
     output = tmp_path_factory.mktemp("run") / "output model"
-    flags = ["--plugin", "hybrid_parallel", "--tp_size", 2, "--batch_size", 4, "--num_epoch", 2, "--learning_rate", 2e-3]
-    run = torchrun(2, SCRIPT, "--model_name_or_path", model_folder, "--dataset", image_folder, "--output_path", output, *flags)
+    flags = [
+        "--plugin",
+        "hybrid_parallel",
+        "--tp_size",
+        2,
+        "--batch_size",
+        4,
+        "--num_epoch",
+        2,
+        "--learning_rate",
+        2e-3,
+    ]
+    run = torchrun(
+        2,
+        SCRIPT,
+        "--model_name_or_path",
+        model_folder,
+        "--dataset",
+        image_folder,
+        "--output_path",
+        output,
+        *flags,
+    )
     assert run.returncode == 0, run.stderr
     return run, output
 
@@ -35,8 +66,12 @@ def rows(finished):
 
 def test_output_folder_holds_exactly_these_files(finished):
     assert {path.name for path in finished[1].iterdir()} == FILES | {"checkpoints"}
-    epochs = [json.loads(path.read_text())["epoch"] for path in (finished[1] / "checkpoints").glob("*/meta.json")]
-    assert 2 in epochs and len(epochs) == len(list((finished[1] / "checkpoints").iterdir())) <= 2  # the newest, and the best
+    epochs = [
+        json.loads(path.read_text())["epoch"] for path in (finished[1] / "checkpoints").glob("*/meta.json")
+    ]
+    assert (
+        2 in epochs and len(epochs) == len(list((finished[1] / "checkpoints").iterdir())) <= 2
+    )  # the newest, and the best
 
 
 def test_no_checkpoint_is_kept_on_demand_and_tensorboard_is_a_flag(one, shared):
@@ -53,14 +88,18 @@ def test_exported_config_has_the_true_labels_and_no_padding(finished):
     assert load_file(finished[1] / "model.safetensors")["classifier.weight"].shape == (3, 32)
 
 
-def test_transformers_alone_opens_the_folder_and_finds_the_measured_accuracy(finished, rows, image_folder, model_folder):
+def test_transformers_alone_opens_the_folder_and_finds_the_measured_accuracy(
+    finished, rows, image_folder, model_folder
+):
     from transformers import AutoImageProcessor, pipeline
 
     processor = AutoImageProcessor.from_pretrained(finished[1], use_fast=False)
     original = json.loads((model_folder / "preprocessor_config.json").read_text())
     assert (processor.image_mean, processor.image_std) == (original["image_mean"], original["image_std"])
     assert processor.size == {"height": 16, "width": 16}
-    classify = pipeline("image-classification", model=str(finished[1]), image_processor=processor, device="cpu")
+    classify = pipeline(
+        "image-classification", model=str(finished[1]), image_processor=processor, device="cpu"
+    )
     best = next(row for row in rows if row["kind"] == "epoch" and row["best"])
     test = next(row for row in rows if row["kind"] == "test")
     for split, measured in (("validation", best), ("test", test)):
@@ -76,9 +115,19 @@ def test_metrics_tell_every_epoch_the_test_and_the_run(rows):
     assert run["versions"]["colossalai"] and run["hardware"].startswith("CPU") and "tp 2" in run["layout"]
     assert run["settings"]["plugin"] == "hybrid_parallel" and "--tp_size 2" in run["command"]
     for row in (first, second):
-        for name in ("train_loss", "average_loss", "learning_rate", "seconds", "steps_per_second", "images_per_second", "peak_memory_gib"):
+        for name in (
+            "train_loss",
+            "average_loss",
+            "learning_rate",
+            "seconds",
+            "steps_per_second",
+            "images_per_second",
+            "peak_memory_gib",
+        ):
             assert row[name] > 0, name
-        assert row["images_per_second"] * row["seconds"] == pytest.approx(22)  # the padding of the last step is not counted
+        assert row["images_per_second"] * row["seconds"] == pytest.approx(
+            22
+        )  # the padding of the last step is not counted
         assert row["steps_per_second"] * row["seconds"] == pytest.approx(6)
     assert second["train_loss"] < first["train_loss"]
     assert test["epoch"] == next(row["epoch"] for row in (first, second) if row["best"])
@@ -87,9 +136,18 @@ def test_metrics_tell_every_epoch_the_test_and_the_run(rows):
 def test_console_shows_the_plan_and_the_published_line_and_nothing_of_the_libraries(finished, rows):
     out = finished[0].stdout
     assert "2 processes = dp 1 x tp 2 x pp 1; plugin hybrid_parallel, fp32" in out
-    assert f"train {COUNTS['train']}, validation {COUNTS['validation']}, test {COUNTS['test']} images of 3 classes" in out
-    published = re.findall(r"Evaluation result for epoch (\d): average_loss=(\d+\.\d{4}), accuracy=(\d\.\d{4})\.", out)
-    expected = [(row["epoch"], f"{row['average_loss']:.4f}", f"{row['accuracy']:.4f}") for row in rows if row["kind"] == "epoch"]
+    assert (
+        f"train {COUNTS['train']}, validation {COUNTS['validation']}, test {COUNTS['test']} "
+        "images of 3 classes"
+    ) in out
+    published = re.findall(
+        r"Evaluation result for epoch (\d): average_loss=(\d+\.\d{4}), accuracy=(\d\.\d{4})\.", out
+    )
+    expected = [
+        (row["epoch"], f"{row['average_loss']:.4f}", f"{row['accuracy']:.4f}")
+        for row in rows
+        if row["kind"] == "epoch"
+    ]
     assert [(int(epoch), loss, accuracy) for epoch, loss, accuracy in published] == expected
     for chatter in ("apex", "tensornvme", "bitsandbytes", "CUDA", "Warning", "deprecat"):
         assert chatter not in out + finished[0].stderr
@@ -106,15 +164,25 @@ def test_model_card_and_chart_hold_the_measured_numbers(finished, rows):
 
 
 def test_fine_tuning_moved_the_whole_model(finished, model_folder):
-    before, after = load_file(model_folder / "model.safetensors"), load_file(finished[1] / "model.safetensors")
-    unmoved = [name for name in after if not name.startswith("classifier") and torch.equal(before[name], after[name])]
+    before, after = (
+        load_file(model_folder / "model.safetensors"),
+        load_file(finished[1] / "model.safetensors"),
+    )
+    unmoved = [
+        name for name in after if not name.startswith("classifier") and torch.equal(before[name], after[name])
+    ]
     assert unmoved == []
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(one, shared):
     result = one["dry run"]
     assert result["code"] == 0 and not (shared / "dry").exists()
-    for part in ("layout    1 process", "schedule  3 epochs x 1 steps of 32 images", "22 training images are fewer than a step's 32", "dry run"):
+    for part in (
+        "layout    1 process",
+        "schedule  3 epochs x 1 steps of 32 images",
+        "22 training images are fewer than a step's 32",
+        "dry run",
+    ):
         assert part in result["out"]
     assert "Evaluation" not in result["out"]
 
@@ -122,7 +190,10 @@ def test_dry_run_prints_the_plan_and_writes_nothing(one, shared):
 def test_evaluation_alone_writes_nothing(one, shared):
     result, trained = one["evaluation only"], one["no checkpoints kept"]["out"]
     assert result["code"] == 0 and not (shared / "evaluated").exists(), result["err"]
-    found = re.search(r"validation: (average_loss=\d\.\d{4}, accuracy=0\.\d{4}) \(13 images\)\ntest: (.*) \(7 images\)", result["out"])
+    found = re.search(
+        r"validation: (average_loss=\d\.\d{4}, accuracy=0\.\d{4}) \(13 images\)\ntest: (.*) \(7 images\)",
+        result["out"],
+    )
     assert found[1] in trained and found[2] in trained
 
 
@@ -133,14 +204,39 @@ def test_evaluation_of_a_model_of_other_labels_is_refused(one):
 
 def test_sigterm_of_a_running_process_saves_and_its_run_goes_on(tmp_path, image_folder, model_folder):
     """The signal of an operator; that all processes agree on one is test_resume.py's."""
-    words = [sys.executable, SCRIPT, "--model_name_or_path", model_folder, "--dataset", image_folder, "--output_path", tmp_path / "out"]
-    words += ["--batch_size", "8", "--max_train_samples", "16", "--max_eval_samples", "3", "--num_epoch", "60", "--augment", "--num_workers", "2"]
-    with subprocess.Popen([str(word) for word in words], text=True, stdout=subprocess.PIPE, start_new_session=True) as run:
+    words = [
+        sys.executable,
+        SCRIPT,
+        "--model_name_or_path",
+        model_folder,
+        "--dataset",
+        image_folder,
+        "--output_path",
+        tmp_path / "out",
+    ]
+    words += [
+        "--batch_size",
+        "8",
+        "--max_train_samples",
+        "16",
+        "--max_eval_samples",
+        "3",
+        "--num_epoch",
+        "60",
+        "--augment",
+        "--num_workers",
+        "2",
+    ]
+    with subprocess.Popen(
+        [str(word) for word in words], text=True, stdout=subprocess.PIPE, start_new_session=True
+    ) as run:
         lines = []
         for line in run.stdout:
             lines.append(line)
             if line.startswith("Evaluation result for epoch 2:"):
-                os.killpg(run.pid, signal.SIGTERM)  # as torchrun does, and a terminal at Ctrl-C: the data workers are not to end
+                os.killpg(
+                    run.pid, signal.SIGTERM
+                )  # as torchrun does, and a terminal at Ctrl-C: the data workers are not to end
     assert run.returncode == 143, lines
     assert lines[-1].startswith("stopped after step ")
     assert not (tmp_path / "out" / "model.safetensors").exists()

@@ -1,4 +1,7 @@
-"""Runs of train.py for the tests: the libraries are imported once, then every process of every run is forked from there."""
+"""Runs of train.py for the tests.
+
+The libraries are imported once, then every process of every run is forked from there.
+"""
 
 import json
 import os
@@ -56,8 +59,20 @@ class Cases:
         plugins.import_libraries()
         self.root, self.statuses = root, {}
 
-    def start(self, name: str, config: str, data: Path, processes: int, overrides: list[str], *options: str, stop_at_step: int | None = None):
-        """One run. ``stop_at_step``: it gets a SIGTERM when it begins (the rest of) an epoch from that global step on."""
+    def start(
+        self,
+        name: str,
+        config: str,
+        data: Path,
+        processes: int,
+        overrides: list[str],
+        *options: str,
+        stop_at_step: int | None = None,
+    ):
+        """One run. ``stop_at_step``.
+
+        It gets a SIGTERM when it begins (the rest of) an epoch from that global step on.
+        """
         import engine
         import plugins
         import train
@@ -66,7 +81,18 @@ class Cases:
         argv = ["--config", str(ROOT / "configs" / config), "--output_path", str(self.root / name), *options]
 
         def one(rank: int, port: str) -> None:
-            hand = ["--world_size", processes, "--rank", rank, "--local_rank", rank, "--host", "127.0.0.1", "--port", port]
+            hand = [
+                "--world_size",
+                processes,
+                "--rank",
+                rank,
+                "--local_rank",
+                rank,
+                "--host",
+                "127.0.0.1",
+                "--port",
+                port,
+            ]
             if stop_at_step is not None:
                 whole = engine.Engine.train_epoch
 
@@ -97,7 +123,11 @@ def statuses(run: Path) -> list[list[int]]:
 
 
 def rows(run: Path, kind: str = "epoch") -> list[dict]:
-    return [row for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+    return [
+        row
+        for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if row["kind"] == kind
+    ]
 
 
 def log_of(run: Path) -> str:

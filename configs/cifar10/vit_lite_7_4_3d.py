@@ -12,7 +12,4 @@ from vit_lite_7_4_vanilla import *
 TENSOR_PARALLEL_SIZE = 8
 TENSOR_PARALLEL_MODE = "3d"
 
-parallel = dict(
-    pipeline=1,
-    tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE),
-)
+parallel = dict(pipeline=1, tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE))

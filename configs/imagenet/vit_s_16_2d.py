@@ -11,7 +11,4 @@ from vit_s_16_vanilla import *
 TENSOR_PARALLEL_SIZE = 4
 TENSOR_PARALLEL_MODE = "2d"
 
-parallel = dict(
-    pipeline=1,
-    tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE),
-)
+parallel = dict(pipeline=1, tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE))

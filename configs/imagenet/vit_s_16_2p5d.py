@@ -13,6 +13,5 @@ TENSOR_PARALLEL_MODE = "2.5d"
 TENSOR_PARALLEL_DEPTH = 1
 
 parallel = dict(
-    pipeline=1,
-    tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE, depth=TENSOR_PARALLEL_DEPTH),
+    pipeline=1, tensor=dict(mode=TENSOR_PARALLEL_MODE, size=TENSOR_PARALLEL_SIZE, depth=TENSOR_PARALLEL_DEPTH)
 )

@@ -20,13 +20,22 @@ BATCH = 512
 
 def load(split: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """uint8 (N, 3, 32, 32) and labels (N,), on the device"""
-    pairs = [(np.asarray(Image.open(path)), label) for label, folder in enumerate(sorted(split.iterdir())) for path in sorted(folder.iterdir())]
+    pairs = [
+        (np.asarray(Image.open(path)), label)
+        for label, folder in enumerate(sorted(split.iterdir()))
+        for path in sorted(folder.iterdir())
+    ]
     pixels, labels = zip(*pairs)
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device), torch.tensor(labels, device=device)
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device), torch.tensor(
+        labels, device=device
+    )
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616)))
+    mean, std = (
+        torch.tensor(v, device=device).view(1, 3, 1, 1)
+        for v in ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
+    )
     return ((pixels.float() / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
@@ -34,7 +43,9 @@ def crop_and_flip(images: torch.Tensor) -> torch.Tensor:
     count, offsets = len(images), torch.arange(32, device=device)
     down, right = torch.randint(0, 9, (2, count, 1), device=device) + offsets
     right = torch.where(torch.rand(count, 1, device=device) < 0.5, right, right.flip(1))
-    picked = F.pad(images, (4, 4, 4, 4))[torch.arange(count, device=device)[:, None, None], :, down[:, :, None], right[:, None, :]]
+    picked = F.pad(images, (4, 4, 4, 4))[
+        torch.arange(count, device=device)[:, None, None], :, down[:, :, None], right[:, None, :]
+    ]
     return picked.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
 
 
@@ -69,4 +80,7 @@ for epoch in range(1, epochs + 1):
         optimizer.zero_grad()
         schedule.step()
     if epoch % 10 == 0 or epoch == epochs:
-        print(f"epoch {epoch}: accuracy {accuracy(model, *held_out):.4f}, {time.time() - started:.0f} s", flush=True)
+        print(
+            f"epoch {epoch}: accuracy {accuracy(model, *held_out):.4f}, {time.time() - started:.0f} s",
+            flush=True,
+        )

@@ -41,8 +41,13 @@ def main() -> None:
     args = parser.parse_args()
     datasets.disable_progress_bars()
     rng = np.random.default_rng(args.seed)
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(args.classes))})
-    left = {name: list(rng.permutation(sorted(p for p in (args.source / name).iterdir() if p.is_file()))) for name in args.classes}
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=sorted(args.classes))}
+    )
+    left = {
+        name: list(rng.permutation(sorted(p for p in (args.source / name).iterdir() if p.is_file())))
+        for name in args.classes
+    }
     (args.out / "data").mkdir(parents=True, exist_ok=True)
     for split, count in SIZES.items():
         rows = []
@@ -50,7 +55,10 @@ def main() -> None:
             label = features["label"].str2int(name)
             rows += [(left[name].pop(), label) for _ in range(count * share // sum(SHARES))]
         rng.shuffle(rows)
-        encoded = [{"image": {"bytes": encode(Path(path), rng), "path": None}, "label": int(label)} for path, label in rows]
+        encoded = [
+            {"image": {"bytes": encode(Path(path), rng), "path": None}, "label": int(label)}
+            for path, label in rows
+        ]
         pieces = 1 + (split == "train")
         for i in range(pieces):
             piece = datasets.Dataset.from_list(encoded[i::pieces], features=features)
