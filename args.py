@@ -7,32 +7,25 @@ import argparse
 import math
 import os
 import re
-import sys
+from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
 
-import hub
-from console import fail
-from data import DRAWN, POLICIES, DataError, locate
-from layout import Layout
-from model import FAMILIES, PRESETS, known_architecture, read_config
-
-PLUGINS = {  # plugin -> the precisions it can do, its published one first
-    "torch_ddp": ("fp32", "bf16"),
-    "torch_ddp_fp16": ("fp16",),
-    "low_level_zero": ("fp16", "bf16", "fp32"),
-    "gemini": ("fp16", "bf16"),
-    "hybrid_parallel": ("fp16", "bf16", "fp32"),
-    "none": ("fp32", "fp16", "bf16"),  # plain PyTorch, the reference
-}
-
-OFFLINE_CHOICES = (
-    "offline choices: MODEL=a local folder (config.json and weights) or a preset with random weights "
-    f"({', '.join(PRESETS)}); DATASET=a local folder of images, parquet or arrow files, or `drawn`"
-)
+from launch import resolves
+from vit.checks import check_data, check_hub, check_model, check_output, check_push
+from vit.config import ConfigError, config_layout, config_problems, load_config, recorded_settings
+from vit.console import exit_with_errors, rank
+from vit.data.cifar10 import CIFAR10_FOLDER
+from vit.data.dataset import DataError
+from vit.data.sources import DEMO_DATASET
+from vit.data.transforms import POLICIES
+from vit.layout import ParallelLayout
+from vit.model import PRESETS, known_architecture
+from vit.settings import MESH_MODES, PLUGIN_PRECISIONS
+from vit.system import gpu_count, gpu_has_bf16
 
 # The published runs fine-tune on Beans; the demo trains a small ViT from scratch on drawn leaves.
-RECIPES = {
+MACHINE_DEFAULTS = {
     "fine-tune": dict(
         batch_size=32, learning_rate=1e-4, num_epoch=3, weight_decay=0.05, warmup_ratio=0.3, augment=False
     ),
@@ -40,31 +33,6 @@ RECIPES = {
         batch_size=32, learning_rate=5e-4, num_epoch=8, weight_decay=0.05, warmup_ratio=0.3, augment=False
     ),
 }
-# What the published setting leaves out, with the value that means so.
-RECIPE = dict(
-    augment=False,
-    auto_augment=None,
-    label_smoothing=0.0,
-    layer_decay=1.0,
-    drop_path=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    ema=0.0,
-    keep="best",
-)
-
-
-def recipe_of(settings: dict) -> str:
-    """The recipe's flags as they are typed: `--augment --mixup 0.2`; `none` of the published setting."""
-    flags = {name: settings.get(name, off) for name, off in RECIPE.items()}
-    return (
-        " ".join(
-            f"--{name}" if value is True else f"--{name} {value}"
-            for name, value in flags.items()
-            if value != RECIPE[name]
-        )
-        or "none"
-    )
 
 
 class Parser(argparse.ArgumentParser):
@@ -244,11 +212,13 @@ def finetune_parser() -> Parser:
     parser.text(
         "--dataset",
         auto=True,
-        help=f"hub name, local folder, parquet or arrow files, or {DRAWN} (default: "
-        f"AI-Lab-Makerere/beans with a GPU, {DRAWN} without)",
+        help=f"hub name, local folder, parquet or arrow files, or {DEMO_DATASET} (default: "
+        f"AI-Lab-Makerere/beans with a GPU, {DEMO_DATASET} without)",
     )
     parser.text("--output_path", default="./output_model", help="folder of the result")
-    parser.choice("--plugin", tuple(PLUGINS), auto=True, help="default: gemini with a GPU, torch_ddp without")
+    parser.choice(
+        "--plugin", tuple(PLUGIN_PRECISIONS), auto=True, help="default: gemini with a GPU, torch_ddp without"
+    )
     add_parallel_flags(parser)
     parser.number(
         "--batch_size", int, low=1, auto=True, help="images per data-parallel group and batch (default: 32)"
@@ -411,14 +381,14 @@ def parse_finetune(argv: list[str] | None = None) -> argparse.Namespace:
         args.model_name_or_path = "google/vit-base-patch16-224" if gpus else "vit-demo"
     if args.dataset is None:
         demo = args.model_name_or_path == "vit-demo"
-        args.dataset = DRAWN if demo else "AI-Lab-Makerere/beans"
-    if not gpus and args.model_name_or_path == "vit-demo" and args.dataset == DRAWN:
+        args.dataset = DEMO_DATASET if demo else "AI-Lab-Makerere/beans"
+    if not gpus and args.model_name_or_path == "vit-demo" and args.dataset == DEMO_DATASET:
         args.notes.append(
             "no GPU: training the small embedded model on drawn leaf images (MODEL and DATASET choose others)"
         )
     if args.plugin is None:
         args.plugin = "gemini" if gpus else "torch_ddp"
-    recipe = RECIPES["demo" if args.model_name_or_path == "vit-demo" else "fine-tune"]
+    recipe = MACHINE_DEFAULTS["demo" if args.model_name_or_path == "vit-demo" else "fine-tune"]
     for name, value in recipe.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -445,15 +415,9 @@ def parse_finetune(argv: list[str] | None = None) -> argparse.Namespace:
 def finish(args, problems: list[str]) -> None:
     """Report all problems, or stop here after a mere check."""
     if problems:
-        fail(*problems)
+        exit_with_errors(*problems)
     if args.check:
         raise SystemExit(0)
-
-
-def gpu_count() -> int:
-    import torch
-
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def resolve_parallel(args, problems: list[str], gpus: int) -> None:
@@ -473,12 +437,12 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
             f"TP_SIZE and PP_SIZE are for hybrid_parallel; {args.plugin} runs data parallel on all {world}"
         )
         args.tp_size = args.pp_size = 1
-    args.layout = Layout(world, args.tp_size, args.pp_size, int(os.environ.get("RANK", 0)))
+    args.layout = ParallelLayout(world, args.tp_size, args.pp_size, int(os.environ.get("RANK", 0)))
     problems += args.layout.problems()
 
-    allowed = PLUGINS[args.plugin]
+    allowed = PLUGIN_PRECISIONS[args.plugin]
     if args.precision is None:
-        has_bf16 = gpus and _bf16()
+        has_bf16 = gpus and gpu_has_bf16()
         wanted = {"published": allowed[0], "cpu": "fp32", "fast": "bf16" if has_bf16 or not gpus else "fp16"}[
             args.preset
         ]
@@ -490,7 +454,7 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
         if args.plugin == "torch_ddp":
             mend = "use torch_ddp_fp16 for it"
         problems.append(f"--precision {args.precision}: {args.plugin} trains in {', '.join(allowed)}; {mend}")
-    if args.precision == "bf16" and gpus and not _bf16():
+    if args.precision == "bf16" and gpus and not gpu_has_bf16():
         problems.append(
             "--precision bf16: this GPU has no bf16 units (they came with Ampere); use --precision fp16"
         )
@@ -592,230 +556,6 @@ def resolve_parallel(args, problems: list[str], gpus: int) -> None:
         args.num_microbatches = 1
 
 
-def _bf16() -> bool:
-    import torch
-
-    return torch.cuda.get_device_capability()[0] >= 8
-
-
-def _divisors(number: int) -> str:
-    """`1, 2 or 3` of 6, without 6 itself where there are many."""
-    *found, last = [str(n) for n in range(1, number + 1) if number % n == 0]
-    return f"{', '.join(found)} or {last}" if found else last
-
-
-def check_model(args, problems: list[str]) -> None:
-    """The model's name, and what its architecture must divide into, as far as it is known without the hub."""
-    name = args.model_name_or_path
-    heads = layers = patch = None
-    if Path(name).is_dir():
-        config = read_config(Path(name))
-        if not config:
-            problems.append(
-                f"--model_name_or_path {name}: the folder has no readable config.json; name the "
-                "folder that a run or save_pretrained wrote"
-            )
-        elif config.get("model_type") not in FAMILIES:
-            problems.append(
-                f"--model_name_or_path {name}: is a {config.get('model_type')!r} model; this example "
-                "trains ViTs, such as google/vit-base-patch16-224 or a preset"
-            )
-        elif config["model_type"] == "ijepa" and args.plugin == "hybrid_parallel":
-            problems.append(
-                f"--plugin hybrid_parallel: the library cannot cut {name}, which averages its "
-                "patches; use another plugin"
-            )
-        elif not any(Path(name).glob("*.safetensors")) and not any(Path(name).glob("pytorch_model*.bin")):
-            problems.append(
-                f"--model_name_or_path {name}: has a config.json, but no weights beside it "
-                "(model.safetensors); copy them there"
-            )
-        # what the config leaves out has the library's default
-        heads, layers = config.get("num_attention_heads", 12), config.get("num_hidden_layers", 12)
-        patch = config.get("patch_size", 16)
-    elif shape := known_architecture(name):
-        heads, layers, patch = shape.heads, shape.layers, shape.patch_size
-    elif not hub.is_name(name):
-        problems.append(
-            f"--model_name_or_path {name}: no such folder, and no preset ({', '.join(PRESETS)}); "
-            "a hub name has the form owner/name"
-        )
-    if heads and heads % args.tp_size:
-        problems.append(
-            f"--tp_size {args.tp_size}: does not divide the {heads} attention heads of {name}; "
-            f"use {_divisors(heads)}"
-        )
-    if layers and args.pp_size > layers:
-        problems.append(
-            f"--pp_size {args.pp_size}: more stages than the {layers} layers of {name}; use {layers} or fewer"
-        )
-    if patch and args.image_size and args.image_size % patch:
-        problems.append(
-            f"--image_size {args.image_size}: no multiple of the {patch} px patches of {name}; "
-            f"use {args.image_size // patch * patch or patch} or "
-            f"{(args.image_size // patch + 1) * patch}"
-        )
-
-
-def check_data(args, problems: list[str]) -> None:
-    try:
-        args.dataset_kind = locate(args.dataset)
-    except (DataError, OSError) as error:  # PermissionError
-        problems.append(
-            str(error) if isinstance(error, DataError) else f"--dataset {args.dataset}: {error.strerror}"
-        )
-        args.dataset_kind = None
-
-
-def check_hub(args, problems: list[str]) -> None:
-    """A hub name needs the hub, or a copy in its cache.
-
-    Says so at once instead of after minutes of retries.
-    """
-    name = args.model_name_or_path
-    wanted = []
-    if name not in PRESETS and hub.is_name(name):
-        wanted.append(("model", name, "models"))
-    if args.dataset_kind == "hub":
-        wanted.append(("dataset", args.dataset, "datasets"))
-    if not wanted:
-        if not vars(args).get("push_to_hub"):
-            os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is local: no library shall look for updates
-        return
-    reachable = os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false") and hub.answers()
-    if reachable:
-        return
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    missing = [f"{what} {name}" for what, name, kind in wanted if not hub.is_cached(name, kind)]
-    if missing:
-        problems.append(
-            f"{' and '.join(missing)}: the HuggingFace hub ({hub.endpoint()}) does not answer and "
-            f"no copy is cached; {OFFLINE_CHOICES}"
-        )
-    else:
-        args.notes.append("the HuggingFace hub does not answer: using the cached copies")
-
-
-def check_push(args, problems: list[str]) -> None:
-    """Whether the result can go to the hub is known before hours of training."""
-    if not args.push_to_hub or args.eval_only or args.dry_run:
-        return
-    if not hub.NAME.fullmatch(args.push_to_hub):
-        problems.append(f"--push_to_hub {args.push_to_hub}: must be OWNER/NAME, such as your-name/vit-beans")
-    elif not hub.answers():
-        problems.append(
-            f"--push_to_hub {args.push_to_hub}: the HuggingFace hub does not answer; leave it "
-            f"out, and upload later with `huggingface-cli upload {args.push_to_hub} "
-            f"{args.output_path}`"
-        )
-    else:
-        from huggingface_hub import get_token
-
-        if not get_token():
-            problems.append(
-                f"--push_to_hub {args.push_to_hub}: not logged in; run `huggingface-cli login`, or "
-                "set HF_TOKEN"
-            )
-
-
-# What a run writes into its output folder, and --overwrite_output removes.
-WRITTEN = (
-    "checkpoints",
-    "tensorboard",
-    "model.safetensors",
-    "config.json",
-    "preprocessor_config.json",
-    "metrics.jsonl",
-    "metrics.png",
-    "README.md",
-)
-
-
-def check_output(
-    args, problems: list[str], sources: tuple[str, ...] = ("model_name_or_path", "dataset")
-) -> None:
-    """Nothing that is there is overwritten unasked, nor what the run is made from. ``sources``.
-
-    The settings that name that.
-    """
-    if args.eval_only or args.dry_run:
-        return
-    try:
-        _check_output(
-            args, Path(args.output_path), [name for name in sources if getattr(args, name, None)], problems
-        )
-    except OSError as error:  # PermissionError in a folder above
-        problems.append(f"--output_path {args.output_path}: {error.strerror}")
-
-
-def _check_output(args, folder: Path, sources: list[str], problems: list[str]) -> None:
-    if folder.exists() and not folder.is_dir():
-        return problems.append(f"--output_path {folder}: is a file")
-    metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines() if metrics.exists() else []
-    finished = bool(lines) and '"kind": "end"' in lines[-1]
-    saved = any((folder / "checkpoints").glob("*/meta.json"))
-    used = folder.is_dir() and any(folder.iterdir())
-    # of this folder's run, or of another into a folder where there is nothing to lose yet
-    resumes = (
-        args.resume == "auto"
-        or args.resume
-        and (
-            folder.resolve() in Path(args.resume, "x").resolve().parents
-            or lines
-            and not finished
-            and not saved
-        )
-    )
-    if used and args.overwrite_output:
-        removed = [(folder / name).resolve() for name in WRITTEN if (folder / name).exists()]
-        for name in sources:
-            source = Path(getattr(args, name)).resolve()
-            own_model = name == "model_name_or_path" and source == folder.resolve()
-            if removed and (own_model or set(removed) & {source, *source.parents}):
-                problems.append(
-                    f"--overwrite_output: {folder} holds {getattr(args, name)}, which this run is made "
-                    "from; set OUTPUT_PATH to another folder"
-                )
-        if removed and not any(
-            (folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "failed.json")
-        ):
-            named = ", ".join(path.name for path in removed)
-            problems.append(
-                f"--overwrite_output: {folder} would lose {named}, and holds no run that they are of; "
-                "set OUTPUT_PATH to another folder"
-            )
-    elif used and not resumes:
-        problems.append(
-            f"--output_path {folder}: is not empty; continue that run with --resume auto, replace it with "
-            "--overwrite_output, or set OUTPUT_PATH to another folder"
-        )
-    elif used and args.resume == "auto" and not saved:
-        if finished:
-            problems.append(
-                f"--output_path {folder}: holds a finished run and no checkpoint to go on from; set "
-                "OUTPUT_PATH to another folder, or replace it with --overwrite_output"
-            )
-        elif not lines and any(path.name not in ("failed.json", "checkpoints") for path in folder.iterdir()):
-            problems.append(
-                f"--output_path {folder}: is not empty and holds no run to resume; set OUTPUT_PATH to "
-                "another folder"
-            )
-    parent = folder.resolve()
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        problems += [f"--output_path {folder}: {parent} is a file"] * (parent != folder.resolve())
-    elif not os.access(parent, os.W_OK):
-        problems.append(f"--output_path {folder}: {parent} cannot be written")
-    if args.resume and args.resume != "auto" and not Path(args.resume).is_dir():
-        problems.append(f"--resume {args.resume}: no such checkpoint folder (or use `auto`)")
-    if args.resume and args.overwrite_output:
-        problems.append(
-            "--resume with --overwrite_output: one keeps the run, the other removes it; give one of them"
-        )
-
-
 def benchmark_parser() -> Parser:
     parser = Parser(
         prog="vit_benchmark.py",
@@ -827,7 +567,7 @@ def benchmark_parser() -> Parser:
         help="known ViT name or preset; random weights, no hub (default: "
         "google/vit-base-patch16-224 with a GPU, vit-demo without)",
     )
-    parser.choice("--plugin", tuple(PLUGINS), default="gemini", help="none: plain PyTorch")
+    parser.choice("--plugin", tuple(PLUGIN_PRECISIONS), default="gemini", help="none: plain PyTorch")
     add_parallel_flags(parser)
     parser.numbers(
         "--batch_size",
@@ -908,7 +648,7 @@ def parse_benchmark(argv: list[str] | None = None) -> argparse.Namespace:
         if getattr(args, name) is None:
             setattr(args, name, with_gpu if gpus else without)
     if problems:
-        fail(*problems)
+        exit_with_errors(*problems)
     if args.check_settings:
         raise SystemExit(0)
     args.cases, args.impossible = [], {}
@@ -922,20 +662,149 @@ def parse_benchmark(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def command_line(without: str | None = None) -> str:
-    """This run's command, for the records; ``without`` a flag and its value."""
-    import shlex
-
-    words = sys.argv[1:]
-    if without in words:
-        at = words.index(without)
-        del words[at : at + 2]
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    by_hand = "TORCHELASTIC_RUN_ID" not in os.environ  # the words have all of it
-    start = (
-        ["python"]
-        if processes == 1 or by_hand
-        else ["torchrun", *[f"--nnodes={processes // here}"] * (processes > here), f"--nproc_per_node={here}"]
+def parse_scratch(argv: list[str] | None = None) -> Namespace:
+    """The settings and the config, resolved and checked; ends the program with every problem otherwise."""
+    parser = Parser(
+        prog="train.py",
+        description="Train a ViT from scratch by a config file. DATA (environment) is the data set.",
     )
-    return shlex.join([*start, os.path.basename(sys.argv[0]), *words])
+    parser.text(
+        "--config",
+        help="a Python file, such as configs/cifar10/vit_lite_7_4_vanilla.py; config.py lists the names",
+    )
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME=VALUE",
+        help="override values of the config",
+    )
+    parser.text(
+        "--output_path",
+        auto=True,
+        help="folder of the result (default: the config's LOG_PATH, or ./runs/<its name>)",
+    )
+    parser.text(
+        "--resume", help="`auto` (the newest checkpoint in the output folder, if any) or a checkpoint's path"
+    )
+    parser.switch(
+        "--overwrite_output", default=False, help="replace a finished or interrupted run in the output folder"
+    )
+    parser.switch("--skip_bad_images", default=False, help="leave out unreadable images, named and counted")
+    parser.add_argument(
+        "--check", action="store_true", help="check the settings and stop (used before a launch)"
+    )
+    for flag, what in (
+        ("--world_size", "processes in all"),
+        ("--rank", "this one's number"),
+        ("--local_rank", "its number on its machine"),
+    ):
+        parser.number(flag, int, low=0, help=f"{what}, where no launcher says so")
+    parser.text("--host", help="machine of rank 0, where no launcher says so")
+    parser.number("--port", int, low=1, high=65535, help="a port that is free there")
+    args = parser.parse(argv)
+    problems = parser.problems
+    launched = "WORLD_SIZE" in os.environ
+    set_rank_environment(args, problems)
+    world = int(os.environ.get("WORLD_SIZE", args.world_size or 1))
+    gpus = gpu_count()
+    if launched and gpus and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
+        problems.append(f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {gpus} GPU(s)")
+    if args.config is None:
+        exit_with_errors(
+            *problems, "--config: name a config file, such as configs/cifar10/vit_lite_7_4_vanilla.py"
+        )
+    try:
+        config, found = load_config(args.config, args.set)
+    except ConfigError as error:
+        exit_with_errors(*problems, str(error))
+    problems += found + config_problems(config, world)
+    args.dataset = os.environ.get("DATA")
+    if not args.dataset:
+        problems.append(
+            "DATA: set this environment variable to the data set: cifar-10-batches-py, an image "
+            "folder, a prepared folder, a parquet copy, or synthetic"
+        )
+    else:
+        from data import find_scratch_source
+
+        try:
+            args.dataset_kind = find_scratch_source(args.dataset, config["NUM_CLASSES"], config["IMG_SIZE"])
+            args.model_name_or_path, args.notes = Path(args.config).stem, []
+            check_hub(args, problems)
+            if args.dataset_kind == CIFAR10_FOLDER and config["RANDOM_RESIZED_CROP"] is not None:
+                problems.append(
+                    f"RANDOM_RESIZED_CROP {config['RANDOM_RESIZED_CROP']}: is for image files; "
+                    f"DATA={args.dataset} has pixels of one size: use RANDOM_CROP_PADDING"
+                )
+        except DataError as error:
+            problems.append(str(error))
+    args.output_path = args.output_path or config["LOG_PATH"] or f"./runs/{Path(args.config).stem}"
+    args.eval_only = args.dry_run = False
+    check_output(args, problems, sources=("dataset",))
+    if problems:
+        exit_with_errors(*problems)
+    if args.check:
+        raise SystemExit(0)
+    if not launched and args.world_size:
+        print(
+            f"rank {rank()} of {args.world_size}: waiting for the others at {args.host}:{args.port}",
+            flush=True,
+        )
+
+    # the names that plugins.py and checkpoint.py know
+    args.layout = config_layout(config, world, rank())
+    args.precision, args.max_norm = config["precision"], config["clip_grad_norm"]
+    if config["mode"] in MESH_MODES:
+        args.plugin = config["mode"]
+    elif config["tp"] * config["pp"] > 1:
+        args.plugin = "hybrid_parallel"
+    else:
+        args.plugin = "torch_ddp_fp16" if args.precision == "fp16" else "torch_ddp"
+    args.learning_rate, args.weight_decay = config["LEARNING_RATE"], config["WEIGHT_DECAY"]
+    args.gradient_accumulation_steps = config["gradient_accumulation"]
+    args.num_microbatches = config["NUM_MICRO_BATCHES"] if config["pp"] > 1 else 1
+    args.optimizer, args.zero_stage, args.offload_optim_frac = "adamw", 0, 0.0
+    args.grad_checkpoint, args.compile, args.cuda_graphs = False, config["COMPILE"], config["CUDA_GRAPHS"]
+    args.values = config
+    args.settings = {"dataset": args.dataset} | recorded_settings(config)
+    return args
+
+
+def set_rank_environment(args, problems: list[str]) -> None:
+    """--world_size, --rank, --local_rank, --host and --port as the environment that torchrun would have
+    set.
+    """
+    given = {
+        "WORLD_SIZE": args.world_size,
+        "RANK": args.rank,
+        "LOCAL_RANK": args.local_rank,
+        "MASTER_ADDR": args.host,
+        "MASTER_PORT": args.port,
+    }
+    by_hand = any(value is not None for name, value in given.items() if name != "WORLD_SIZE")
+    if args.check or "WORLD_SIZE" in os.environ:
+        return
+    if args.world_size is None and not by_hand:
+        return  # one process
+    if missing := [
+        name for name in ("world_size", "rank", "local_rank", "host", "port") if getattr(args, name) is None
+    ]:
+        problems.append(
+            f"{', '.join('--' + name for name in missing)}: missing; one process at a time needs "
+            "--world_size, --rank, --local_rank, --host and --port"
+        )
+    elif args.world_size < 1 or args.rank >= args.world_size or args.local_rank > args.rank:
+        problems.append(
+            f"--rank {args.rank} --local_rank {args.local_rank}: must be below --world_size "
+            f"{args.world_size}, the local rank at most the rank"
+        )
+    elif (gpus := gpu_count()) and args.local_rank >= gpus:
+        problems.append(f"--local_rank {args.local_rank}: this machine has {gpus} GPU(s), numbered from 0")
+    elif not resolves(args.host):
+        problems.append(
+            f"--host {args.host}: there is no machine of that name; give rank 0's name or address"
+        )
+    else:
+        os.environ.update({name: str(value) for name, value in given.items()})

@@ -9,121 +9,35 @@ written; started again, it goes on with the next case in a fresh process.
 
 import json
 import os
-import re
 import statistics
 import time
 from pathlib import Path
 
-import console
+from vit.console import silence_libraries
 
-console.silence_libraries()  # before anything imports colossalai or transformers
+silence_libraries()  # before anything imports colossalai or transformers
 
-from args import command_line, parse_benchmark  # noqa: E402
-from console import fail, rank, say  # noqa: E402
+from args import parse_benchmark  # noqa: E402
+from vit.console import exit_with_errors, print_rank0, rank  # noqa: E402
+from vit.flops import device_peak_tflops, throughput, time_on_device, training_flops
+from vit.run_folder import recorded_command  # noqa: E402
 
 OUT_OF_MEMORY = 75  # exit status: a case did not fit; started again, the rest may
 NOTHING_TO_DO = 76  # exit status of --check: every case is measured, or impossible here
 
-# Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32
-# without TF32).
-PEAK_TFLOPS = {
-    "H200": (989, 67),
-    "H100 PCIe": (756, 51),
-    "H100 NVL": (835, 60),
-    "H100": (989, 67),
-    "A100": (312, 19.5),
-    "A10G": (70, 35),
-    "A10": (125, 31.2),
-    "L40S": (362, 91.6),
-    "L40": (181, 90.5),
-    "L4": (121, 30.3),
-    "T4": (65, 8.1),
-    "V100": (125, 15.7),
-    "RTX 4090": (165, 82.6),
-    "RTX 3090": (71, 35.6),
-}
 
-
-def training_flops(image_size: int, patch: int, hidden: int, layers: int, mlp: int, labels: int) -> float:
-    """Floating-point operations to train a ViT on one image: forward, and twice that backward.
-
-    Counts the matrix products (2 per multiply-add), not recomputation: gradient checkpointing does not make a
-    model bigger, so it lowers the model FLOPs utilisation (Chowdhery et al., 2022, appendix B).
-    """
-    patches = (image_size // patch) ** 2
-    tokens = patches + 1
-    embed = 2 * patches * (3 * patch * patch) * hidden
-    attention = 2 * tokens * hidden * (4 * hidden) + 2 * (2 * tokens * tokens * hidden)
-    layer = attention + 2 * tokens * hidden * (2 * mlp)
-    return 3.0 * (embed + layers * layer + 2 * hidden * labels)
-
-
-def throughput(dp: int, batch_size: int, accumulation: int, step_seconds: float) -> float:
-    """Images per second of the whole run.
-
-    Each of the dp groups takes its own images, tp and pp share them.
-    """
-    return dp * batch_size * accumulation / step_seconds
-
-
-def peak_tflops(precision: str) -> tuple[float, str]:
-    """(peak of one device, where the number comes from)."""
-    import torch
-
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        for known, (half, single) in PEAK_TFLOPS.items():
-            if re.search(rf"\b{known}\b", name):
-                return (single if precision == "fp32" else half), f"data sheet of {known}"
-    return measured_tflops(precision), "measured matrix product"
-
-
-def measured_tflops(precision: str) -> float:
-    """TFLOP/s of a large matrix product on this device, on random data."""
-    import torch
-
-    from plugins import device
-
-    on_gpu = torch.cuda.is_available()
-    n = 8192 if on_gpu else 1024
-    dtype = (
-        {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-        if on_gpu
-        else torch.float32
-    )
-    a, b = torch.randn(2, n, n, device=device(), dtype=dtype)
-    for _ in range(2):
-        a @ b
-    seconds = min(timed(lambda: a @ b) for _ in range(5))
-    return 2 * n**3 / seconds / 1e12
-
-
-def timed(work) -> float:
-    """Seconds of ``work``, by device events on a GPU, else by the clock."""
-    import torch
-
-    if not torch.cuda.is_available():
-        start = time.perf_counter()
-        work()
-        return time.perf_counter() - start
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def measure(case, layout) -> dict:
+def measure_case(case, layout) -> dict:
     """Build, warm up and time one case. -> the measured part of its row. Collective."""
     import torch
 
-    import plugins
-    from engine import Engine, Normalize
-    from data import Schedule
-    from model import load_model, preset_name
+    from vit.distributed import all_reduce_max, all_reduce_sum, device, peak_memory_gib, reset_peak_memory
+    from vit.engine import Engine
+    from vit.model import load_model, preset_name
+    from vit.parallel.plugins import boost
+    from vit.schedule import BatchPlan
+    from vit.step import Normalize
 
-    plugins.reset_peak_memory()
+    reset_peak_memory()
     before = (
         torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
     )  # by earlier cases, if they left something
@@ -136,20 +50,18 @@ def measure(case, layout) -> dict:
     )
     size = loaded.model.config.image_size
     config = loaded.model.config
-    boosted = plugins.boost(loaded.model, case, layout)
+    boosted = boost(loaded.model, case, layout)
     del loaded
     engine = Engine(boosted, case.num_labels, Normalize((0.5,) * 3, (0.5,) * 3))
 
     # the images are on the device before the clock starts
-    schedule = Schedule(0, case.batch_size, case.gradient_accumulation_steps, layout, case.seed)
+    schedule = BatchPlan(0, case.batch_size, case.gradient_accumulation_steps, layout, case.seed)
     generator = torch.Generator().manual_seed(case.seed + layout.dp_rank)
     batch = {
         "pixel_values": torch.randint(
             0, 256, (schedule.rows, 3, size, size), dtype=torch.uint8, generator=generator
-        ).to(plugins.device()),
-        "labels": torch.randint(0, case.num_labels, (schedule.rows,), generator=generator).to(
-            plugins.device()
-        ),
+        ).to(device()),
+        "labels": torch.randint(0, case.num_labels, (schedule.rows,), generator=generator).to(device()),
     }
 
     def step() -> torch.Tensor:
@@ -168,19 +80,19 @@ def measure(case, layout) -> dict:
             for _ in range(case.window_steps):
                 losses[1:] = [step()]
 
-        windows.append(timed(window) / case.window_steps)
+        windows.append(time_on_device(window) / case.window_steps)
     # the slowest process decides when a step is over
-    windows = plugins.all_max(torch.tensor(windows, dtype=torch.float64, device=plugins.device())).tolist()
-    first, last = plugins.all_sum(torch.stack(losses)).tolist()
+    windows = all_reduce_max(torch.tensor(windows, dtype=torch.float64, device=device())).tolist()
+    first, last = all_reduce_sum(torch.stack(losses)).tolist()
     median = statistics.median(windows)
     memory = {
-        "peak_memory_gib": plugins.peak_memory(),
+        "peak_memory_gib": peak_memory_gib(),
         "allocated_before_gib": before,
     }  # before the peak is measured, which takes memory too
     if torch.cuda.is_available():
         reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
-        memory["peak_reserved_gib"] = plugins.all_max(reserved).item()
-    peak, source = peak_tflops(case.precision)
+        memory["peak_reserved_gib"] = all_reduce_max(reserved).item()
+    peak, source = device_peak_tflops(case.precision)
     flops = training_flops(
         size,
         config.patch_size,
@@ -210,15 +122,17 @@ def main() -> None:
     args = parse_benchmark()
     import torch
 
-    import report
+    from vit.files import DamagedRows, read_jsonl
+    from vit.report.benchmark import CASE_KEYS, METHOD_KEYS, case_key
+    from vit.run_folder import environment
 
-    results, same = Path(args.results), report.SAME_CASE + report.SAME_WAY
+    results, same = Path(args.results), CASE_KEYS + METHOD_KEYS
     world = args.cases[0].layout.world
     # --known_from is of one call of run_benchmark.sh
     common = {
         "kind": "case",
-        **report.environment(world),
-        "command": command_line(without="--known_from"),
+        **environment(world),
+        "command": recorded_command(without="--known_from"),
         "world": world,
     }
 
@@ -228,13 +142,13 @@ def main() -> None:
         }
 
     def key(row: dict) -> str:
-        return report.case_key(row, same)
+        return case_key(row, same)
 
     def rows() -> list[dict]:
         try:
-            return report.read_rows(results) if results.exists() else []
-        except report.DamagedRows as error:
-            fail(str(error))
+            return read_jsonl(results) if results.exists() else []
+        except DamagedRows as error:
+            exit_with_errors(str(error))
 
     written = rows()
     start = len(written) if args.known_from is None else args.known_from  # rows from here on are of this call
@@ -255,32 +169,32 @@ def main() -> None:
     if args.record_failure:  # one process, after a launch whose processes could not say it themselves
         if todo:
             record(todo[0], status="failed", reason=args.record_failure)
-            say(f"{_title(todo[0])}: FAILED: {args.record_failure}")
+            print_rank0(f"{_title(todo[0])}: FAILED: {args.record_failure}")
         raise SystemExit(0)
     if args.check:  # one process, before the launch
         for case in impossible:
             record(case, status="impossible", reason=args.impossible[case.batch_size])
-            say(f"{_title(case)}: impossible here: {args.impossible[case.batch_size]}")
+            print_rank0(f"{_title(case)}: impossible here: {args.impossible[case.batch_size]}")
         again = len(written) > start  # a fresh process for the rest of this call's cases
         if not again and (before := len(args.cases) - len(todo) - len(impossible)):
-            say(f"{before} of {len(args.cases)} cases were measured before")
+            print_rank0(f"{before} of {len(args.cases)} cases were measured before")
         raise SystemExit(0 if todo else NOTHING_TO_DO)
 
-    import plugins
-    import speedups
+    from vit.distributed import destroy_distributed, import_libraries, init_distributed
+    from vit.patches.torch_kernels import release_model_memory
 
-    plugins.import_libraries()
-    plugins.start_distributed(args.seed)
+    import_libraries()
+    init_distributed(args.seed)
     if args.mem_cap and torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory / 2**30
         torch.cuda.set_per_process_memory_fraction(min(1.0, args.mem_cap / total))
     for note in dict.fromkeys(note for case in todo for note in case.notes):
-        say(f"  note      {note}")
+        print_rank0(f"  note      {note}")
     failed = False
     for number, case in enumerate(todo, 1):
         started = time.perf_counter()
         try:
-            row = measure(case, case.layout)
+            row = measure_case(case, case.layout)
         except torch.cuda.OutOfMemoryError as error:
             record(case, status="out of memory", reason=str(error).split(". ")[0])
             print(f"{_title(case)}: out of memory", flush=True)
@@ -298,22 +212,22 @@ def main() -> None:
                     record(case, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
                 raise
             record(case, status="failed", reason=f"{type(error).__name__}: {error}"[:500])
-            say(f"{_title(case)}: FAILED: {type(error).__name__}: {error}")
+            print_rank0(f"{_title(case)}: FAILED: {type(error).__name__}: {error}")
             failed = True
             continue
         finally:
-            speedups.forget_models()
+            release_model_memory()
             torch.cuda.empty_cache()
         if rank() == 0:
             record(case, status="ok", reason="", seconds=time.perf_counter() - started, **row)
-        say(
+        print_rank0(
             f"{number} of {len(todo)}  {_title(case)}: {row['images_per_second']:.1f} images/s, "
             f"{row['steps_per_second']:.2f} it/s, step {row['step_ms']:.1f} ms "
             f"({row['step_ms_min']:.1f}-{row['step_ms_max']:.1f}), peak "
             f"{row['peak_memory_gib']:.2f} GiB, MFU {row['mfu']:.1%}, "
             f"loss {row['first_loss']:.3f} -> {row['last_loss']:.3f}"
         )
-    plugins.stop_distributed()
+    destroy_distributed()
     raise SystemExit(1 if failed else 0)
 
 

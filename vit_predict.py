@@ -9,11 +9,11 @@ import json
 import sys
 from pathlib import Path
 
-import console
+from vit.console import exit_with_errors, silence_libraries
 
-console.silence_libraries()
+silence_libraries()
 
-import hub  # noqa: E402
+from vit.hub import is_cached, is_hub_name, reachable  # noqa: E402
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -38,7 +38,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 def find_images(paths: list[str]) -> list[Path]:
     """Files as they are, folders searched in depth by image suffix."""
-    from data import IMAGE_SUFFIXES
+    from vit.data.dataset import IMAGE_SUFFIXES
 
     found = []
     for path in map(Path, paths):
@@ -55,14 +55,14 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from data import open_image
+    from vit.data.decode import open_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = AutoModelForImageClassification.from_pretrained(model_path).eval().to(device)
         processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
     except (OSError, ValueError, SafetensorError) as error:  # no weights, no classifier, a damaged file
-        console.fail(f"--model {model_path}: {str(error).strip().splitlines()[0]}")
+        exit_with_errors(f"--model {model_path}: {str(error).strip().splitlines()[0]}")
     topk = min(topk, model.config.num_labels)
     for start in range(0, len(images), batch_size):
         opened, results = [], {}
@@ -84,19 +84,19 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
 def main(argv=None) -> int:
     args = parse(argv)
     if not (Path(args.model) / "config.json").is_file():
-        if not hub.is_name(args.model):
-            console.fail(
+        if not is_hub_name(args.model):
+            exit_with_errors(
                 f"--model {args.model}: no such model folder (one with a config.json; bash "
                 "run_demo.sh writes ./output_model), and no hub name"
             )
-        if not hub.is_cached(args.model, "models") and not hub.answers():
-            console.fail(
+        if not is_cached(args.model, "models") and not reachable():
+            exit_with_errors(
                 f"--model {args.model}: no such folder, and the HuggingFace hub does not answer; name "
                 "a folder that a run wrote"
             )
     images = find_images(args.images)
     if not images:
-        console.fail(f"no images under {', '.join(args.images)}")
+        exit_with_errors(f"no images under {', '.join(args.images)}")
     rows, bad = [], 0
     for path, result in predict(args.model, images, args.topk, args.batch_size):
         if isinstance(result, str):

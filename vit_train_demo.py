@@ -11,12 +11,17 @@ import sys
 import time
 from pathlib import Path
 
-import console
+from vit.console import silence_libraries
 
-console.silence_libraries()  # before anything imports colossalai or transformers
+silence_libraries()  # before anything imports colossalai or transformers
 
-from args import command_line, parse_finetune, recipe_of  # noqa: E402
-from console import fail, predict_command, rank, say  # noqa: E402
+from args import parse_finetune  # noqa: E402
+from vit.console import exit_with_errors, print_rank0, rank  # noqa: E402
+from vit.run_folder import (
+    predict_command,  # noqa: E402
+    recorded_command,  # noqa: E402
+)
+from vit.settings import augmentation_flags  # noqa: E402
 
 
 def main() -> None:
@@ -24,63 +29,75 @@ def main() -> None:
 
     import torch
 
-    import checkpoint as ckpt
-    import data
-    import hub
-    import model as vit
-    import report
-    from engine import (
-        Engine,
-        EpochProgress,
-        Mix,
-        NonFiniteLoss,
-        Normalize,
-        SignalFlag,
-        Stopped,
+    from data import load_dataset
+    from vit.checkpoint import (
+        CheckpointError,
+        CheckpointFolder,
+        gather_weights,
+        load_checkpoint,
+        read_meta,
+        resume_run,
+        settings_of,
+    )
+    from vit.data.dataset import DataError, Split
+    from vit.data.decode import decode_dataset
+    from vit.data.loaders import BatchDataset, default_num_workers, eval_batches, make_loader
+    from vit.data.transforms import RandomResizedCrop, transform_of_processor
+    from vit.distributed import destroy_distributed, import_libraries, init_distributed, peak_memory_gib
+    from vit.engine import Engine
+    from vit.files import remove_folder, write_atomically, write_jsonl
+    from vit.hub import upload
+    from vit.model import export_model, load_model
+    from vit.model_variants import add_drop_path
+    from vit.parallel.plugins import boost
+    from vit.report.card import model_card
+    from vit.report.charts import epoch_chart
+    from vit.report.tables import ranking_key
+    from vit.run_folder import (
         count_skipped,
-        learning_rate,
+        environment,
+        epoch_row,
+        log_epoch,
+        open_run_folder,
+        tensorboard_writer,
     )
-    from plugins import (
-        boost,
-        import_libraries,
-        local_processes,
-        peak_memory,
-        start_distributed,
-        stop_distributed,
-    )
+    from vit.schedule import BatchPlan, cosine_with_warmup
+    from vit.step import Mixup, Normalize
+    from vit.system import local_world_size
+    from vit.trainer import EpochProgress, Interrupted, NonFiniteLoss, SignalHandler
 
-    with SignalFlag() as stop:
+    with SignalHandler() as stop:
         import_libraries()
         stop.end_if_set()
         started = time.perf_counter()
-        start_distributed(args.seed)
+        init_distributed(args.seed)
         layout = args.layout
         output = Path(args.output_path)
 
         # ---- data and model
         try:
-            images = data.load_data(args)
+            images = load_dataset(args)
             torch.manual_seed(args.seed)
-            loaded = vit.load_model(args.model_name_or_path, images.label_names, layout.tp, args.image_size)
-            resize = data.preprocessing(loaded.processor)
+            loaded = load_model(args.model_name_or_path, images.label_names, layout.tp, args.image_size)
+            resize = transform_of_processor(loaded.processor)
             augment = (
-                data.Augment(resize.size, args.seed, resize.resample, policy=args.auto_augment)
+                RandomResizedCrop(resize.size, args.seed, resize.resample, policy=args.auto_augment)
                 if args.augment
                 else None
             )
-            images, decoded_bytes = data.decode(images, resize, augment, args, local_processes())
+            images, decoded_bytes = decode_dataset(images, resize, augment, args, local_world_size())
             if args.eval_only and loaded.untrained:
                 raise ValueError(
                     f"--eval_only: {args.model_name_or_path} was not trained on the labels of "
                     f"{args.dataset} ({', '.join(images.label_names[:5])}, ...)"
                 )
         except (ValueError, OSError) as error:
-            fail(str(error))
+            exit_with_errors(str(error))
         args.notes += images.notes + loaded.notes
         config = loaded.model.config
 
         # ---- plan
-        schedule = data.Schedule(
+        schedule = BatchPlan(
             len(images.train), args.batch_size, args.gradient_accumulation_steps, layout, args.seed
         )
         total_steps = schedule.steps * args.num_epoch
@@ -94,20 +111,20 @@ def main() -> None:
         parameters = sum(p.numel() for p in loaded.model.parameters())
         print_plan(args, schedule, images, resize.size, decoded_bytes, parameters, peak_lr, warmup_steps)
         if args.dry_run:
-            say("dry run: nothing was trained or written")
-            return stop_distributed()
+            print_rank0("dry run: nothing was trained or written")
+            return destroy_distributed()
 
         # ---- boost
         boosted = boost(loaded.model, args, layout, args.layer_decay)
         if args.drop_path:
-            vit.add_drop_path(boosted.model, args.drop_path, config.num_hidden_layers)
+            add_drop_path(boosted.model, args.drop_path, config.num_hidden_layers)
             torch.manual_seed(args.seed + layout.dp_rank)  # other images, other draws
         if args.ema:
             boosted.keep_average(args.ema)
         labels = len(images.label_names)
         normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
         mix = (
-            Mix(args.mixup, args.cutmix, labels, args.seed, layout.dp_rank)
+            Mixup(args.mixup, args.cutmix, labels, args.seed, layout.dp_rank)
             if args.mixup or args.cutmix
             else None
         )
@@ -115,16 +132,14 @@ def main() -> None:
         workers = (
             args.num_workers
             if args.num_workers is not None
-            else data.auto_workers(images, augment, local_processes())
+            else default_num_workers(images, augment, local_world_size())
         )
 
-        def evaluate(split: data.Split, stop: SignalFlag | None = None) -> dict:
-            order = data.evaluation_order(len(split), schedule.rows, layout)
-            plain = data.Batches(split, resize, None, args.skip_bad_images)
+        def evaluate(split: Split, stop: SignalHandler | None = None) -> dict:
+            order = eval_batches(len(split), schedule.rows, layout)
+            plain = BatchDataset(split, resize, None, args.skip_bad_images)
             return engine.evaluate(
-                iter(data.make_loader(plain, order, 0 if split.resized is not None else workers)),
-                len(split),
-                stop,
+                iter(make_loader(plain, order, 0 if split.resized is not None else workers)), len(split), stop
             )
 
         if args.eval_only:
@@ -132,33 +147,33 @@ def main() -> None:
                 if split is not None:
                     try:
                         result = evaluate(split, stop)
-                    except Stopped as stopped:
-                        stop_distributed()
+                    except Interrupted as stopped:
+                        destroy_distributed()
                         sys.exit(128 + stopped.signum)
-                    say(
+                    print_rank0(
                         f"{split.name}: average_loss={result['average_loss']:.4f}, "
                         f"accuracy={result['accuracy']:.4f} ({result['images']} images)"
                     )
-            return stop_distributed()
+            return destroy_distributed()
 
         # ---- output folder, or the run to go on with
         checkpoints, trained_on = (
-            ckpt.Checkpoints(output / "checkpoints", args.keep_checkpoints),
+            CheckpointFolder(output / "checkpoints", args.keep_checkpoints),
             [len(images.train), images.label_names],
         )
         rows = [
             {
                 "kind": "run",
-                **report.environment(),
+                **environment(),
                 "layout": str(layout),
-                "command": command_line(),
-                "settings": ckpt.settings_of(args),
+                "command": recorded_command(),
+                "settings": settings_of(args),
                 "held_out": images.held_out,
             }
         ]
         progress, first_epoch, first_step = EpochProgress(), 0, 0
         try:
-            if resumed := ckpt.resume(checkpoints, args, boosted, trained_on):
+            if resumed := resume_run(checkpoints, args, boosted, trained_on):
                 found, meta = resumed
                 rows += meta["rows"]
                 if meta["best_epoch"]:
@@ -167,16 +182,18 @@ def main() -> None:
                 first_epoch = meta["epoch"]
                 # the position is kept in images, so that another number of processes finds its place
                 first_step = -(-progress.images // schedule.per_step)
-                say(f"  resumed   {found}, epoch {first_epoch + 1}, step {first_step} of {schedule.steps}")
-        except ckpt.CheckpointError as error:
-            fail(str(error))
+                print_rank0(
+                    f"  resumed   {found}, epoch {first_epoch + 1}, step {first_step} of {schedule.steps}"
+                )
+        except CheckpointError as error:
+            exit_with_errors(str(error))
         if rank() == 0:
-            ckpt.open_run_folder(output, args.overwrite_output)
-            report.write_rows(output / "metrics.jsonl", rows)
-        writer = report.tensorboard_writer(output) if args.tensorboard and rank() == 0 else None
+            open_run_folder(output, args.overwrite_output)
+            write_jsonl(output / "metrics.jsonl", rows)
+        writer = tensorboard_writer(output) if args.tensorboard and rank() == 0 else None
 
         def lr_at(step: int) -> float:
-            return learning_rate(step, total_steps, warmup_steps, peak_lr)
+            return cosine_with_warmup(step, total_steps, warmup_steps, peak_lr)
 
         def save(step: int, epoch: int) -> None:
             meta = dict(
@@ -186,7 +203,7 @@ def main() -> None:
                 rows=rows[1:],
                 best_epoch=best and best["epoch"],
                 processes=layout.world,
-                settings=ckpt.settings_of(args),
+                settings=settings_of(args),
                 data=trained_on,
             )
             checkpoints.save(boosted, meta)
@@ -197,16 +214,16 @@ def main() -> None:
             (epoch, first_step if epoch == first_epoch else 0) for epoch in range(first_epoch, args.num_epoch)
         ]
         order = itertools.chain.from_iterable(itertools.starmap(schedule.batches, starts))
-        training_set = data.Batches(images.train, resize, augment, args.skip_bad_images)
+        training_set = BatchDataset(images.train, resize, augment, args.skip_bad_images)
         skipped: list[str] = []  # by this process in this epoch
 
         def read_batches():
-            for batch in data.make_loader(training_set, order, workers):
+            for batch in make_loader(training_set, order, workers):
                 skipped.extend(batch.pop("skipped"))
                 yield batch
 
         batches = read_batches()
-        say(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
+        print_rank0(f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n")
         best = next((row for row in rows if row["kind"] == "epoch" and row["best"]), None)
         try:
             for epoch in range(first_epoch, args.num_epoch):
@@ -225,13 +242,11 @@ def main() -> None:
                 evaluated_at = time.perf_counter()
                 result = evaluate(images.validation, stop)
                 last_lr, took = lr_at(done + schedule.steps - 1), time.perf_counter() - evaluated_at
-                row = report.epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory())
+                row = epoch_row(epoch + 1, result, progress, last_lr, took, peak_memory_gib())
                 if args.skip_bad_images:
                     count_skipped(row, skipped, images.train.unreadable)
                     skipped.clear()
-                row["best"] = (
-                    best is None or args.keep == "last" or report.quality(row) > report.quality(best)
-                )
+                row["best"] = best is None or args.keep == "last" or ranking_key(row) > ranking_key(best)
                 rows.append(row)
                 if row["best"]:
                     if best is not None:
@@ -240,67 +255,65 @@ def main() -> None:
                 progress, first_step = EpochProgress(), 0
                 save(done + schedule.steps, epoch + 1)
                 if rank() == 0:
-                    report.write_rows(output / "metrics.jsonl", rows)
-                    report.log_epoch(writer, row)
+                    write_jsonl(output / "metrics.jsonl", rows)
+                    log_epoch(writer, row)
                 # the published form, then what it does not say
-                say(
+                print_rank0(
                     f"Evaluation result for epoch {epoch + 1}: average_loss={row['average_loss']:.4f}, "
                     f"accuracy={row['accuracy']:.4f}."
                     f"  (train loss {row['train_loss']:.4f}, {row['steps_per_second']:.2f} it/s, "
                     f"{row['images_per_second']:.0f} images/s, "
                     f"{row['seconds']:.1f} s, peak memory {row['peak_memory_gib']:.2f} GiB)"
                 )
-        except Stopped as stopped:
+        except Interrupted as stopped:
             step = epoch * schedule.steps - (-progress.images // schedule.per_step)
             save(step, epoch)
-            say(f"stopped after step {step}; checkpoint saved: continue with --resume auto")
-            stop_distributed()
+            print_rank0(f"stopped after step {step}; checkpoint saved: continue with --resume auto")
+            destroy_distributed()
             sys.exit(128 + stopped.signum)
         except NonFiniteLoss as error:
             kept = f" The last checkpoint in {checkpoints.root} is from before." if checkpoints.all() else ""
-            stop_distributed()
-            fail(f"{error.mend(args, '--learning_rate', '--max_norm 1')}.{kept}", code=1)
-        except data.DataError as error:  # in the middle of an epoch, on one process: torchrun ends the others
+            destroy_distributed()
+            exit_with_errors(f"{error.mend(args, '--learning_rate', '--max_norm 1')}.{kept}", code=1)
+        except DataError as error:  # in the middle of an epoch, on one process: torchrun ends the others
             print(f"error: {str(error).strip().splitlines()[-1]}", file=sys.stderr, flush=True)
             os._exit(1)
 
         # ---- the epoch to keep: test it once, export it
         if best["epoch"] != args.num_epoch:
             path = checkpoints.end_of(best["epoch"])
-            ckpt.load(path, boosted, ckpt.read_meta(path))
+            load_checkpoint(path, boosted, read_meta(path))
         if images.test is not None:
             result = evaluate(images.test)
             rows.append({"kind": "test", "epoch": best["epoch"], **result})
-            say(
+            print_rank0(
                 f"Test result of epoch {best['epoch']}: average_loss={result['average_loss']:.4f}, "
                 f"accuracy={result['accuracy']:.4f} ({result['images']} images)"
             )
-        weights = ckpt.full_weights(boosted, output)
+        weights = gather_weights(boosted, output)
         rows.append({"kind": "end", "seconds": time.perf_counter() - started})
         if rank() == 0:
-            vit.export(weights, config, loaded.processor, output)
-            report.write_rows(output / "metrics.jsonl", rows)
-            report.epoch_chart(
+            export_model(weights, config, loaded.processor, output)
+            write_jsonl(output / "metrics.jsonl", rows)
+            epoch_chart(
                 rows,
                 output / "metrics.png",
                 f"{Path(args.model_name_or_path).name} on {Path(args.dataset).name}, {args.plugin} "
                 f"{args.precision}",
             )
-            settings = ckpt.settings_of(args) | {"preset": args.preset}
-            report.write_atomically(
-                output / "README.md", report.model_card(rows, settings, images.label_names)
-            )
+            settings = settings_of(args) | {"preset": args.preset}
+            write_atomically(output / "README.md", model_card(rows, settings, images.label_names))
             if args.keep_checkpoints == 0:
-                ckpt.remove(checkpoints.root)
+                remove_folder(checkpoints.root)
             if writer is not None:
                 writer.close()
-        say(
+        print_rank0(
             f"\n{args.keep} epoch {best['epoch']} is in {output}/ "
             f"({time.perf_counter() - started:.0f} s since the imports): {predict_command(output)}"
         )
-        stop_distributed()
+        destroy_distributed()
         if args.push_to_hub and rank() == 0:
-            hub.push(output, args.push_to_hub)
+            upload(output, args.push_to_hub)
 
 
 def print_plan(
@@ -324,25 +337,25 @@ def print_plan(
         if args.scale_lr and layout.dp > 1
         else ""
     )
-    say(f"\n{args.model_name_or_path} on {args.dataset}")
-    say(
+    print_rank0(f"\n{args.model_name_or_path} on {args.dataset}")
+    print_rank0(
         f"  layout    {', '.join(filter(None, [f'{layout}; plugin {args.plugin}', args.precision, f'preset {args.preset}', *memory]))}"
     )
-    say(f"  data      {counts} images of {len(images.label_names)} classes, {size} px; {kept}")
-    say(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images")
-    say(
+    print_rank0(f"  data      {counts} images of {len(images.label_names)} classes, {size} px; {kept}")
+    print_rank0(f"  schedule  {args.num_epoch} epochs x {schedule.steps} steps of {schedule.per_step} images")
+    print_rank0(
         f"            = batch {args.batch_size} x accumulation "
         f"{args.gradient_accumulation_steps} x dp {layout.dp}"
     )
-    say(
+    print_rank0(
         f"  learning  rate {peak_lr:.3g}{scaled}, warm-up {warmup_steps} steps, weight decay "
         f"{args.weight_decay:g}, seed {args.seed}"
     )
-    if (recipe := recipe_of(vars(args))) != "none":
-        say(f"  recipe    {recipe}")
-    say(f"  model     {parameters / 1e6:.1f} M parameters")
+    if (recipe := augmentation_flags(vars(args))) != "none":
+        print_rank0(f"  recipe    {recipe}")
+    print_rank0(f"  model     {parameters / 1e6:.1f} M parameters")
     for note in args.notes:
-        say(f"  note      {note}")
+        print_rank0(f"  note      {note}")
 
 
 if __name__ == "__main__":

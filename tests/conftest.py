@@ -27,13 +27,12 @@ os.environ.setdefault(
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 
-import console  # noqa: E402
+from vit.console import silence_libraries  # noqa: E402
 
-console.silence_libraries()
+silence_libraries()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
 from helpers import COUNTS, save_tiny_vit, write_folder  # noqa: E402
 
 torch.set_num_threads(1)

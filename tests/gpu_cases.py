@@ -11,16 +11,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import console
+from vit.console import silence_libraries
 
-console.silence_libraries()
+silence_libraries()
 
 import torch
 
-import plugins
-from data import IGNORE
-from engine import Engine, Normalize
-from layout import Layout
+from vit.data.dataset import IGNORE_INDEX
+from vit.distributed import all_reduce_sum, destroy_distributed, device, import_libraries, init_distributed
+from vit.engine import Engine
+from vit.layout import ParallelLayout
+from vit.parallel.plugins import boost
+from vit.patches.torch_kernels import disable_cudnn_sdp_with_dropout
+from vit.step import Normalize
 
 BASE = dict(
     zero_stage=0,
@@ -105,8 +108,8 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    layout = Layout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
-    boosted = plugins.boost(
+    layout = ParallelLayout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
+    boosted = boost(
         ViTForImageClassification(config),
         Namespace(**BASE | changes),
         layout,
@@ -123,7 +126,7 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     batch = {"pixel_values": pixels[mine], "labels": labels[mine]}
     padded = {
         "pixel_values": pixels[mine],
-        "labels": labels.index_fill(0, torch.tensor([BATCH - 1]), IGNORE)[mine],
+        "labels": labels.index_fill(0, torch.tensor([BATCH - 1]), IGNORE_INDEX)[mine],
     }
     losses = []
     for step in range(
@@ -131,7 +134,7 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     ):  # a graph is recorded after eleven; the learning rate changes, and one step is as the last of an epoch
         last = step == STEPS - 2
         share = engine.train_step([padded if last else batch], BATCH - last, 1e-3 if step % 2 else 5e-4)
-        losses.append(plugins.all_sum(share).item())
+        losses.append(all_reduce_sum(share).item())
     evaluated = engine.evaluate([batch], BATCH)
     return [*losses, evaluated["average_loss"]]
 
@@ -142,16 +145,16 @@ def attention_gradients() -> list[torch.Tensor]:
     See `plugins.avoid_broken_attention`.
     """
     usual = torch.backends.cuda.cudnn_sdp_enabled()
-    plugins.avoid_broken_attention(Namespace(attention_probs_dropout_prob=0.1))
+    disable_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=0.1))
     query, key, value = torch.randn(
         3,
         1,
         4,
         64,
         64,
-        device=plugins.device(),
+        device=device(),
         dtype=torch.bfloat16,
-        generator=torch.Generator(plugins.device()).manual_seed(0),
+        generator=torch.Generator(device()).manual_seed(0),
     )
     query[..., 0], key[..., 0] = 1, -960  # divided by the root of 64: -120
     parts = [part.requires_grad_() for part in (query, key, value)]
@@ -161,8 +164,8 @@ def attention_gradients() -> list[torch.Tensor]:
 
 
 def main() -> None:
-    plugins.import_libraries()
-    plugins.start_distributed(0)
+    import_libraries()
+    init_distributed(0)
     results = {"attention is finite": all(grad.isfinite().all().item() for grad in attention_gradients())}
     for name, changes in cases(int(os.environ["WORLD_SIZE"])).items():
         try:
@@ -173,7 +176,7 @@ def main() -> None:
                 break
     if os.environ["RANK"] == "0":
         Path(sys.argv[1]).write_text(json.dumps(results))
-    plugins.stop_distributed()
+    destroy_distributed()
 
 
 if __name__ == "__main__":

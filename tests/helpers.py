@@ -87,7 +87,7 @@ MAX_NORM = 2.4  # between the gradient norms of this training: some steps are cl
 
 def in_memory_images(count: int, seed: int = 1):
     """Noise of 16 px with random labels of 3 classes."""
-    from data import Split
+    from vit.data.dataset import Split
 
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8).numpy()

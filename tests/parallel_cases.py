@@ -34,12 +34,19 @@ from helpers import (
     in_memory_images,
 )
 
-import checkpoint as ckpt
-import data
-import engine
-import plugins
 import vit_train_demo
-from layout import Layout
+from data import load_dataset
+from vit import distributed
+from vit.checkpoint import CheckpointError, CheckpointFolder, gather_weights, load_checkpoint, read_meta
+from vit.data.decode import decode_dataset
+from vit.data.loaders import BatchDataset, eval_batches
+from vit.data.transforms import Resize
+from vit.distributed import all_reduce_sum
+from vit.engine import Engine
+from vit.layout import ParallelLayout
+from vit.parallel.plugins import boost
+from vit.schedule import BatchPlan
+from vit.step import Mixup, Normalize
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
@@ -72,21 +79,21 @@ def build(model, tp=1, pp=1, recipe=False, **changes):
     # the library keeps how to gather a tensor by its shape alone; these processes have had other groups
     # before
     layout_converter.cached_solution.clear()
-    layout = Layout(WORLD, tp, pp, RANK)
+    layout = ParallelLayout(WORLD, tp, pp, RANK)
     args = Namespace(**(BASE | changes))
-    boosted = plugins.boost(model, args, layout, layer_decay=LAYER_DECAY if recipe else 1.0)
+    boosted = boost(model, args, layout, layer_decay=LAYER_DECAY if recipe else 1.0)
     if recipe:
         boosted.keep_average(EMA)
-    normalize = engine.Normalize((0.5,) * 3, (0.5,) * 3)
-    return engine.Engine(boosted, 3, normalize, label_smoothing=LABEL_SMOOTHING if recipe else 0.0), layout
+    normalize = Normalize((0.5,) * 3, (0.5,) * 3)
+    return Engine(boosted, 3, normalize, label_smoothing=LABEL_SMOOTHING if recipe else 0.0), layout
 
 
 def initial_model(tp: int = 1):
-    import model as vit
+    from vit.model import pad_classifier
 
     torch.manual_seed(0)
     model = helpers.tiny_vit(3)
-    vit.pad_labels(model, tp)
+    pad_classifier(model, tp)
     return model
 
 
@@ -102,15 +109,15 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
     """
     trainer, layout = build(initial_model(tp), tp, pp, gradient_accumulation_steps=k, **changes)
     if mixed:
-        trainer.mix = engine.Mix(0.8, 1.0, 3, seed=7, group=layout.dp_rank)
-    schedule = data.Schedule(22, GLOBAL_BATCH // layout.dp // k, k, layout, seed=5)
-    batches = data.Batches(in_memory_images(22), data.Resize(16), None, skip_bad=False)
-    held_out = data.Batches(in_memory_images(13, seed=2), data.Resize(16), None, skip_bad=False)
+        trainer.mix = Mixup(0.8, 1.0, 3, seed=7, group=layout.dp_rank)
+    schedule = BatchPlan(22, GLOBAL_BATCH // layout.dp // k, k, layout, seed=5)
+    batches = BatchDataset(in_memory_images(22), Resize(16), None, skip_bad=False)
+    held_out = BatchDataset(in_memory_images(13, seed=2), Resize(16), None, skip_bad=False)
     losses, evaluations = [], []
     for epoch in range(EPOCHS):
         if load and epoch == 0:
             path = checkpoint_of(load, schedule.steps)
-            ckpt.load(path, trainer.boosted, ckpt.read_meta(path))
+            load_checkpoint(path, trainer.boosted, read_meta(path))
             continue
         trainer.model.train()
         order = schedule.batches(epoch)
@@ -120,11 +127,11 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
             share = trainer.train_step(
                 step, images, lr, epoch * schedule.steps + len(losses) % schedule.steps
             )
-            losses.append(plugins.all_sum(share.double()).item())
-        evaluation = data.evaluation_order(13, schedule.rows, layout)
+            losses.append(all_reduce_sum(share.double()).item())
+        evaluation = eval_batches(13, schedule.rows, layout)
         evaluations.append(trainer.evaluate(map(held_out.__getitems__, evaluation), 13))
         if save and epoch == 0:
-            ckpt.Checkpoints(save, 1).save(trainer.boosted, meta_of(schedule.steps, epoch=1))
+            CheckpointFolder(save, 1).save(trainer.boosted, meta_of(schedule.steps, epoch=1))
     averaged = trainer.boosted.average is not None
     return {"losses": losses, "evaluations": evaluations} | (
         {"exported": exported_loss(trainer, tp, held_out)} if averaged else {}
@@ -133,7 +140,7 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
 
 def exported_loss(trainer, tp: int, held_out) -> float | None:
     """Of the weights that an export has, in a model of their own, on rank 0."""
-    state = ckpt.full_weights(trainer.boosted, FOLDER)
+    state = gather_weights(trainer.boosted, FOLDER)
     if state is None:
         return None
     model = initial_model(tp).eval()
@@ -148,24 +155,22 @@ def evaluate(tp=1, pp=1, **changes) -> dict:
     """The validation folder, read as a run does, by a model whose true logits are all far below the
     padding's 0.
     """
-    import model as vit
+    from vit.model import load_model
 
     args = helpers.settings("--dataset", FOLDER / "images")
-    images = data.load_data(args)
-    loaded = vit.load_model(str(FOLDER / "model"), images.label_names, tp)
+    images = load_dataset(args)
+    loaded = load_model(str(FOLDER / "model"), images.label_names, tp)
     labels = len(images.label_names)
     torch.manual_seed(9)
     with torch.no_grad():
         loaded.model.classifier.weight[:labels] = torch.randn(labels, 32) * 0.5
         loaded.model.classifier.bias[:labels] = -100
-    resize = data.Resize(16, int(loaded.processor.resample))
-    images, _ = data.decode(images, resize, None, args, WORLD)
+    resize = Resize(16, int(loaded.processor.resample))
+    images, _ = decode_dataset(images, resize, None, args, WORLD)
     trainer, layout = build(loaded.model, tp, pp, **changes)
-    trainer.normalize = engine.Normalize(
-        tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std)
-    )
-    batches = data.Batches(images.validation, resize, None, False)
-    order = data.evaluation_order(len(images.validation), 4, layout)
+    trainer.normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
+    batches = BatchDataset(images.validation, resize, None, False)
+    order = eval_batches(len(images.validation), 4, layout)
     result = trainer.evaluate(map(batches.__getitems__, order), len(images.validation))
     try:
         trainer.evaluate(map(batches.__getitems__, order), len(images.validation) + 1)
@@ -220,7 +225,7 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
     """SIGTERM reaches one process in its step ``at``; --resume auto goes on."""
     run = (*RUN, *flags)
     straight = entry(f"{name}_straight", *run)
-    whole, steps = engine.Engine.train_step, []
+    whole, steps = Engine.train_step, []
 
     def train_step(self, *args):
         steps.append(0)
@@ -228,11 +233,11 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
             os.kill(os.getpid(), signal.SIGTERM)
         return whole(self, *args)
 
-    engine.Engine.train_step = train_step
+    Engine.train_step = train_step
     try:
         stopped = entry(name, *run)
     finally:
-        engine.Engine.train_step = whole
+        Engine.train_step = whole
     files = sorted(p.name for p in (FOLDER / name).iterdir()) if (FOLDER / name).exists() else []
     return {
         "straight": straight,
@@ -245,7 +250,7 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
 def failing_write() -> dict:
     """The disk fills up during the second save: an error, and the first checkpoint is whole."""
     trainer, _ = build(initial_model())
-    folder = ckpt.Checkpoints(FOLDER / "failing_write", 1)
+    folder = CheckpointFolder(FOLDER / "failing_write", 1)
     folder.save(trainer.boosted, meta_of(1, epoch=1))
     whole = torch.save
 
@@ -261,13 +266,13 @@ def failing_write() -> dict:
         error = str(caught)
     finally:
         torch.save = whole
-    found = ckpt.read_meta(folder.find("auto"))["step"]
+    found = read_meta(folder.find("auto"))["step"]
     folder.save(trainer.boosted, meta_of(2, epoch=2))
     left = sorted(path.name for path in folder.root.iterdir())
     return {
         "error": error,
         "found": found,
-        "found_after": ckpt.read_meta(folder.find("auto"))["step"],
+        "found_after": read_meta(folder.find("auto"))["step"],
         "left": left,
     }
 
@@ -476,7 +481,7 @@ def adopted() -> dict:
     One process comes to it long after the other.
     """
     checkpoints, found = (
-        ckpt.Checkpoints(FOLDER / "adopted", 1),
+        CheckpointFolder(FOLDER / "adopted", 1),
         checkpoint_of(FOLDER / "best_first" / "checkpoints", 18),
     )
     if RANK == 1:
@@ -486,9 +491,9 @@ def adopted() -> dict:
     try:
         checkpoints.adopt_best(7, found)
         error = None
-    except ckpt.CheckpointError as caught:
+    except CheckpointError as caught:
         error = str(caught)
-    return {"epoch": ckpt.read_meta(checkpoints.end_of(1))["epoch"], "error": error}
+    return {"epoch": read_meta(checkpoints.end_of(1))["epoch"], "error": error}
 
 
 def continued() -> dict:
@@ -511,7 +516,7 @@ def continued() -> dict:
         9,
     )
     result = entry("continued", *flags, "--resume", "auto")
-    result["newest"] = ckpt.read_meta(ckpt.Checkpoints(FOLDER / "continued" / "checkpoints", 9).find("auto"))[
+    result["newest"] = read_meta(CheckpointFolder(FOLDER / "continued" / "checkpoints", 9).find("auto"))[
         "epoch"
     ]
     return result
@@ -519,9 +524,9 @@ def continued() -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
-    plugins.start_distributed(0)
-    plugins.start_distributed = lambda seed: torch.manual_seed(seed)
-    plugins.stop_distributed = lambda: None
+    distributed.init_distributed(0)
+    distributed.init_distributed = lambda seed: torch.manual_seed(seed)
+    distributed.destroy_distributed = lambda: None
     path = FOLDER / f"results_{WORLD}.jsonl"
     done = {json.loads(line)["case"] for line in path.read_text().splitlines()} if path.exists() else set()
     dist.barrier()  # all have read it

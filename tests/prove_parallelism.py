@@ -39,27 +39,34 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # its helper process does not survive a fork
 
-import console
+from vit.console import silence_libraries
 
-console.silence_libraries()
+silence_libraries()
 
 import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-import checkpoint
-import cifar
-import config
-import data
-import feed
-import model as vit
-import plugins
-import report
-import tensor_parallel
-import train
-from engine import Engine, Normalize, learning_rate
-from layout import Layout
+from args import parse_scratch
+from data import build_scratch_loaders, load_scratch_dataset
+from train import build_boosted
+from vit.checkpoint import CheckpointFolder, gather_weights, resume_run
+from vit.config import load_config
+from vit.data.cifar10 import CIFAR10_FOLDER, TRAIN_FILES, read_cifar10
+from vit.data.loaders import eval_batches
+from vit.distributed import all_reduce_sum, destroy_distributed, device, import_libraries, init_distributed
+from vit.engine import Engine
+from vit.files import read_jsonl, write_atomically, write_jsonl
+from vit.layout import ParallelLayout
+from vit.model import export_model
+from vit.parallel import mesh
+from vit.patches.colossalai_legacy import patch_legacy_layers
+from vit.report.charts import new_figure, save_figure
+from vit.report.tables import markdown_table
+from vit.run_folder import environment
+from vit.schedule import BatchPlan, cosine_with_warmup
+from vit.step import Normalize
 
 torch.set_num_threads(1)
 
@@ -145,12 +152,12 @@ def write_cut(source: str, folder: Path) -> Path:
 
     `IMAGES` to train and `HELD_OUT` to evaluate.
     """
-    images = feed.read(source, config.load(CASES["vanilla"].path)[0])
+    images = load_scratch_dataset(source, load_config(CASES["vanilla"].path)[0])
     chosen = np.random.default_rng(SEED).permutation(len(images.train.labels))[: IMAGES + HELD_OUT]
-    parts = dict(zip(cifar.TRAIN_FILES, np.array_split(chosen[:IMAGES], len(cifar.TRAIN_FILES)))) | {
+    parts = dict(zip(TRAIN_FILES, np.array_split(chosen[:IMAGES], len(TRAIN_FILES)))) | {
         "test_batch": chosen[IMAGES:]
     }
-    cut = folder / cifar.FOLDER
+    cut = folder / CIFAR10_FOLDER
     cut.mkdir()
     for name, part in parts.items():
         pixels = np.stack([images.train.resized[i] for i in part]).reshape(len(part), -1)
@@ -174,7 +181,7 @@ def serial(rank: int, cut: str, precision: str, folder: Path) -> None:
 
     dtype = torch.float64 if precision == "fp64" else torch.float32
     computed = torch.bfloat16 if precision == "bf16 weights" else dtype
-    images = cifar.read(cut)
+    images = read_cifar10(cut)
     pixels = torch.from_numpy(np.stack(images.train.resized)).to(dtype) / 255
     labels = torch.from_numpy(images.train.labels)
     pixels = (pixels - pixels.mean((0, 2, 3), keepdim=True)) / pixels.std(
@@ -211,7 +218,7 @@ def serial(rank: int, cut: str, precision: str, folder: Path) -> None:
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
     )
-    order = data.Schedule(IMAGES, BATCH, 1, Layout(1), SEED)
+    order = BatchPlan(IMAGES, BATCH, 1, ParallelLayout(1), SEED)
     dealt = [
         [image for _, image in batch if image >= 0]
         for epoch in range(EPOCHS)
@@ -253,7 +260,7 @@ def judge(folder: Path, cut: str) -> dict:
         ViTForImageClassification.from_pretrained(folder).eval(),
         ViTImageProcessor.from_pretrained(folder),
     )
-    held = cifar.read(cut).test
+    held = read_cifar10(cut).test
     pixels = processor(list(held.resized), return_tensors="pt", input_data_format="channels_first")[
         "pixel_values"
     ]
@@ -276,17 +283,17 @@ class Run:
 
     def __init__(self, case: Case, precision: str, out: Path, *options: str):
         words = ["--config", case.path, "--output_path", str(out), *options]
-        self.args = train.parse([*words, "--set", *SETTINGS, *case.overrides, *PRECISIONS[precision]])
-        plugins.start_distributed(SEED)
+        self.args = parse_scratch([*words, "--set", *SETTINGS, *case.overrides, *PRECISIONS[precision]])
+        init_distributed(SEED)
         self.norms = []
         self._watch_norms()
-        self.images = feed.open_feeds(self.args.dataset, self.args.values, plugins.device())
-        self.boosted, self.config = train.build(self.args, self.images.label_names)
+        self.images = build_scratch_loaders(self.args.dataset, self.args.values, device())
+        self.boosted, self.config = build_boosted(self.args, self.images.label_names)
         self.engine = Engine(
             self.boosted, 10, Normalize(*self.images.normal), self.args.values["LABEL_SMOOTHING"]
         )
         self.layout = self.args.layout
-        self.schedule = data.Schedule(IMAGES, BATCH // self.layout.dp, 1, self.layout, SEED)
+        self.schedule = BatchPlan(IMAGES, BATCH // self.layout.dp, 1, self.layout, SEED)
 
     def _watch_norms(self) -> None:
         """Note what the clipping functions return: the norm before clipping."""
@@ -300,7 +307,7 @@ class Run:
             return clip_and_note
 
         torch.nn.utils.clip_grad_norm_ = watched(torch.nn.utils.clip_grad_norm_)
-        tensor_parallel.clip_ = watched(tensor_parallel.clip_)
+        mesh.clip_grad_norm_ = watched(mesh.clip_grad_norm_)
 
     def steps(self, first: int, last: int) -> list[float]:
         """The losses of these steps, over all processes; their norms are added to ``norms``."""
@@ -309,15 +316,15 @@ class Run:
         order = itertools.chain.from_iterable(self.schedule.batches(epoch) for epoch in range(EPOCHS))
         batches = self.images.train.batches(itertools.islice(order, first, last))
         for step, batch in zip(range(first, last), batches, strict=True):
-            lr = learning_rate(step, STEPS, WARMUP_EPOCHS * PER_EPOCH, self.args.learning_rate)
+            lr = cosine_with_warmup(step, STEPS, WARMUP_EPOCHS * PER_EPOCH, self.args.learning_rate)
             share = self.engine.train_step([batch], self.schedule.images_per_step[step % PER_EPOCH], lr)
-            losses.append(plugins.all_sum(share).item())
+            losses.append(all_reduce_sum(share).item())
             if self.args.plugin == "hybrid_parallel":  # clips by itself
                 self.norms.append(float(self.boosted.optimizer.get_grad_norm()))
         return losses
 
     def weights(self, path: Path) -> dict | None:
-        whole = checkpoint.full_weights(self.boosted, path.parent)
+        whole = gather_weights(self.boosted, path.parent)
         if whole is not None:
             torch.save(whole, path)
         return whole
@@ -325,11 +332,11 @@ class Run:
     def evaluate(self) -> dict:
         held = self.images.evaluated
         return self.engine.evaluate(
-            held.batches(data.evaluation_order(len(held), self.schedule.rows, self.layout)), len(held)
+            held.batches(eval_batches(len(held), self.schedule.rows, self.layout)), len(held)
         )
 
-    def checkpoints(self) -> checkpoint.Checkpoints:
-        return checkpoint.Checkpoints(Path(self.args.output_path) / "checkpoints", keep=1)
+    def checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(Path(self.args.output_path) / "checkpoints", keep=1)
 
 
 def case_fp32(case: Case, folder: Path) -> dict:
@@ -353,13 +360,13 @@ def case_fp32(case: Case, folder: Path) -> dict:
     losses += run.steps(SAVED, STEPS)
     whole, evaluated = run.weights(folder / "weights_last.pt"), run.evaluate()
     if whole is not None:
-        vit.export(whole, run.config, run.images.processor, folder / "export")
+        export_model(whole, run.config, run.images.processor, folder / "export")
     return {"layout": str(run.layout), "loss": losses, "norm": run.norms, "evaluation": evaluated}
 
 
 def case_resumed(case: Case, folder: Path) -> dict:
     run = Run(case, "fp32", folder / "run", "--resume", "auto")
-    _, meta = checkpoint.resume(run.checkpoints(), run.args, run.boosted)
+    _, meta = resume_run(run.checkpoints(), run.args, run.boosted)
     return {"loss": run.steps(meta["step"], SHORT), "norm": run.norms}
 
 
@@ -377,7 +384,7 @@ def worker(rank: int, function, name: str, cut: str, folder: Path, port: int) ->
     seen = function(case, folder)
     if rank == 0:
         (folder / "seen.json").write_text(json.dumps(seen))
-    plugins.stop_distributed()
+    destroy_distributed()
 
 
 def fork(processes: int, function, *args, folder: Path) -> dict:
@@ -478,7 +485,7 @@ def prove(name: str, cut: str, scratch: Path) -> Iterator[dict]:
     yield (
         about
         | {"precision": "fp32"}
-        | report.environment()
+        | environment()
         | seen
         | compare_weights(folder, scratch / "serial fp32")
         | {
@@ -494,13 +501,7 @@ def prove(name: str, cut: str, scratch: Path) -> Iterator[dict]:
 
     started = time.perf_counter()
     seen = in_processes(case_bf16, name, cut, folder)
-    yield (
-        about
-        | {"precision": "bf16"}
-        | report.environment()
-        | seen
-        | {"seconds": time.perf_counter() - started}
-    )
+    yield (about | {"precision": "bf16"} | environment() | seen | {"seconds": time.perf_counter() - started})
 
 
 # ---------------------------------------------------------------------------------------------- train.py,
@@ -554,10 +555,11 @@ def launch(
 
 def predicted_accuracy(model: Path, cut: str, folder: Path) -> float:
     """Accuracy of vit_predict.py over the held-out images as files."""
-    import vit_predict
     from PIL import Image
 
-    held = cifar.read(cut)
+    import vit_predict
+
+    held = read_cifar10(cut)
     folder.mkdir(exist_ok=True)
     for i, pixels in enumerate(held.test.resized):
         Image.fromarray(pixels.transpose(1, 2, 0)).save(folder / f"{i:04d}.png")
@@ -579,11 +581,11 @@ def launched_row(name: str, label: str, cut: str, scratch: Path, *options: str, 
         "kind": "run",
         "case": label,
         "processes": CASES[name].processes,
-        **report.environment(),
+        **environment(),
         "status": status,
     }
     if status == 0:
-        epoch = next(row for row in report.read_rows(out / "metrics.jsonl") if row["kind"] == "epoch")
+        epoch = next(row for row in read_jsonl(out / "metrics.jsonl") if row["kind"] == "epoch")
         row |= {key: epoch[key] for key in ("train_loss", "average_loss", "accuracy", "images")}
         row["predicted_accuracy"] = predicted_accuracy(out, cut, scratch / "held out")
     else:
@@ -647,7 +649,7 @@ def deviations(rows: list[dict], precisions: tuple[str, ...], columns: dict[str,
                 case = row["case"] if row["kind"] == "case" else f"one process, {row['precision']}"
                 cells = [number(row.get(name)) for name in columns.values()]
                 lines.append([case, row["processes"], *cells, f"{row['seconds']:.0f}", verdict(row)])
-    return report.markdown_table(["case", "processes", *columns, "seconds", ""], lines)
+    return markdown_table(["case", "processes", *columns, "seconds", ""], lines)
 
 
 def launches(rows: list[dict]) -> str:
@@ -684,7 +686,7 @@ def launches(rows: list[dict]) -> str:
                     verdict(row),
                 ]
             )
-    return report.markdown_table(header, lines)
+    return markdown_table(header, lines)
 
 
 def write_table(folder: Path, rows: list[dict]) -> None:
@@ -747,14 +749,14 @@ the first run of its kind (the same seed again, stopped by SIGTERM within the ep
 
 {about["date"]}; {about["hardware"]}; Python {about["python"]}; {versions}
 """
-    report.write_atomically(folder / "table.md", text)
+    write_atomically(folder / "table.md", text)
 
 
 def write_chart(folder: Path, rows: list[dict]) -> None:
     serial = next(row for row in rows if row["kind"] == "serial" and row["precision"] == "fp32")
     cases = [row for row in rows if row["kind"] == "case" and row["precision"] == "fp32"]
     steps = range(1, STEPS + 1)
-    figure, (losses, gaps) = report._axes(12, 4.8, columns=2)
+    figure, (losses, gaps) = new_figure(12, 4.8, columns=2)
     losses.plot(steps, serial["loss"], color="0.8", linewidth=6, label="one process, plain")
     for i, row in enumerate(cases):
         look = {"color": f"C{i % 10}", "linewidth": 1, "linestyle": "-" if i < 10 else "--"}
@@ -779,7 +781,7 @@ def write_chart(folder: Path, rows: list[dict]) -> None:
     )
     losses.legend(frameon=False)
     gaps.legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
-    report.save_figure(figure, folder / "losses.png")
+    save_figure(figure, folder / "losses.png")
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -813,18 +815,18 @@ def main() -> None:
     wanted = [] if args.report else args.only or [*CASES, *PARTS]
     path = args.folder / "rows.jsonl"
     args.folder.mkdir(parents=True, exist_ok=True)
-    rows = {key(row): row for row in report.read_rows(path)} if path.exists() else {}
+    rows = {key(row): row for row in read_jsonl(path)} if path.exists() else {}
 
     def keep(row: dict) -> None:
         rows[key(row)] = row
-        report.write_rows(path, [rows[place] for place in sorted(rows)])
+        write_jsonl(path, [rows[place] for place in sorted(rows)])
         print(f"{row['kind']} {row['case']} {row.get('precision', '')}: {row['seconds']:.0f} s", flush=True)
 
     with tempfile.TemporaryDirectory() as scratch:
         scratch = Path(scratch)
         if wanted:
-            plugins.import_libraries()
-            tensor_parallel._mend()
+            import_libraries()
+            patch_legacy_layers()
             cut = str(write_cut(os.environ["DATA"], scratch))
         if set(wanted) & set(CASES):
             for precision in ("fp32", "bf16", "bf16 weights", "fp64"):
@@ -832,7 +834,7 @@ def main() -> None:
                 folder.mkdir()
                 seen = fork(1, serial, cut, precision, folder, folder=folder)
                 about = {"kind": "serial", "case": "serial", "precision": precision, "processes": 1}
-                keep(about | report.environment() | seen | {"seconds": time.perf_counter() - started})
+                keep(about | environment() | seen | {"seconds": time.perf_counter() - started})
         for name in wanted:
             for row in PARTS[name](cut, scratch) if name in PARTS else prove(name, cut, scratch):
                 keep(row)
@@ -840,7 +842,7 @@ def main() -> None:
     ordered = [
         compare(rows[place], references) if "loss" in rows[place] else rows[place] for place in sorted(rows)
     ]
-    report.write_rows(path, ordered)
+    write_jsonl(path, ordered)
     write_table(args.folder, ordered)
     write_chart(args.folder, ordered)
     failed = [

@@ -27,8 +27,17 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
-import plugins
-import tensor_parallel as tp
+from vit.distributed import destroy_distributed, init_distributed
+from vit.parallel.mesh import (
+    MeshOptimizer,
+    clip_grad_norm_,
+    gather_state_dict,
+    init_mesh,
+    load_mesh_vit,
+    process_group,
+    sync_gradients,
+)
+from vit.patches.colossalai_legacy import patch_legacy_layers
 
 torch.set_num_threads(1)
 
@@ -138,10 +147,10 @@ class Run:
     """One case, from the same weights and data as `run_serial`."""
 
     def __init__(self, case: Case, dropout: float = 0.0):
-        tp.start(case.mode, case.size, case.depth, seed=3)
+        init_mesh(case.mode, case.size, case.depth, seed=3)
         self.case = case
         self.dp, self.dp_rank = dist.get_world_size() // case.size, dist.get_rank() // case.size
-        self.model = tp.build(config(case.side, dropout), serial_model(case.side).state_dict())
+        self.model = load_mesh_vit(config(case.side, dropout), serial_model(case.side).state_dict())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
 
     def mine(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -157,13 +166,13 @@ class Run:
             loss = F.cross_entropy(logits.float(), theirs, reduction="sum") * (self.dp / self.case.images)
             loss.backward()
             total += loss.detach() / self.dp
-        tp.sync_gradients(self.model)
-        dist.all_reduce(total, group=tp._group("DATA"))
+        sync_gradients(self.model)
+        dist.all_reduce(total, group=process_group("DATA"))
         return total.item()
 
     def step(self, step: int, dtype=None, pieces: int = 1) -> tuple[float, float]:
         loss = self.backward(step, dtype, pieces)
-        norm = tp.clip_(self.model, 1.0)
+        norm = clip_grad_norm_(self.model, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss, norm.item()
@@ -174,15 +183,15 @@ class Run:
             mine = self.model(pixel_values=self.mine(batch(99, self.case.images)[0])).logits
         self.model.train()
         everyone = [torch.empty_like(mine) for _ in range(self.dp)]
-        dist.all_gather(everyone, mine, group=tp._group("DATA"))
+        dist.all_gather(everyone, mine, group=process_group("DATA"))
         return torch.cat(everyone)
 
     def copies_differ(self) -> float:
         """The most by which any process's slice differs from that of the gathered whole."""
-        whole = [tp.gather(self.model)]
+        whole = [gather_state_dict(self.model)]
         dist.broadcast_object_list(whole, src=0)
         mine = {name: param.detach().clone() for name, param in self.model.named_parameters()}
-        fresh = tp.build(self.model.config, whole[0])
+        fresh = load_mesh_vit(self.model.config, whole[0])
         gaps = [(param.detach() - mine[name]).abs().max() for name, param in fresh.named_parameters()]
         worst = torch.stack(gaps).max()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
@@ -211,7 +220,7 @@ def overflow(case: Case) -> list | None:
     None: not the same on every process.
     """
     run, seen = Run(case), []
-    optimizer = plugins.MeshOptimizer(run.optimizer, fp16=True, model=run.model)
+    optimizer = MeshOptimizer(run.optimizer, fp16=True, model=run.model)
     weight = run.model.blocks[0].fc1.weight
     images, labels = (run.mine(tensor) for tensor in batch(0, case.images))
     for step in range(2):
@@ -228,21 +237,21 @@ def overflow(case: Case) -> list | None:
 
 def run_case(case: Case, steps: int) -> dict:
     run, seen = Run(case), {"loss": [], "norm": []}
-    serial, start = serial_model(case.side).state_dict(), tp.gather(run.model)
+    serial, start = serial_model(case.side).state_dict(), gather_state_dict(run.model)
     if start is not None:
         seen["round trip"] = start.keys() == serial.keys() and all(
             torch.equal(start[k], serial[k]) for k in serial
         )
     logits = run.logits().tolist()
     run.backward(0)
-    grads = tp.gather(run.model, {name: param.grad for name, param in run.model.named_parameters()})
+    grads = gather_state_dict(run.model, {name: param.grad for name, param in run.model.named_parameters()})
     run.optimizer.zero_grad()
     for step in range(steps):
         loss, norm = run.step(step)
         seen["loss"].append(loss)
         seen["norm"].append(norm)
         if step == 0:
-            weights = tp.gather(run.model)
+            weights = gather_state_dict(run.model)
     seen["same everywhere"] = agree((seen["loss"], seen["norm"], logits))
     seen["copies differ"] = run.copies_differ()
     seen["logits"] = logits
@@ -272,13 +281,13 @@ def run_case(case: Case, steps: int) -> dict:
 
     lacking = {name: tensor for name, tensor in serial.items() if name != "vit.layernorm.bias"}
     seen["refusals"] = [
-        refusal(ValueError, lambda: tp.build(run.model.config, lacking)),
+        refusal(ValueError, lambda: load_mesh_vit(run.model.config, lacking)),
         refusal(ValueError, lambda: run.model(torch.zeros(3, 3, 16, 16))),
         refusal(
             RuntimeError,
-            lambda: tp.start(*("2.5d" if case.mode == "2d" else "2d", 4 if case.side == 2 else 9)),
+            lambda: init_mesh(*("2.5d" if case.mode == "2d" else "2d", 4 if case.side == 2 else 9)),
         ),
-        refusal(ValueError, lambda: tp.start("2d", 100)),
+        refusal(ValueError, lambda: init_mesh("2d", 100)),
     ]
     return seen
 
@@ -287,11 +296,11 @@ def worker(rank: int, port: int, name: str, steps: int, out: Path) -> None:
     case = CASES[name]
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(case.processes))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    plugins.start_distributed(0)
+    init_distributed(0)
     seen = run_case(case, steps)
     if rank == 0:
         out.write_text(json.dumps(seen))
-    plugins.stop_distributed()
+    destroy_distributed()
 
 
 def serial_worker(rank: int, name: str, steps: int, out: Path) -> None:
@@ -311,7 +320,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--only", nargs="+", default=QUICK, choices=list(CASES))
     args = parser.parse_args()
-    tp._mend()
+    patch_legacy_layers()
     part, seen, serial = args.out.with_suffix(".part"), {}, {}
     for name in args.only:
         side = CASES[name].side

@@ -13,7 +13,8 @@ import sys
 import pytest
 from helpers import ROOT, save_tiny_vit, write_folder
 
-import args as command
+from args import parse_finetune
+from vit.run_folder import recorded_command
 
 
 @pytest.fixture
@@ -26,13 +27,13 @@ def parse(monkeypatch, tmp_path, image_folder, model_folder):
 
     def parse(line="", gpus=0, world=1, bf16=True, local=True, without=""):
         monkeypatch.setattr(
-            command, "find_spec", lambda name: None if name == without else importlib.util.find_spec(name)
+            "args.find_spec", lambda name: None if name == without else importlib.util.find_spec(name)
         )
-        monkeypatch.setattr(command, "gpu_count", lambda: gpus)
-        monkeypatch.setattr(command, "_bf16", lambda: bf16)
+        monkeypatch.setattr("args.gpu_count", lambda: gpus)
+        monkeypatch.setattr("args.gpu_has_bf16", lambda: bf16)
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         words = ["--model_name_or_path", str(model_folder), "--dataset", str(image_folder)] if local else []
-        return command.parse_finetune([*words, "--world_size", str(world), *line.split()])
+        return parse_finetune([*words, "--world_size", str(world), *line.split()])
 
     return parse
 
@@ -459,20 +460,20 @@ def test_cached_copies_do_without_the_hub(
 
 def test_commands_are_recorded_as_they_can_be_given_again(monkeypatch):
     monkeypatch.setattr("sys.argv", ["/there/train.py", "--config", "a b.py"])
-    assert command.command_line() == "python train.py --config 'a b.py'"
+    assert recorded_command() == "python train.py --config 'a b.py'"
     for name, value in {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     assert (
-        command.command_line() == "python train.py --config 'a b.py'"
+        recorded_command() == "python train.py --config 'a b.py'"
     )  # each started by hand, with flags that say so
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    assert command.command_line() == "torchrun --nproc_per_node=8 train.py --config 'a b.py'"
+    assert recorded_command() == "torchrun --nproc_per_node=8 train.py --config 'a b.py'"
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert command.command_line() == "torchrun --nnodes=2 --nproc_per_node=4 train.py --config 'a b.py'"
+    assert recorded_command() == "torchrun --nnodes=2 --nproc_per_node=4 train.py --config 'a b.py'"
 
 
 def test_how_to_predict_is_said_for_where_the_run_was_started(monkeypatch):
-    from console import predict_command
+    from vit.run_folder import predict_command
 
     monkeypatch.chdir(ROOT)
     assert predict_command("out").endswith(" vit_predict.py --model out IMAGE_OR_FOLDER")

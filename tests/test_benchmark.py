@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import report
 import vit_benchmark
-from layout import Layout
+from report import main
+from vit.files import write_jsonl
+from vit.flops import device_peak_tflops, throughput, training_flops
+from vit.layout import ParallelLayout
+from vit.report.benchmark import CASE_KEYS
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -21,8 +24,8 @@ HERE = Path(__file__).resolve().parent.parent
     "world, tp, pp, images", [(1, 1, 1, 64), (4, 1, 1, 256), (4, 2, 1, 128), (4, 2, 2, 64), (8, 2, 2, 128)]
 )
 def test_throughput_counts_data_parallel_groups_not_processes(world, tp, pp, images):
-    layout = Layout(world, tp, pp)
-    assert vit_benchmark.throughput(layout.dp, 32, 2, step_seconds=1.0) == images
+    layout = ParallelLayout(world, tp, pp)
+    assert throughput(layout.dp, 32, 2, step_seconds=1.0) == images
 
 
 def test_flops_equal_a_hand_count():
@@ -33,17 +36,17 @@ def test_flops_equal_a_hand_count():
     mlp = 2 * (5 * 8 * 16)
     head = 8 * 3
     multiply_adds = embed + qkv_and_output + scores_and_mix + mlp + head
-    assert vit_benchmark.training_flops(8, 4, 8, 1, 16, 3) == 3 * 2 * multiply_adds
+    assert training_flops(8, 4, 8, 1, 16, 3) == 3 * 2 * multiply_adds
 
 
 def test_flops_of_vit_base_are_the_known_ones():
     # 17.56 G multiply-adds forward at 224 px (timm's and the paper's tables: 17.6)
-    forward = vit_benchmark.training_flops(224, 16, 768, 12, 3072, 1000) / 3 / 2
+    forward = training_flops(224, 16, 768, 12, 3072, 1000) / 3 / 2
     assert forward == pytest.approx(17.56e9, rel=0.005)
 
 
 def row(plugin: str, batch_size: int, **changes) -> dict:
-    base = {name: None for name in report.SAME_CASE} | {
+    base = {name: None for name in CASE_KEYS} | {
         "kind": "case",
         "plugin": plugin,
         "precision": "bf16",
@@ -87,8 +90,8 @@ def test_tables_and_charts_are_rebuilt_from_the_rows(tmp_path, capsys):
         row("none", 32, status="out of memory", reason="CUDA out of memory"),
         row("torch_ddp", 8, images_per_second=901.0),  # measured again: the later row counts
     ]
-    report.write_rows(tmp_path / "rows.jsonl", rows)
-    report.main(["benchmark", str(tmp_path)])
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
     text = (tmp_path / "table.md").read_text()
     assert "| throughput, images/s | 901.0 | 800.0 |" in text
     assert "| throughput, images/s | 3200.0 | out of memory |" in text
@@ -109,8 +112,8 @@ def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path, capsys):
     pipeline = dict(plugin="hybrid_parallel", world=2, pp_size=2)
     rows = [row(batch_size=64, num_microbatches=m, images_per_second=m, **pipeline) for m in (4, 8)]
     rows += [row("none", 64), row("none", 8, grad_checkpoint=True)]
-    report.write_rows(tmp_path / "rows.jsonl", rows)
-    report.main(["benchmark", str(tmp_path)])
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
     text = (tmp_path / "table.md").read_text()
     name = "hybrid_parallel bf16 pp 2 2 GPUs num_microbatches"
     assert f"| batch size 64 per group | {name} 4 | {name} 8 | plain PyTorch bf16 |" in text
@@ -119,7 +122,7 @@ def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path, capsys):
 
 def test_folder_without_rows_is_one_clear_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        report.main(["benchmark", str(tmp_path)])
+        main(["benchmark", str(tmp_path)])
     assert "holds no rows.jsonl" in capsys.readouterr().err
 
 
@@ -141,22 +144,25 @@ def test_folder_without_rows_is_one_clear_error(tmp_path, capsys):
 def test_peak_is_that_of_the_device_and_of_no_namesake(monkeypatch, device, half):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: device)
-    monkeypatch.setattr(vit_benchmark, "measured_tflops", lambda precision: None)
-    assert vit_benchmark.peak_tflops("bf16")[0] == half
+    monkeypatch.setattr("vit.flops.measured_tflops", lambda precision: None)
+    assert device_peak_tflops("bf16")[0] == half
 
 
 def test_gemini_is_forgotten_after_its_case():
     code = """
-import console; console.silence_libraries()
-import weakref, torch, plugins, speedups
+from vit.console import silence_libraries; silence_libraries()
+import weakref, torch
+from vit.distributed import import_libraries, init_distributed
+from vit.parallel.plugins import boost
+from vit.patches.torch_kernels import release_model_memory
 from argparse import Namespace
 from gpu_cases import BASE
 from helpers import tiny_vit
-from layout import Layout
-plugins.import_libraries(); plugins.start_distributed(0)
+from vit.layout import ParallelLayout
+import_libraries(); init_distributed(0)
 def case():
-    boosted = plugins.boost(tiny_vit(), Namespace(**BASE | dict(plugin="gemini", precision="bf16")),
-    Layout(1))
+    boosted = boost(tiny_vit(), Namespace(**BASE | dict(plugin="gemini", precision="bf16")),
+    ParallelLayout(1))
     boosted.model.train()
     for _ in range(2):
         boosted.booster.backward(boosted.model(pixel_values=torch.rand(2, 3, 16, 16)).logits.float().sum(),
@@ -164,7 +170,7 @@ def case():
         boosted.optimizer.step()
     return [weakref.ref(chunk) for chunk in boosted.gemini_chunks()]
 chunks = case()
-speedups.forget_models()
+release_model_memory()
 print("left", sum(chunk() is not None for chunk in chunks), "of", len(chunks))
 """
     paths = os.pathsep.join([str(HERE), str(HERE / "tests")])
@@ -211,7 +217,7 @@ def read(folder: Path) -> list[dict]:
 def test_cases_are_measured_kept_and_skipped(tmp_path):
     # the second of three cases crashes: its row says so, the others are measured, the exit status tells
     crash = (
-        "import vit_benchmark as b, engine; step = engine.Engine.train_step\n"
+        "import vit_benchmark as b; from vit import engine; step = engine.Engine.train_step\n"
         "def crash(self, batches, images, lr):\n"
         "    if images == 3: raise RuntimeError('made to fail')\n"
         "    return step(self, batches, images, lr)\n"
@@ -248,7 +254,8 @@ def test_shell_goes_on_after_a_case_that_killed_its_process_and_one_without_memo
     project.mkdir()
     for path in [*HERE.glob("*.py"), *HERE.glob("*.sh"), HERE / "requirements.txt"]:
         shutil.copy(path, project)
-    engine = project / "engine.py"
+    shutil.copytree(HERE / "vit", project / "vit")
+    engine = project / "vit" / "engine.py"
     fault = (
         "        import os, signal\n        if images == 3: os.kill(os.getpid(), "
         "signal.SIGKILL)\n        if images == 4: raise torch.cuda.OutOfMemoryError('made "

@@ -2,6 +2,7 @@
 
 import io
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import datasets
@@ -13,23 +14,36 @@ import torch
 from helpers import CLASSES, COUNTS, settings, write_folder, write_image
 from PIL import Image
 
-import data
-from layout import Layout
+from data import load_dataset
+from vit.data.dataset import IGNORE_INDEX, DataError
+from vit.data.decode import decode_dataset, open_image
+from vit.data.loaders import BatchDataset, eval_batches, make_loader
+from vit.data.sources import find_source
+from vit.data.transforms import (
+    POLICIES,
+    RandomResizedCrop,
+    Resize,
+    ResizeCenterCrop,
+    fork_rng_for,
+    set_processor_size,
+    transform_of_processor,
+)
+from vit.layout import ParallelLayout
+from vit.schedule import BatchPlan
+from vit.system import memory_limit
 
 
 def load(folder, *flags):
-    return data.load_data(settings("--dataset", folder, *flags))
+    return load_dataset(settings("--dataset", folder, *flags))
 
 
 def decoded(images, *flags, augment=None, size=16):
-    return data.decode(images, data.Resize(size), augment, settings(*flags), 1)
+    return decode_dataset(images, Resize(size), augment, settings(*flags), 1)
 
 
 def pixels_of(split, size=16):
     """What training sees of every image, in order."""
-    return data.Batches(split, data.Resize(size), None, False).__getitems__(
-        [(0, i) for i in range(len(split))]
-    )
+    return BatchDataset(split, Resize(size), None, False).__getitems__([(0, i) for i in range(len(split))])
 
 
 # ---------------------------------------------------------------------------------------------- sources
@@ -118,7 +132,7 @@ def huggingface_table(pictures, image="image", label="labels", **more):
 def assert_pictures(images, pictures, names=CLASSES):
     """All pictures, each with its own label, over train and validation."""
     assert images.label_names == list(names)
-    expected = sorted((data.Resize(16)(p).tobytes(), i % 3) for i, p in enumerate(pictures))
+    expected = sorted((Resize(16)(p).tobytes(), i % 3) for i, p in enumerate(pictures))
     found = []
     for split in images.splits():
         batch = pixels_of(split)
@@ -164,7 +178,7 @@ def test_parquet_of_plain_structs_and_values(tmp_path, pictures, labels, names):
         for split in images.splits()
         for pixels, label in zip(*list(pixels_of(split).values())[:2])
     }
-    assert shown == {data.Resize(16)(p).tobytes(): str(labels[i % 3]) for i, p in enumerate(pictures)}
+    assert shown == {Resize(16)(p).tobytes(): str(labels[i % 3]) for i, p in enumerate(pictures)}
 
 
 def test_columns_are_named_by_flags_where_types_do_not_tell(tmp_path, pictures):
@@ -177,25 +191,23 @@ def test_columns_are_named_by_flags_where_types_do_not_tell(tmp_path, pictures):
         .cast_column("coarse", datasets.ClassLabel(names=["odd", "even"]))
     )
     table.save_to_disk(tmp_path / "two")
-    with pytest.raises(data.DataError, match="2 image columns among .*front.*--image_column"):
+    with pytest.raises(DataError, match="2 image columns among .*front.*--image_column"):
         load(tmp_path / "two")
-    with pytest.raises(data.DataError, match="2 label columns among .*coarse.*--label_column"):
+    with pytest.raises(DataError, match="2 label columns among .*coarse.*--label_column"):
         load(tmp_path / "two", "--image_column", "front")
     assert_pictures(load(tmp_path / "two", "--image_column", "front", "--label_column", "labels"), pictures)
     assert load(tmp_path / "two", "--image_column", "back", "--label_column", "coarse").label_names == [
         "odd",
         "even",
     ]
-    with pytest.raises(data.DataError, match="no column 'side'; it has: front, labels"):
+    with pytest.raises(DataError, match="no column 'side'; it has: front, labels"):
         load(tmp_path / "two", "--image_column", "side", "--label_column", "labels")
 
 
 def test_missing_labels_of_a_split_are_named(tmp_path, pictures):
     table = huggingface_table(pictures)
     datasets.DatasetDict(train=table, test=table.remove_columns("labels")).save_to_disk(tmp_path / "saved")
-    with pytest.raises(
-        data.DataError, match="split test has no column 'labels'; add it, or leave the split out"
-    ):
+    with pytest.raises(DataError, match="split test has no column 'labels'; add it, or leave the split out"):
         load(tmp_path / "saved")
     words = table.remove_columns("labels").add_column(
         "labels", ["b", "a"] * (len(table) // 2) + ["a"] * (len(table) % 2)
@@ -209,7 +221,7 @@ def test_missing_labels_of_a_split_are_named(tmp_path, pictures):
     for split, rows in (("train", table), ("test", table.remove_columns("labels"))):
         (tmp_path / "parquet").mkdir(exist_ok=True)
         rows.to_parquet(tmp_path / "parquet" / f"{split}.parquet")
-    with pytest.raises(data.DataError, match="parquet"):
+    with pytest.raises(DataError, match="parquet"):
         load(tmp_path / "parquet")
 
 
@@ -232,7 +244,7 @@ def test_splits_of_other_class_names_are_refused(tmp_path, pictures):
     datasets.DatasetDict(train=table, validation=fewer.class_encode_column("labels")).save_to_disk(
         tmp_path / "a"
     )
-    with pytest.raises(data.DataError, match="split validation has other class names, .* than train"):
+    with pytest.raises(DataError, match="split validation has other class names, .* than train"):
         load(tmp_path / "a")
     hidden = (
         table.select(range(4)).remove_columns("labels").add_column("labels", [-1] * 4)
@@ -250,11 +262,11 @@ def test_test_images_without_labels_are_said_and_not_used(tmp_path):
 
 def test_empty_validation_split_is_refused(tmp_path):
     write_folder(tmp_path / "few", {"train": 9})
-    with pytest.raises(data.DataError, match="no image falls to the validation split: use fewer folds"):
+    with pytest.raises(DataError, match="no image falls to the validation split: use fewer folds"):
         load(tmp_path / "few", "--fold", "5/5")
     write_folder(tmp_path / "one", {"train": 3})
     with pytest.raises(
-        data.DataError, match="no image falls to the validation split: give a class two images or more"
+        DataError, match="no image falls to the validation split: give a class two images or more"
     ):
         load(tmp_path / "one")
 
@@ -299,7 +311,7 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     image.save(path)
     for source in (path, path.read_bytes(), image):
-        rgb = data.open_image(source)
+        rgb = open_image(source)
         assert rgb.mode == "RGB" and rgb.size == (6, 4)
         assert np.abs(np.asarray(rgb).astype(int) - colour).max() <= 1
 
@@ -325,11 +337,11 @@ def test_preprocessing_equals_the_image_processor(image_folder, kind, settings, 
     for resample in (2, 3):
         processor = getattr(transformers, kind)(**settings, resample=resample)
         if size:
-            data.set_size(processor, size)
-        resize = data.preprocessing(processor)
+            set_processor_size(processor, size)
+        resize = transform_of_processor(processor)
         assert resize.size == (size or 16)
         for path in sorted((image_folder / "train").rglob("*.png"))[:8]:
-            image = data.open_image(path)
+            image = open_image(path)
             expected = processor(image, return_tensors="np", do_rescale=False, do_normalize=False)[
                 "pixel_values"
             ][0]
@@ -337,8 +349,8 @@ def test_preprocessing_equals_the_image_processor(image_folder, kind, settings, 
 
 
 def test_own_processors_do_what_they_say():
-    for resize in (data.Resize(16, 3), data.ResizeAndCrop(16, 20, 3)):
-        assert data.preprocessing(resize.processor([0.5] * 3, [0.5] * 3)) == resize
+    for resize in (Resize(16, 3), ResizeCenterCrop(16, 20, 3)):
+        assert transform_of_processor(resize.processor([0.5] * 3, [0.5] * 3)) == resize
 
 
 @pytest.mark.parametrize(
@@ -347,8 +359,8 @@ def test_own_processors_do_what_they_say():
 )
 def test_preprocessing_that_is_not_known_is_refused(size, crop):
     processor = Namespace(size=size, crop_size=crop, do_center_crop=bool(crop), resample=2)
-    with pytest.raises(data.DataError, match="the model's preprocessing, size"):
-        data.preprocessing(processor)
+    with pytest.raises(DataError, match="the model's preprocessing, size"):
+        transform_of_processor(processor)
 
 
 def test_exif_orientation_is_followed(tmp_path):
@@ -358,7 +370,7 @@ def test_exif_orientation_is_followed(tmp_path):
     exif[0x0112] = 6  # the camera was held so that the image must be turned 90 degrees clockwise
     Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "turned.png", exif=exif)
     assert Image.open(tmp_path / "turned.png").size == (4, 6)
-    assert (np.asarray(data.open_image(tmp_path / "turned.png")) == upright).all()
+    assert (np.asarray(open_image(tmp_path / "turned.png")) == upright).all()
 
 
 def test_resize_equals_the_image_processor(image_folder):
@@ -370,7 +382,7 @@ def test_resize_equals_the_image_processor(image_folder):
             size={"height": 16, "width": 16}, resample=resample, do_rescale=False, do_normalize=False
         )
         expected = processor(Image.open(path), return_tensors="np")["pixel_values"][0]
-        assert (data.Resize(16, resample)(data.open_image(path)) == expected).all()
+        assert (Resize(16, resample)(open_image(path)) == expected).all()
 
 
 # ---------------------------------------------------------------------------------------------- what is wrong
@@ -381,7 +393,7 @@ def test_unreadable_images_are_named_and_counted(tmp_path):
     bad = [tmp_path / "train" / "red" / "002.png", tmp_path / "train" / "blue" / "003.png"]
     bad[0].write_bytes(bad[0].read_bytes()[:150])
     bad[1].write_text("not an image")
-    with pytest.raises(data.DataError) as error:
+    with pytest.raises(DataError) as error:
         decoded(images)
     assert "2 unreadable image(s) in train" in str(error.value) and "--skip_bad_images" in str(error.value)
     assert all(str(path) in str(error.value) for path in bad)
@@ -393,42 +405,40 @@ def test_unreadable_images_are_named_and_counted(tmp_path):
     # the others keep their own labels and pixels
     batch = pixels_of(kept.train)
     for path, pixels, label in zip(kept.train.where, batch["pixel_values"], batch["labels"]):
-        assert (pixels.numpy() == data.Resize(16)(data.open_image(path))).all() and CLASSES[label] in path
+        assert (pixels.numpy() == Resize(16)(open_image(path))).all() and CLASSES[label] in path
 
 
 def test_a_split_without_a_readable_image_is_an_error_even_when_skipping(tmp_path):
     images = load(write_folder(tmp_path, {"train": 6, "validation": 3}))
     for path in (tmp_path / "validation").rglob("*.png"):
         path.write_text("broken")
-    with pytest.raises(data.DataError, match="no readable image in validation"):
+    with pytest.raises(DataError, match="no readable image in validation"):
         decoded(images, "--skip_bad_images")
 
 
 def test_unreadable_image_found_by_a_worker_is_named(tmp_path):
     split = load(write_folder(tmp_path, {"train": 6, "validation": 3})).train
     (tmp_path / "train" / "red" / "002.png").write_text("broken")
-    with pytest.raises(data.DataError, match="train/red/002.png"):
+    with pytest.raises(DataError, match="train/red/002.png"):
         pixels_of(split)
     pairs = [(0, i) for i in range(6)]
-    batch = data.Batches(split, data.Resize(16), None, True).__getitems__(
-        pairs
-    )  # the next image takes its place
+    batch = BatchDataset(split, Resize(16), None, True).__getitems__(pairs)  # the next image takes its place
     bad = [i for i in range(6) if "red/002" in split.where[i]][0]
     assert batch["labels"].tolist() == [split.labels[i if i != bad else (i + 1) % 6] for i in range(6)]
     assert torch.equal(batch["pixel_values"][bad], batch["pixel_values"][(bad + 1) % 6])
     assert len(batch["skipped"]) == 1 and "train/red/002.png" in batch["skipped"][0]
-    batch = data.Batches(replace(split, name="validation"), data.Resize(16), None, True).__getitems__(pairs)
-    assert batch["labels"].tolist().count(data.IGNORE) == 1  # padding
+    batch = BatchDataset(replace(split, name="validation"), Resize(16), None, True).__getitems__(pairs)
+    assert batch["labels"].tolist().count(IGNORE_INDEX) == 1  # padding
 
 
 def test_split_of_many_images_is_not_read_before_training(tmp_path, monkeypatch):
     images = load(write_folder(tmp_path, {"train": 6, "validation": 3}))
     (tmp_path / "train" / "red" / "002.png").write_text("broken")
-    monkeypatch.setattr(data, "LARGE", 5)
+    monkeypatch.setattr("vit.data.decode.MAX_CACHED_TRAIN_IMAGES", 5)
     kept, _ = decoded(images)
     assert kept.train.resized is None and len(kept.train) == 6 and kept.validation.resized is not None
     monkeypatch.setattr(
-        data, "LARGE", 2
+        "vit.data.decode.MAX_CACHED_TRAIN_IMAGES", 2
     )  # what is evaluated is read whole in any case, or an epoch would end in an error
     (tmp_path / "validation" / "red" / "002.png").write_text("broken")
     kept, _ = decoded(images, "--skip_bad_images")
@@ -448,9 +458,9 @@ def test_memory_of_a_container_is_the_machines(tmp_path, groups, file, limit):
     (tmp_path / "cgroup").write_text(groups)
     (tmp_path / file).parent.mkdir(parents=True)
     (tmp_path / file).write_text(f"{limit}\n")
-    found = data.machine_memory(tmp_path / "cgroup", tmp_path)
+    found = memory_limit(tmp_path / "cgroup", tmp_path)
     if limit == "max" or file.startswith("other"):
-        assert found == data.machine_memory(tmp_path / "none") > 2**31
+        assert found == memory_limit(tmp_path / "none") > 2**31
     else:
         assert found == limit
 
@@ -475,27 +485,27 @@ def test_images_beside_each_other_are_told_apart_from_none(tmp_path):
     write_folder(tmp_path, {"train": 9})
     (tmp_path / "val").mkdir()
     (tmp_path / "train" / "red" / "002.png").rename(tmp_path / "val" / "1.png")
-    with pytest.raises(data.DataError, match="no images under .*val.*move each into the folder of its class"):
+    with pytest.raises(DataError, match="no images under .*val.*move each into the folder of its class"):
         load(tmp_path)
 
 
 def test_class_unknown_to_training_is_refused(tmp_path):
     write_folder(tmp_path, {"train": 9, "validation": 3})
     write_image(tmp_path / "validation" / "violet" / "0.png", 0, 0)
-    with pytest.raises(data.DataError, match="class violet is in validation/ but not in train/"):
+    with pytest.raises(DataError, match="class violet is in validation/ but not in train/"):
         load(tmp_path)
 
 
 def test_set_of_one_class_is_refused(tmp_path):
     write_folder(tmp_path, {"train": 9, "validation": 3}, classes=["red"])
-    with pytest.raises(data.DataError, match="has one class, red: there is nothing to tell apart"):
+    with pytest.raises(DataError, match="has one class, red: there is nothing to tell apart"):
         load(tmp_path)
 
 
 def test_empty_class_is_refused(tmp_path):
     write_folder(tmp_path, {"train": 9, "validation": 3})
     (tmp_path / "train" / "white").mkdir()
-    with pytest.raises(data.DataError, match="no training images of class white"):
+    with pytest.raises(DataError, match="no training images of class white"):
         load(tmp_path)
 
 
@@ -511,20 +521,20 @@ def test_empty_class_is_refused(tmp_path):
 )
 def test_folder_without_a_data_set_is_refused(tmp_path, make, message):
     make(tmp_path)
-    with pytest.raises(data.DataError, match=message) as error:
+    with pytest.raises(DataError, match=message) as error:
         load(tmp_path)
     assert "{name}" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere", "a/b/c"])
 def test_path_that_does_not_exist_is_refused(name):
-    with pytest.raises(data.DataError, match="no such folder or file"):
-        data.locate(name)
+    with pytest.raises(DataError, match="no such folder or file"):
+        find_source(name)
 
 
 def test_names_are_told_apart(tmp_path, image_folder):
-    assert data.locate("AI-Lab-Makerere/beans") == "hub" and data.locate("drawn") == "drawn"
-    assert data.locate(str(image_folder)) == "imagefolder"
+    assert find_source("AI-Lab-Makerere/beans") == "hub" and find_source("drawn") == "drawn"
+    assert find_source(str(image_folder)) == "imagefolder"
 
 
 # ---------------------------------------------------------------------------------------------- memory
@@ -539,9 +549,7 @@ def test_images_beyond_the_memory_budget_are_decoded_later_with_the_same_pixels(
     expected = pixels_of(kept.train)
     for workers in (0, 2):
         order = [[(0, i) for i in range(11)], [(0, i) for i in range(11, 22)]]
-        batches = list(
-            data.make_loader(data.Batches(left.train, data.Resize(16), None, False), order, workers)
-        )
+        batches = list(make_loader(BatchDataset(left.train, Resize(16), None, False), order, workers))
         for name in ("pixel_values", "labels"):
             assert torch.equal(torch.cat([batch[name] for batch in batches]), expected[name])
 
@@ -550,7 +558,7 @@ def test_unreadable_image_is_found_before_training_in_what_is_evaluated(tmp_path
     images = load(write_folder(tmp_path, {"train": 6, "validation": 3}))
     for split in ("validation", "train"):
         (tmp_path / split / "red" / "002.png").write_text("broken")
-        with pytest.raises(data.DataError, match="validation/red/002.png"):
+        with pytest.raises(DataError, match="validation/red/002.png"):
             decoded(images, "--data_memory", 1e-9)
 
 
@@ -565,7 +573,7 @@ def test_splits_that_fit_the_budget_are_kept_and_others_are_not(image_folder):
 
 def schedule(images, batch_size, accumulation=1, world=1, tp=1, pp=1, seed=42):
     return [
-        data.Schedule(images, batch_size, accumulation, Layout(world, tp, pp, rank), seed)
+        BatchPlan(images, batch_size, accumulation, ParallelLayout(world, tp, pp, rank), seed)
         for rank in range(world)
     ]
 
@@ -637,8 +645,8 @@ def test_epoch_resumed_in_the_middle_takes_the_rest(grouping):
 @pytest.mark.parametrize("world, tp, pp", [(1, 1, 1), (2, 1, 1), (4, 1, 1), (4, 2, 1), (4, 1, 2), (4, 2, 2)])
 @pytest.mark.parametrize("images", [1, 13, 16])
 def test_evaluation_takes_every_image_exactly_once(world, tp, pp, images):
-    layouts = [Layout(world, tp, pp, rank) for rank in range(world)]
-    orders = [data.evaluation_order(images, 4, layout) for layout in layouts]
+    layouts = [ParallelLayout(world, tp, pp, rank) for rank in range(world)]
+    orders = [eval_batches(images, 4, layout) for layout in layouts]
     assert {len(order) for order in orders} == {len(orders[0])} and {len(b) for o in orders for b in o} == {4}
     taken = [
         image
@@ -652,8 +660,8 @@ def test_evaluation_takes_every_image_exactly_once(world, tp, pp, images):
 
 def test_padding_is_marked_in_the_batch(image_folder):
     kept, _ = decoded(load(image_folder))
-    batch = data.Batches(kept.train, data.Resize(16), None, False).__getitems__([(0, 5), (0, -1)])
-    assert batch["labels"].tolist() == [kept.train.labels[5], data.IGNORE]
+    batch = BatchDataset(kept.train, Resize(16), None, False).__getitems__([(0, 5), (0, -1)])
+    assert batch["labels"].tolist() == [kept.train.labels[5], IGNORE_INDEX]
     assert batch["pixel_values"][0].any() and not batch["pixel_values"][1].any()
 
 
@@ -678,19 +686,17 @@ def test_folds_part_the_training_split_and_leave_the_others_alone(image_folder):
 
 
 def augmented(split, workers, epoch=0, seed=42, order=None):
-    augment = data.Augment(16, seed)
+    augment = RandomResizedCrop(16, seed)
     pairs = [(epoch, i) for i in (order or range(len(split)))]
-    loader = data.make_loader(
-        data.Batches(split, data.Resize(16), augment, False),
-        [pairs[i : i + 4] for i in range(0, 22, 4)],
-        workers,
+    loader = make_loader(
+        BatchDataset(split, Resize(16), augment, False), [pairs[i : i + 4] for i in range(0, 22, 4)], workers
     )
     return torch.cat([batch["pixel_values"] for batch in loader])
 
 
 def test_augmentation_is_the_same_for_any_worker_count_and_order_and_kept_or_not(image_folder):
     images = load(image_folder)
-    kept, _ = decoded(images, augment=data.Augment(16, 42))
+    kept, _ = decoded(images, augment=RandomResizedCrop(16, 42))
     assert kept.train.sources is not None and kept.validation.resized is not None
     expected = augmented(kept.train, 0)
     assert torch.equal(augmented(kept.train, 2), expected)
@@ -699,11 +705,11 @@ def test_augmentation_is_the_same_for_any_worker_count_and_order_and_kept_or_not
     assert torch.equal(augmented(kept.train, 0, order=list(range(22))[::-1]).flip(0), expected)
 
 
-@pytest.mark.parametrize("policy", data.POLICIES)
+@pytest.mark.parametrize("policy", POLICIES)
 def test_policies_change_crops_by_seed_epoch_and_image_alone(policy):
     rng = np.random.default_rng(0)
     sources = rng.integers(0, 256, (30, 20, 20, 3), dtype=np.uint8)
-    plain, changing = data.Augment(16, 42), data.Augment(16, 42, policy=policy)
+    plain, changing = RandomResizedCrop(16, 42), RandomResizedCrop(16, 42, policy=policy)
 
     def all_of(augment, epoch):
         return torch.stack([augment(source, epoch, i) for i, source in enumerate(sources)])
@@ -721,7 +727,7 @@ def test_policies_change_crops_by_seed_epoch_and_image_alone(policy):
 
 
 def test_augmentation_follows_epoch_seed_and_image(image_folder):
-    kept, _ = decoded(load(image_folder), augment=data.Augment(16, 42))
+    kept, _ = decoded(load(image_folder), augment=RandomResizedCrop(16, 42))
     expected = augmented(kept.train, 0)
     assert not torch.equal(augmented(kept.train, 0, epoch=1), expected)
     assert not torch.equal(augmented(kept.train, 0, seed=43), expected)
@@ -738,11 +744,11 @@ def test_augmentation_equals_torchvisions(image_folder, resample):
         [v2.RandomResizedCrop(16, (0.2, 1.0), interpolation=modes[resample]), v2.RandomHorizontalFlip()]
     )
     for i, path in enumerate(sorted((image_folder / "train").rglob("*.png"))):
-        image = data.open_image(path)
+        image = open_image(path)
         pixels = np.array(image)
-        with data.drawn_from(42, 1, i):
+        with fork_rng_for(42, 1, i):
             expected = theirs(torch.from_numpy(pixels).permute(2, 0, 1))
-        augment = data.Augment(16, 42, resample, 0.2)
+        augment = RandomResizedCrop(16, 42, resample, 0.2)
         assert torch.equal(augment(image, 1, i), augment(pixels, 1, i))
         # without AVX2 torchvision resizes in floats
         assert (augment(pixels, 1, i).int() - expected.int()).abs().max() <= 1
@@ -752,22 +758,22 @@ def test_augmentation_without_flip():
     ramp = np.arange(40, dtype=np.uint8)[None, :, None].repeat(30, 0).repeat(3, 2)
     rising = [
         bool(a[0, 0, 0] < a[0, 0, -1])
-        for a in (data.Augment(16, 0, flip=False)(ramp, 0, i) for i in range(20))
+        for a in (RandomResizedCrop(16, 0, flip=False)(ramp, 0, i) for i in range(20))
     ]
     assert all(rising) and not all(
-        bool(a[0, 0, 0] < a[0, 0, -1]) for a in (data.Augment(16, 0)(ramp, 0, i) for i in range(20))
+        bool(a[0, 0, 0] < a[0, 0, -1]) for a in (RandomResizedCrop(16, 0)(ramp, 0, i) for i in range(20))
     )
 
 
 def test_augmentation_leaves_the_random_state_alone():
     before = torch.get_rng_state()
-    data.Augment(16, 42)(np.zeros((20, 20, 3), np.uint8), epoch=0, index=0)
+    RandomResizedCrop(16, 42)(np.zeros((20, 20, 3), np.uint8), epoch=0, index=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_large_images_are_kept_small_for_later_crops():
-    assert data.Augment(16, 0).keep(Image.new("RGB", (400, 200))).shape == (32, 64, 3)
-    assert data.Augment(16, 0).keep(Image.new("RGB", (40, 20))).shape == (20, 40, 3)
+    assert RandomResizedCrop(16, 0).keep(Image.new("RGB", (400, 200))).shape == (32, 64, 3)
+    assert RandomResizedCrop(16, 0).keep(Image.new("RGB", (40, 20))).shape == (20, 40, 3)
 
 
 def test_small_images_are_decoded_by_one_thread_and_large_ones_by_several(image_folder, monkeypatch):
@@ -785,10 +791,12 @@ def test_small_images_are_decoded_by_one_thread_and_large_ones_by_several(image_
         skip_bad_images=False,
     )
     decoded, pools = [], []
-    pool = data.ThreadPoolExecutor
-    monkeypatch.setattr(data, "ThreadPoolExecutor", lambda threads: pools.append(threads) or pool(threads))
+    pool = ThreadPoolExecutor
+    monkeypatch.setattr(
+        "vit.data.decode.ThreadPoolExecutor", lambda threads: pools.append(threads) or pool(threads)
+    )
     for seconds in (1e3, 0):
-        monkeypatch.setattr(data, "SMALL", seconds)
-        decoded.append(data.decode(data.load_data(args), data.Resize(16), None, args, 1)[0].train.resized)
+        monkeypatch.setattr("vit.data.decode.FAST_DECODE_SECONDS", seconds)
+        decoded.append(decode_dataset(load_dataset(args), Resize(16), None, args, 1)[0].train.resized)
         assert bool(pools) == (seconds == 0)
     assert all((one == other).all() for one, other in zip(*decoded, strict=True))

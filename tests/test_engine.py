@@ -7,14 +7,16 @@ from contextlib import nullcontext
 import pytest
 import torch
 
-import plugins
-from engine import Engine, Mix, NonFiniteLoss, Normalize, Stopped, learning_rate
-from layout import Layout
-from step_graph import StepGraph
+from vit.engine import Engine
+from vit.layout import ParallelLayout
+from vit.patches.torch_kernels import disable_cudnn_sdp_with_dropout
+from vit.schedule import cosine_with_warmup
+from vit.step import Mixup, Normalize, StepGraph
+from vit.trainer import Interrupted, NonFiniteLoss
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
-    rates = [learning_rate(step, total=10, warmup=4, peak=0.8) for step in range(10)]
+    rates = [cosine_with_warmup(step, total=10, warmup=4, peak=0.8) for step in range(10)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == pytest.approx(0.8) and rates[7] == pytest.approx(0.4)  # the middle of the cosine
     assert rates[9] == pytest.approx(0.4 * (1 + math.cos(math.pi * 5 / 6)))
@@ -23,7 +25,7 @@ def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
 
 @pytest.mark.parametrize("warmup, expected", [(0, [1.0, 0.5]), (2, [0.5, 1.0]), (1, [1.0, 1.0])])
 def test_learning_rate_at_the_edges(warmup, expected):
-    assert [learning_rate(step, 2, warmup, 1.0) for step in (0, 1)] == pytest.approx(expected)
+    assert [cosine_with_warmup(step, 2, warmup, 1.0) for step in (0, 1)] == pytest.approx(expected)
 
 
 def test_normalize_equals_the_image_processor():
@@ -38,10 +40,15 @@ def test_normalize_equals_the_image_processor():
 
 
 def test_layout_gives_every_process_its_own_place():
-    places = {(lay.dp_rank, lay.pp_rank, lay.tp_rank) for lay in (Layout(8, 2, 2, rank) for rank in range(8))}
+    places = {
+        (lay.dp_rank, lay.pp_rank, lay.tp_rank)
+        for lay in (ParallelLayout(8, 2, 2, rank) for rank in range(8))
+    }
     assert places == {(d, p, t) for d in range(2) for p in range(2) for t in range(2)}
-    assert sum(Layout(8, 2, 2, rank).is_reporter for rank in range(8)) == Layout(8, 2, 2).dp == 2
-    assert Layout(8, 2, 2, 1).tp_rank == 1  # tensor-parallel processes are neighbours
+    assert (
+        sum(ParallelLayout(8, 2, 2, rank).is_reporter for rank in range(8)) == ParallelLayout(8, 2, 2).dp == 2
+    )
+    assert ParallelLayout(8, 2, 2, 1).tp_rank == 1  # tensor-parallel processes are neighbours
 
 
 def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
@@ -60,10 +67,10 @@ def test_advice_leaves_out_what_is_done_already():
 
 
 def test_a_signal_ends_an_evaluation(monkeypatch):
-    monkeypatch.setattr("engine.all_max", lambda values: values)
+    monkeypatch.setattr("vit.engine.all_reduce_max", lambda values: values)
     engine = Engine.__new__(Engine)
     engine.model, engine.boosted = torch.nn.Identity(), Namespace(averaged_weights=nullcontext)
-    with pytest.raises(Stopped) as end:
+    with pytest.raises(Interrupted) as end:
         engine.evaluate(iter([{}]), 1, Namespace(signum=15))
     assert end.value.signum == 15
 
@@ -73,7 +80,7 @@ def test_attention_with_dropout_is_not_cudnns():
     try:
         for dropout, expected in ((0.0, True), (0.1, False)):
             torch.backends.cuda.enable_cudnn_sdp(True)
-            plugins.avoid_broken_attention(Namespace(attention_probs_dropout_prob=dropout))
+            disable_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=dropout))
             assert torch.backends.cuda.cudnn_sdp_enabled() == expected
     finally:
         torch.backends.cuda.enable_cudnn_sdp(usual)
@@ -163,7 +170,7 @@ def test_labels_are_mixed_as_the_pixels_are(alphas):
     pixels, labels = striped()
     shares = set()
     for step in range(20):
-        mixed, soft = Mix(*alphas, 3, seed=1, group=0)(pixels, labels, step, 0)
+        mixed, soft = Mixup(*alphas, 3, seed=1, group=0)(pixels, labels, step, 0)
         own = soft[1, labels[1]].item()  # images 0 and 1 are the partners, of classes 0 and 1
         assert soft.sum(1).tolist() == pytest.approx([1] * 8)
         assert mixed[1].mean().item() == pytest.approx(own, abs=1e-5)
@@ -177,15 +184,15 @@ def test_mixing_depends_on_seed_step_micro_step_and_group_alone():
     both = (0.8, 1.0, 3)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    first = Mix(*both, seed=1, group=0)(pixels, labels, 4, 0)[0]
+    first = Mixup(*both, seed=1, group=0)(pixels, labels, 4, 0)[0]
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(5)
-    assert torch.equal(Mix(*both, seed=1, group=0)(pixels, labels, 4, 0)[0], first)
+    assert torch.equal(Mixup(*both, seed=1, group=0)(pixels, labels, 4, 0)[0], first)
     for mix, step, micro_step in (
-        (Mix(*both, 2, 0), 4, 0),
-        (Mix(*both, 1, 1), 4, 0),
-        (Mix(*both, 1, 0), 5, 0),
-        (Mix(*both, 1, 0), 4, 1),
+        (Mixup(*both, 2, 0), 4, 0),
+        (Mixup(*both, 1, 1), 4, 0),
+        (Mixup(*both, 1, 0), 5, 0),
+        (Mixup(*both, 1, 0), 4, 1),
     ):
         assert not torch.equal(mix(pixels, labels, step, micro_step)[0], first)
 

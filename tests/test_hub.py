@@ -10,8 +10,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import ModelCard
 
-import hub
-import report
+from vit.hub import reachable, upload
+from vit.report.card import model_card
 
 
 def rows(accuracy: float) -> list[dict]:
@@ -36,7 +36,7 @@ def rows(accuracy: float) -> list[dict]:
 
 def test_card_metadata_is_what_the_hub_reads():
     settings = {"model_name_or_path": "google/vit-base-patch16-224", "dataset": "AI-Lab-Makerere/beans"}
-    card = ModelCard(report.model_card(rows(0.984375), settings, ["a", "b"]))
+    card = ModelCard(model_card(rows(0.984375), settings, ["a", "b"]))
     assert card.data.base_model == "google/vit-base-patch16-224" and card.data.datasets == [
         "AI-Lab-Makerere/beans"
     ]
@@ -51,24 +51,22 @@ def test_card_metadata_is_what_the_hub_reads():
 
 def test_an_endpoint_that_is_no_address_does_not_answer(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "hub.example")
-    assert not hub.answers.__wrapped__(5)
+    assert not reachable.__wrapped__(5)
 
 
 def test_names_of_folders_on_this_machine_stay_out_of_the_metadata(tmp_path):
     folder = tmp_path / "leaves"
     folder.mkdir()
     settings = {"model_name_or_path": str(folder), "dataset": str(folder)}
-    metadata = report.model_card(rows(0.5), settings, ["a", "b"]).split("---")[1]
+    metadata = model_card(rows(0.5), settings, ["a", "b"]).split("---")[1]
     assert str(tmp_path) not in metadata and "base_model" not in metadata
-    assert (
-        ModelCard(report.model_card(rows(0.5), settings, ["a"])).data.eval_results[0].dataset_type == "leaves"
-    )
+    assert ModelCard(model_card(rows(0.5), settings, ["a"])).data.eval_results[0].dataset_type == "leaves"
 
 
 @pytest.mark.parametrize("part", [{"fold": "1/5"}, {"max_eval_samples": 64}])
 def test_parts_of_a_split_are_no_result_of_it(part):
     settings = {"model_name_or_path": "google/vit-base-patch16-224", "dataset": "AI-Lab-Makerere/beans"}
-    text = report.model_card(
+    text = model_card(
         rows(0.984375), settings | {name: None for name in ("fold", "max_eval_samples")} | part, ["a", "b"]
     )
     card = ModelCard(text)
@@ -81,9 +79,7 @@ def test_parts_of_a_split_are_no_result_of_it(part):
 def test_a_part_held_out_of_train_is_no_split_of_the_set(tested):
     found = rows(0.75)[: 2 + tested]
     found[0] |= {"held_out": True}
-    card = ModelCard(
-        report.model_card(found, {"model_name_or_path": "a/vit", "dataset": "a/leaves"}, ["a", "b"])
-    )
+    card = ModelCard(model_card(found, {"model_name_or_path": "a/vit", "dataset": "a/leaves"}, ["a", "b"]))
     assert "Held-out part of the training split (133 images)" in card.text
     assert [result.dataset_split for result in card.data.eval_results or []] == ["test", "test"] * tested
 
@@ -151,7 +147,7 @@ def result(tmp_path):
 
 
 def test_result_is_uploaded_without_its_checkpoints(server, result, capsys):
-    hub.push(result, "me/leaves")
+    upload(result, "me/leaves")
     paths = [path for path, _, _ in server.asked]
     assert paths[0] == "/api/repos/create" and any("/me/leaves/commit/main" in path for path in paths)
     committed = next(body for path, body, _ in server.asked if "/commit/" in path).decode()
@@ -163,7 +159,7 @@ def test_result_is_uploaded_without_its_checkpoints(server, result, capsys):
 def test_refused_upload_keeps_the_result_and_says_how_to_go_on(server, result, capsys):
     server.refuses = True
     with pytest.raises(SystemExit) as end:
-        hub.push(result, "me/leaves")
+        upload(result, "me/leaves")
     told = capsys.readouterr().err
     assert end.value.code == 1 and told.count("\n") == 1
     assert "403" in told and f"huggingface-cli upload me/leaves {result}" in told

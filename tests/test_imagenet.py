@@ -21,10 +21,14 @@ from imagenet_shape import wnid, write_set
 from test_train import problems_of, read, refused
 from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
 
-import config as configs
-import data
-import feed
-import model
+from data import build_scratch_loaders, find_scratch_source
+from vit.config import FIELDS, docstring, load_config, vit_config
+from vit.data import decode
+from vit.data.dataset import IGNORE_INDEX, DataError
+from vit.data.loaders import DeviceLoader, SyntheticLoader, WorkerLoader
+from vit.data.transforms import RandomResizedCrop, ResizeCenterCrop
+from vit.model import build_vit
+from vit.model_variants import mimetic_init, sincos_position_embeddings_
 
 CONFIGS = sorted((ROOT / "configs" / "imagenet").glob("*.py"))
 
@@ -34,8 +38,8 @@ CONFIGS = sorted((ROOT / "configs" / "imagenet").glob("*.py"))
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_fit_and_have_a_card(path):
     assert problems_of(path, world=8) == []
-    config, _ = configs.load(str(path))
-    vit = configs.model_config(config)  # ViT-S/16
+    config, _ = load_config(str(path))
+    vit = vit_config(config)  # ViT-S/16
     assert (
         vit.image_size,
         vit.hidden_size,
@@ -57,23 +61,21 @@ def test_configs_fit_and_have_a_card(path):
         [90, 1024, 1e-3, 0.1, None, 10_000, 1.0] if better else [300, 4096, 3e-3, 0.3, 32, None, 1.0]
     )
     assert (vit.model_type, vit.hidden_dropout_prob) == (("ijepa", 0.0) if better else ("vit", 0.1))
-    assert all(
-        word in configs.docstring(str(path)) for word in ("Command", "Published", "Measured  ", path.stem)
-    )
+    assert all(word in docstring(str(path)) for word in ("Command", "Published", "Measured  ", path.stem))
 
 
 # ---------------------------------------------------------------------------------------------- the model
 
 
 def tiny(**changes):
-    defaults = {name: default for name, (default, _) in configs.NAMES.items()}
+    defaults = {name: default for name, (default, _) in FIELDS.items()}
     sizes = dict(IMG_SIZE=24, PATCH_SIZE=8, HIDDEN_SIZE=16, DEPTH=2, NUM_HEADS=2, NUM_CLASSES=5)
-    return configs.model_config(defaults | sizes | changes, list("abcde"))
+    return vit_config(defaults | sizes | changes, list("abcde"))
 
 
 def test_mean_pooling_classifies_the_mean_of_the_patches_and_there_is_no_class_token():
     torch.manual_seed(0)
-    vit = model.build_vit(tiny(POOLING="mean")).eval()
+    vit = build_vit(tiny(POOLING="mean")).eval()
     pixels = torch.randn(3, 3, 24, 24)
     with torch.no_grad():
         tokens = vit.base_model(pixel_values=pixels).last_hidden_state
@@ -83,13 +85,13 @@ def test_mean_pooling_classifies_the_mean_of_the_patches_and_there_is_no_class_t
             tokens.mean(1) @ vit.classifier.weight.T + vit.classifier.bias,
             atol=1e-6,
         )
-    assert model.build_vit(tiny()).base_model(pixel_values=pixels).last_hidden_state.shape == (3, 10, 16)
+    assert build_vit(tiny()).base_model(pixel_values=pixels).last_hidden_state.shape == (3, 10, 16)
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_fixed_positions_are_sines_and_cosines_of_the_place(pooling):
-    vit = model.build_vit(tiny(POOLING=pooling))
-    model.fix_positions(vit)
+    vit = build_vit(tiny(POOLING=pooling))
+    sincos_position_embeddings_(vit)
     positions = vit.base_model.embeddings.position_embeddings
     assert not positions.requires_grad and positions.shape[1] == 9 + (pooling == "class")
     assert positions[0, :-9].eq(0).all()
@@ -111,13 +113,13 @@ def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(poolin
     Query and key near the identity, value and output near its negative.
     """
     torch.manual_seed(0)
-    vit = model.build_vit(tiny(POOLING=pooling, HIDDEN_SIZE=64, NUM_HEADS=2))
+    vit = build_vit(tiny(POOLING=pooling, HIDDEN_SIZE=64, NUM_HEADS=2))
     others = {
         name: tensor.clone()
         for name, tensor in vit.state_dict().items()
         if ".attention." not in name and "position" not in name
     }
-    model.imitate_trained_attention(vit)
+    mimetic_init(vit)
     for layer in vit.base_model.encoder.layer:
         attention, output = layer.attention.attention, layer.attention.output.dense
         for query, key in zip(attention.query.weight.split(32), attention.key.weight.split(32)):
@@ -137,8 +139,8 @@ def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(poolin
             output.weight.norm(), attention.value.weight.norm(), rtol=1e-3
         )  # neither is the larger
     positions = vit.base_model.embeddings.position_embeddings
-    fixed = model.build_vit(vit.config)
-    model.fix_positions(fixed)
+    fixed = build_vit(vit.config)
+    sincos_position_embeddings_(fixed)
     assert torch.equal(positions, fixed.base_model.embeddings.position_embeddings) and positions.requires_grad
     assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in others.items())
 
@@ -164,7 +166,7 @@ def test_set_that_is_not_whole_is_one_clear_error(tree, tmp_path):
     def error(change) -> str:
         shutil.copytree(tree, broken)
         change()
-        with pytest.raises(data.DataError) as caught:
+        with pytest.raises(DataError) as caught:
             streamed(broken)
         shutil.rmtree(broken)
         return str(caught.value)
@@ -215,15 +217,12 @@ def test_validation_folder_is_evaluated_and_a_part_of_train_is_held_out(tree):
 
 
 def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, monkeypatch):
-    values = {name: default for name, (default, _) in configs.NAMES.items()} | {
-        "IMG_SIZE": 32,
-        "NUM_CLASSES": 8,
-    }
-    small = feed.open_feeds(str(tree), values, torch.device("cpu"))
-    assert isinstance(small.train, feed.Resident) and small.normal != ((0.5,) * 3, (0.5,) * 3)
-    monkeypatch.setattr(data, "LARGE", 50)
-    large = feed.open_feeds(str(tree), values, torch.device("cpu"))
-    assert isinstance(large.train, feed.Streamed) and isinstance(large.evaluated, feed.Resident)
+    values = {name: default for name, (default, _) in FIELDS.items()} | {"IMG_SIZE": 32, "NUM_CLASSES": 8}
+    small = build_scratch_loaders(str(tree), values, torch.device("cpu"))
+    assert isinstance(small.train, DeviceLoader) and small.normal != ((0.5,) * 3, (0.5,) * 3)
+    monkeypatch.setattr("vit.data.decode.MAX_CACHED_TRAIN_IMAGES", 50)
+    large = build_scratch_loaders(str(tree), values, torch.device("cpu"))
+    assert isinstance(large.train, WorkerLoader) and isinstance(large.evaluated, DeviceLoader)
     assert large.normal == ((0.5,) * 3, (0.5,) * 3) and any(
         "MEAN and STD: 0.5" in note for note in large.notes
     )
@@ -235,30 +234,32 @@ def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, mon
 
 
 def test_synthetic_images_need_no_files(monkeypatch, capsys):
-    assert feed.locate("synthetic", 5, 32) == feed.locate("synthetic:300", 5, 32) == "synthetic"
+    assert (
+        find_scratch_source("synthetic", 5, 32) == find_scratch_source("synthetic:300", 5, 32) == "synthetic"
+    )
     said = refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="synthetic:many")
     assert "DATA=synthetic:many: must be synthetic, or synthetic:N" in said
-    split = feed.Synthetic(3000, 8, 5, torch.device("cpu"))
+    split = SyntheticLoader(3000, 8, 5, torch.device("cpu"))
     batch = split.batch([(0, 0), (0, 2999), (0, -1)])
     assert (
         len(split) == 3000
         and batch["pixel_values"].shape == (3, 3, 8, 8)
-        and batch["labels"][2] == data.IGNORE
+        and batch["labels"][2] == IGNORE_INDEX
     )
 
 
 def test_streamed_batches_are_those_of_the_loader_then_augmented_by_their_own_draws(tree):
-    import cifar
+    from vit.data.gpu_augment import BatchAugment
 
     images, device = streamed(tree), torch.device("cpu")
-    resize, crop = data.ResizeAndCrop(32, 37), data.Augment(32, 42, smallest_crop=0.1)
-    augment = cifar.Augment(42, 32, rand_augment=(2, 9, 31))
+    resize, crop = ResizeCenterCrop(32, 37), RandomResizedCrop(32, 42, smallest_crop=0.1)
+    augment = BatchAugment(42, 32, rand_augment=(2, 9, 31))
     order = [[(e, i) for i in range(first, first + 30)] for e, first in ((0, 0), (0, 30), (1, 0))]
-    plain = feed.Streamed(images.train, resize, crop, False, 0, device).batches(order)
+    plain = WorkerLoader(images.train, resize, crop, False, 0, device).batches(order)
     for pairs, expected, batch in zip(
         order,
         plain,
-        feed.Streamed(images.train, resize, crop, False, 2, device).batches(order, augment),
+        WorkerLoader(images.train, resize, crop, False, 2, device).batches(order, augment),
         strict=True,
     ):
         index = torch.tensor([image for _, image in pairs])
@@ -298,7 +299,7 @@ def run_cases(root: Path) -> None:
 
     cases, tree, ready = Cases(root), root / "tree", root / "prepared"
     prepare_images.main([str(tree), str(ready), "--size", "37", "--processes", "1"])
-    data.LARGE = 20  # so that train and val are read as they are needed, as ImageNet is
+    decode.MAX_CACHED_TRAIN_IMAGES = 20  # so that train and val are read as they are needed, as ImageNet is
     better = "imagenet/vit_s_16_better_baseline.py"
     cases.start("whole", better, tree, 2, BETTER)
 
@@ -415,8 +416,8 @@ def test_fixed_positions_stay_as_they_are(runs):
     from safetensors.torch import load_file
 
     weights = load_file(runs / "whole" / "model.safetensors")
-    vit = model.build_vit(tiny(POOLING="mean", IMG_SIZE=32, HIDDEN_SIZE=32))
-    model.fix_positions(vit)
+    vit = build_vit(tiny(POOLING="mean", IMG_SIZE=32, HIDDEN_SIZE=32))
+    sincos_position_embeddings_(vit)
     assert torch.equal(
         weights["ijepa.embeddings.position_embeddings"], vit.base_model.embeddings.position_embeddings
     )

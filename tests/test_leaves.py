@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from leaves import LABELS, draw_leaf, write_leaves
+from vit.data.leaves import LABELS, draw_leaf, write_leaves
 
 SIZES = {"train": 9, "test": 4}
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 from helpers import save_tiny_vit, tiny_vit
 
-import model as vit
+from vit.model import (
+    PRESETS,
+    build_vit,
+    export_model,
+    known_architecture,
+    load_model,
+    resize_position_embeddings,
+)
+from vit.model_variants import add_drop_path, mean_pooled_config
 
 LABELS = ["a", "b", "c"]
 
@@ -27,50 +35,50 @@ def test_presets_have_the_published_sizes():
     }
     for name, count in expected.items():
         with torch.device("meta"):
-            model = ViTForImageClassification(vit.PRESETS[name].config(1000))
+            model = ViTForImageClassification(PRESETS[name].config(1000))
         assert sum(p.numel() for p in model.parameters()) == count, name
     assert {
         f"vit-{size}-patch16-{pixels}" for size in ("tiny", "small", "base", "large") for pixels in (224, 384)
-    } <= vit.PRESETS.keys()
+    } <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", ["vit-demo", "vit-lite-7-4"])
 def test_small_presets_take_their_own_size(name):
     torch.manual_seed(0)
-    loaded = vit.load_model(name, LABELS)
+    loaded = load_model(name, LABELS)
     side = loaded.processor.size["height"]
     assert loaded.model(torch.zeros(2, 3, side, side)).logits.shape == (2, 3)
     assert loaded.model.config.id2label == {0: "a", 1: "b", 2: "c"}
     assert loaded.notes == [f"{name}: random initial weights"]
     torch.manual_seed(0)
-    again = vit.load_model(name, LABELS).model.state_dict()
+    again = load_model(name, LABELS).model.state_dict()
     assert all(torch.equal(tensor, again[key]) for key, tensor in loaded.model.state_dict().items())
 
 
 def test_preset_is_found_behind_a_hub_name():
-    base = vit.PRESETS["vit-base-patch16-224"]
+    base = PRESETS["vit-base-patch16-224"]
     assert (
-        vit.known_architecture("google/vit-base-patch16-224-in21k")
+        known_architecture("google/vit-base-patch16-224-in21k")
         == base
-        == vit.known_architecture("vit-base-patch16-224")
+        == known_architecture("vit-base-patch16-224")
     )
-    assert vit.known_architecture("google/other") is None
+    assert known_architecture("google/other") is None
 
 
 def test_model_that_averages_its_patches_is_fine_tuned_and_exported_like_the_others(tmp_path):
     from transformers import AutoModelForImageClassification, ViTImageProcessor
 
     torch.manual_seed(0)
-    whole = vit.build_vit(vit.mean_pooled(tiny_vit(5).config))
+    whole = build_vit(mean_pooled_config(tiny_vit(5).config))
     whole.save_pretrained(tmp_path / "trained")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "trained")
-    loaded = vit.load_model(str(tmp_path / "trained"), LABELS, tp=1, image_size=24)
+    loaded = load_model(str(tmp_path / "trained"), LABELS, tp=1, image_size=24)
     assert "fresh classifier for 3 labels" in loaded.notes[0]
     pixels = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         expected = whole.base_model(pixels, interpolate_pos_encoding=True).last_hidden_state
         assert torch.allclose(loaded.model.base_model(pixels).last_hidden_state, expected, atol=1e-5)
-        vit.export(loaded.model.state_dict(), loaded.model.config, loaded.processor, tmp_path / "tuned")
+        export_model(loaded.model.state_dict(), loaded.model.config, loaded.processor, tmp_path / "tuned")
         again = AutoModelForImageClassification.from_pretrained(tmp_path / "tuned")
         assert torch.equal(again.eval()(pixels).logits, loaded.model.eval()(pixels).logits)
 
@@ -82,7 +90,7 @@ def test_drop_path_skips_whole_branches_of_single_images_in_training_only():
     torch.manual_seed(0)
     model, plain = tiny_vit(), tiny_vit()
     plain.load_state_dict(model.state_dict())
-    vit.add_drop_path(model, 0.6, 4)
+    add_drop_path(model, 0.6, 4)
     layer, same = model.vit.encoder.layer[3], plain.vit.encoder.layer[3]
     x = torch.randn(4000, 2, 32)
     with torch.no_grad():
@@ -116,7 +124,7 @@ def test_positions_are_interpolated_to_a_larger_image_as_transformers_does():
     model, pixels = positions(224), torch.randn(1, 3, 384, 384, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(pixels, interpolate_pos_encoding=True).logits
-        vit.resize_positions(model, 384)
+        resize_position_embeddings(model, 384)
         assert model.vit.embeddings.position_embeddings.shape == (1, 1 + 24 * 24, 32)
         assert torch.allclose(model(pixels).logits, expected, atol=1e-5)
     assert model.config.image_size == 384
@@ -125,17 +133,17 @@ def test_positions_are_interpolated_to_a_larger_image_as_transformers_does():
 def test_positions_of_an_equal_size_stay_as_they_are():
     model = positions(32, patch=4)
     before = model.vit.embeddings.position_embeddings.clone()
-    vit.resize_positions(model, 32)
+    resize_position_embeddings(model, 32)
     assert torch.allclose(model.vit.embeddings.position_embeddings, before, atol=1e-6)
 
 
 def test_image_size_off_the_patches_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--image_size 18 is no multiple of the model's patch size 4"):
-        vit.load_model(str(save_tiny_vit(tmp_path)), LABELS, image_size=18)
+        load_model(str(save_tiny_vit(tmp_path)), LABELS, image_size=18)
 
 
 def test_image_size_changes_model_and_processor_and_is_said(tmp_path):
-    loaded = vit.load_model(str(save_tiny_vit(tmp_path)), LABELS, image_size=24)
+    loaded = load_model(str(save_tiny_vit(tmp_path)), LABELS, image_size=24)
     assert loaded.processor.size == {"height": 24, "width": 24}
     assert loaded.model(torch.zeros(1, 3, 24, 24)).logits.shape == (1, 3)
     assert "position embeddings interpolated from 16 to 24 px" in loaded.notes
@@ -156,7 +164,7 @@ def test_other_class_count_gets_a_fresh_head_and_keeps_the_rest(tmp_path):
     from transformers import ViTForImageClassification
 
     saved = ViTForImageClassification.from_pretrained(save_tiny_vit(tmp_path, labels=5)).state_dict()
-    loaded = vit.load_model(str(tmp_path), LABELS)
+    loaded = load_model(str(tmp_path), LABELS)
     assert loaded.model.classifier.out_features == 3 and weights_are(loaded.model, saved, but=("classifier",))
     assert len(loaded.notes) == 1 and "fresh classifier for 3 labels" in loaded.notes[0]
 
@@ -171,14 +179,14 @@ def test_same_classes_keep_their_head_and_other_names_do_not(tmp_path):
     from transformers import ViTForImageClassification
 
     saved = ViTForImageClassification.from_pretrained(tmp_path).state_dict()
-    same = vit.load_model(str(tmp_path), LABELS)
+    same = load_model(str(tmp_path), LABELS)
     assert weights_are(same.model, saved) and same.notes == []
     assert not same.untrained
-    turned = vit.load_model(str(tmp_path), LABELS[::-1])
+    turned = load_model(str(tmp_path), LABELS[::-1])
     assert turned.notes == [] and not turned.untrained and turned.model.config.id2label[0] == LABELS[-1]
     for name in ("classifier.weight", "classifier.bias"):
         assert torch.equal(turned.model.state_dict()[name], saved[name].flip(0))
-    other = vit.load_model(str(tmp_path), ["x", "y", "z"])
+    other = load_model(str(tmp_path), ["x", "y", "z"])
     assert other.untrained
     assert not torch.equal(other.model.classifier.weight, saved["classifier.weight"])
     assert "have other names" in other.notes[0] and other.model.config.id2label[0] == "x"
@@ -191,7 +199,7 @@ def test_checkpoint_without_a_classifier_gets_a_fresh_one(tmp_path):
     save_tiny_vit(tmp_path)
     encoder = ViTModel(tiny_vit().config)
     encoder.save_pretrained(tmp_path)
-    loaded = vit.load_model(str(tmp_path), LABELS)
+    loaded = load_model(str(tmp_path), LABELS)
     assert weights_are(loaded.model.vit, encoder.state_dict())
     assert "fresh classifier for 3 labels" in loaded.notes[0]
 
@@ -199,7 +207,7 @@ def test_checkpoint_without_a_classifier_gets_a_fresh_one(tmp_path):
 def test_other_architecture_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match=f"{tmp_path} is a 'bert' model; this example trains ViTs"):
-        vit.load_model(str(tmp_path), LABELS)
+        load_model(str(tmp_path), LABELS)
 
 
 def test_weights_of_something_else_are_refused(tmp_path):
@@ -211,19 +219,19 @@ def test_weights_of_something_else_are_refused(tmp_path):
         metadata={"format": "pt"},
     )
     with pytest.raises(ValueError, match="lacks .* weights of a ViT"):
-        vit.load_model(str(tmp_path), LABELS)
+        load_model(str(tmp_path), LABELS)
 
 
 @pytest.mark.parametrize("tp, rows", [(1, 3), (2, 4), (4, 4), (3, 3)])
 def test_labels_are_padded_to_tp_and_trimmed_on_export(tmp_path, tp, rows):
     from transformers import ViTForImageClassification
 
-    loaded = vit.load_model(str(save_tiny_vit(tmp_path / "in")), LABELS, tp)
+    loaded = load_model(str(save_tiny_vit(tmp_path / "in")), LABELS, tp)
     state = loaded.model.state_dict()
     assert state["classifier.weight"].shape == (rows, 32) and not state["classifier.weight"][3:].any()
     pixels = torch.randn(2, 3, 16, 16)
     expected = loaded.model.eval()(pixels).logits[:, :3]
-    vit.export(
+    export_model(
         {name: tensor.half().float() if tp == 1 else tensor for name, tensor in state.items()},
         loaded.model.config,
         loaded.processor,
@@ -237,9 +245,9 @@ def test_labels_are_padded_to_tp_and_trimmed_on_export(tmp_path, tp, rows):
 def test_export_writes_fp32_safetensors_and_nothing_else(tmp_path):
     from safetensors.torch import load_file
 
-    loaded = vit.load_model(str(save_tiny_vit(tmp_path / "in")), LABELS)
+    loaded = load_model(str(save_tiny_vit(tmp_path / "in")), LABELS)
     half = {name: tensor.bfloat16() for name, tensor in loaded.model.state_dict().items()}
-    vit.export(half, loaded.model.config, loaded.processor, tmp_path / "out")
+    export_model(half, loaded.model.config, loaded.processor, tmp_path / "out")
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -251,11 +259,11 @@ def test_export_writes_fp32_safetensors_and_nothing_else(tmp_path):
 
 
 def test_biases_norms_and_embeddings_are_not_decayed():
-    from plugins import parameter_groups
+    from vit.optim import param_groups
 
     model = tiny_vit()
     names = {id(param): name for name, param in model.named_parameters()}
-    decayed, rest = parameter_groups(model, 0.3)
+    decayed, rest = param_groups(model, 0.3)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
     assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]} == {
@@ -271,13 +279,11 @@ def test_biases_norms_and_embeddings_are_not_decayed():
 
 
 def test_learning_rates_fall_from_the_head_to_the_embeddings():
-    from plugins import parameter_groups
+    from vit.optim import param_groups
 
     model = tiny_vit()
     scales = {
-        id(param): group["lr_scale"]
-        for group in parameter_groups(model, 0.3, 0.5)
-        for param in group["params"]
+        id(param): group["lr_scale"] for group in param_groups(model, 0.3, 0.5) for param in group["params"]
     }
     assert len(scales) == len(list(model.parameters()))
     expected = {
@@ -296,14 +302,14 @@ def test_learning_rates_fall_from_the_head_to_the_embeddings():
 def test_larger_products_change_neither_logits_nor_gradients(pooling):
     from copy import deepcopy
 
-    from speedups import use_larger_products
+    from vit.patches.transformers_vit import fuse_qkv_and_patch_projection
 
     config = tiny_vit().config
     config.id2label = dict(enumerate(LABELS))
     torch.manual_seed(0)
-    plain = vit.build_vit(vit.mean_pooled(config) if pooling == "mean" else config)
+    plain = build_vit(mean_pooled_config(config) if pooling == "mean" else config)
     faster = deepcopy(plain)
-    use_larger_products(faster)
+    fuse_qkv_and_patch_projection(faster)
     pixels = torch.randn(
         3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1)
     )
@@ -329,11 +335,11 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
 def test_larger_products_leave_unusual_images_to_transformers():
     from copy import deepcopy
 
-    from speedups import use_larger_products
+    from vit.patches.transformers_vit import fuse_qkv_and_patch_projection
 
     plain = tiny_vit(image_size=18)  # 4 px patches: the convolution leaves two pixels out
     faster = deepcopy(plain)
-    use_larger_products(faster)
+    fuse_qkv_and_patch_projection(faster)
     pixels = torch.randn(2, 3, 18, 18, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(faster(pixel_values=pixels).logits, plain(pixel_values=pixels).logits)
     for wrong in (pixels[..., :-1], pixels[:, :2]):

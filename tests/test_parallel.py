@@ -9,7 +9,6 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from data import Schedule
 from helpers import (
     EMA,
     LABEL_SMOOTHING,
@@ -20,7 +19,9 @@ from helpers import (
     in_memory_images,
     tiny_vit,
 )
-from layout import Layout
+
+from vit.layout import ParallelLayout
+from vit.schedule import BatchPlan
 
 # Largest difference of a loss (values near 1) over six steps, measured: fp32 1e-6, fp16 1.5e-4, bf16 1.2e-3.
 # A wrong learning rate, clip or average moves the losses by 1e-2 or more.
@@ -106,7 +107,7 @@ def plain_training(max_norm: float, recipe: bool = False) -> dict:
     for epoch in range(2):
         order = [
             image
-            for step in Schedule(22, 8, 1, Layout(1), 5).batches(epoch)
+            for step in BatchPlan(22, 8, 1, ParallelLayout(1), 5).batches(epoch)
             for _, image in step
             if image >= 0
         ]

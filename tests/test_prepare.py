@@ -9,11 +9,18 @@ from argparse import Namespace
 
 import numpy as np
 import pytest
+import torch
 from imagenet_shape import write_set
+from PIL import Image
 
-import data
-import packed
 import prepare_images
+from data import load_dataset
+from vit.data.dataset import DataError, ImageDataset
+from vit.data.decode import decode_dataset, open_image
+from vit.data.loaders import BatchDataset
+from vit.data.prepared import write_shard
+from vit.data.sources import find_source
+from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop, resize_shorter_side
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +30,7 @@ def tree(tmp_path_factory):
     return root
 
 
-def load(folder) -> data.ImageData:
+def load(folder) -> ImageDataset:
     asked = Namespace(
         dataset=str(folder),
         image_column=None,
@@ -33,7 +40,7 @@ def load(folder) -> data.ImageData:
         max_eval_samples=None,
         seed=0,
     )
-    return data.load_data(asked, hold_out=False)
+    return load_dataset(asked, hold_out=False)
 
 
 def prepare(capsys, *argv) -> str:
@@ -50,32 +57,32 @@ def refused(capsys, *argv) -> str:
 
 @pytest.fixture
 def parts(monkeypatch):
-    monkeypatch.setattr(prepare_images, "PART", 10)  # five parts of train, the last of 5
+    monkeypatch.setattr("prepare_images.SHARD_SIZE", 10)  # five parts of train, the last of 5
 
 
 def test_prepared_images_are_those_of_the_files_resized(tree, tmp_path, capsys, parts):
     said = prepare(capsys, tree, tmp_path / "out")
     assert "train: 45 images" in said and "0 skipped" in said
-    assert data.locate(str(tmp_path / "out")) == "prepared"
+    assert find_source(str(tmp_path / "out")) == "prepared"
     files, ready = load(tree), load(tmp_path / "out")
     assert ready.label_names == files.label_names and len(ready.label_names) == 4
     modes = set()
     for expected, split in zip(files.splits(), ready.splits(), strict=True):
         assert (split.labels == expected.labels).all() and split.name == expected.name
         for i in range(len(split)):
-            image = data.open_image(expected.images[i])
-            assert (split.images[i] == np.asarray(data.resize_shorter(image, 32))).all() and min(
+            image = open_image(expected.images[i])
+            assert (split.images[i] == np.asarray(resize_shorter_side(image, 32))).all() and min(
                 split.images[i].shape[:2]
             ) == 32
-            with data.Image.open(expected.images[i]) as opened:
+            with Image.open(expected.images[i]) as opened:
                 modes.add((opened.format, opened.mode))
         # evaluation is the same to the bit
         pairs = [(0, i) for i in range(len(split))]
         before, after = (
-            data.Batches(s, data.ResizeAndCrop(28, 32), None, False).__getitems__(pairs)
+            BatchDataset(s, ResizeCenterCrop(28, 32), None, False).__getitems__(pairs)
             for s in (expected, split)
         )
-        assert data.torch.equal(before["pixel_values"], after["pixel_values"])
+        assert torch.equal(before["pixel_values"], after["pixel_values"])
     assert modes == {("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGB")}
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
         "prepared.json",
@@ -89,9 +96,9 @@ def test_prepared_images_are_those_of_the_files_resized(tree, tmp_path, capsys, 
 
 def test_augmentation_takes_prepared_images_as_they_lie(tree, tmp_path, capsys, parts):
     prepare(capsys, tree, tmp_path / "out")
-    train, augment = load(tmp_path / "out").train, data.Augment(24, 3)
+    train, augment = load(tmp_path / "out").train, RandomResizedCrop(24, 3)
     pairs = [(1, i) for i in range(45)]
-    batch = data.Batches(train, data.ResizeAndCrop(24, 32), augment, False).__getitems__(pairs)
+    batch = BatchDataset(train, ResizeCenterCrop(24, 32), augment, False).__getitems__(pairs)
     assert all((batch["pixel_values"][i] == augment(train.images[i], 1, i)).all() for i in range(45))
     half = train.take(np.arange(0, 45, 2))
     assert (half.sources[3] == train.sources[6]).all() and half.labels[3] == train.labels[6]
@@ -102,15 +109,15 @@ def test_fine_tuning_reads_a_prepared_folder_too(tree, tmp_path, capsys, parts):
 
     prepare(capsys, tree, tmp_path / "out")
     args = settings("--dataset", tmp_path / "out")
-    images = data.load_data(args)
-    augmented, kept = data.decode(images, data.Resize(16), data.Augment(16, 0), args, 1)
+    images = load_dataset(args)
+    augmented, kept = decode_dataset(images, Resize(16), RandomResizedCrop(16, 0), args, 1)
     assert (
         augmented.train.sources is images.train.sources and kept == 9 * 3 * 16 * 16
     )  # train stays where it is
-    plain, kept = data.decode(images, data.Resize(16), None, args, 1)
+    plain, kept = decode_dataset(images, Resize(16), None, args, 1)
     assert (
         kept == 54 * 3 * 16 * 16
-        and (plain.train.resized[7] == data.Resize(16)(data.open_image(images.train.images[7]))).all()
+        and (plain.train.resized[7] == Resize(16)(open_image(images.train.images[7]))).all()
     )
 
 
@@ -120,7 +127,7 @@ def test_packed_as_jpeg_takes_less_and_stays_near(tree, tmp_path, capsys, parts)
     raw, jpeg = load(tmp_path / "raw").train, load(tmp_path / "jpeg").train
     assert jpeg.sources is None and isinstance(jpeg.images[0], bytes)
     for i in range(45):
-        difference = np.asarray(data.open_image(jpeg.images[i])).astype(int) - raw.images[i]
+        difference = np.asarray(open_image(jpeg.images[i])).astype(int) - raw.images[i]
         assert np.abs(difference).mean() < 8
     sizes = [
         json.loads((tmp_path / name / "prepared.json").read_text())["splits"]["train"]["bytes"]
@@ -138,16 +145,14 @@ def test_truncated_images_are_named_or_skipped_and_counted(tmp_path, capsys, par
         and all(path.name in said for path in cut)
         and "--skip_bad_images" in said
     )
-    with pytest.raises(data.DataError, match="was interrupted"):
-        data.locate(str(out))
+    with pytest.raises(DataError, match="was interrupted"):
+        find_source(str(out))
     said = prepare(capsys, tmp_path / "tree", out, "--skip_bad_images")
     assert "train: 43 images" in said and "2 skipped" in said and all(path.name in said for path in cut)
     files, ready = load(tmp_path / "tree").train, load(out).train
     good = [i for i in range(45) if files.where[i] not in map(str, cut)]
     assert (ready.labels == files.labels[good]).all() and len(ready.images) == 43
-    assert (
-        ready.images[42] == np.asarray(data.resize_shorter(data.open_image(files.images[good[42]]), 32))
-    ).all()
+    assert (ready.images[42] == np.asarray(resize_shorter_side(open_image(files.images[good[42]]), 32))).all()
 
 
 def test_set_that_is_not_whole_is_refused_before_it_is_packed(tmp_path, capsys, parts):
@@ -163,16 +168,15 @@ def test_set_that_is_not_whole_is_refused_before_it_is_packed(tmp_path, capsys, 
 
 def test_interrupted_preparation_goes_on(tree, tmp_path, capsys, parts, monkeypatch):
     prepare(capsys, tree, tmp_path / "whole")
-    whole = packed.write_part
+    whole = write_shard
     monkeypatch.setattr(
-        packed,
-        "write_part",
+        "prepare_images.write_shard",
         lambda folder, split, part, *rest: os._exit(1) if part == 2 else whole(folder, split, part, *rest),
     )
     assert "goes on" in refused(capsys, tree, tmp_path / "out", "--processes", 1)
     written = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.bin")}
     assert sorted(written) == ["train-00000.bin", "train-00001.bin"]
-    monkeypatch.setattr(packed, "write_part", whole)
+    monkeypatch.setattr("prepare_images.write_shard", whole)
     assert "size is 16, was 32" in refused(capsys, tree, tmp_path / "out", "--size", 16)
     assert "2 of 6 parts are there already" in prepare(capsys, tree, tmp_path / "out")
     for path in (tmp_path / "whole").glob("*.bin"):
@@ -185,18 +189,18 @@ def test_folder_that_was_not_copied_whole_is_refused(tree, tmp_path, capsys, par
     prepare(capsys, tree, out)
     part = out / "train-00003.bin"
     part.write_bytes(part.read_bytes()[:-1])
-    with pytest.raises(data.DataError, match="train-00003.bin is missing or cut short"):
+    with pytest.raises(DataError, match="train-00003.bin is missing or cut short"):
         load(out)
     part.unlink()
-    with pytest.raises(data.DataError, match="train-00003.bin is missing or cut short"):
+    with pytest.raises(DataError, match="train-00003.bin is missing or cut short"):
         load(out)
     index = (out / "train.npz").read_bytes()
     for left in (0, len(index) // 2):
         (out / "train.npz").write_bytes(index[:left])
-        with pytest.raises(data.DataError, match="train.npz cannot be read .*: copy the folder again"):
+        with pytest.raises(DataError, match="train.npz cannot be read .*: copy the folder again"):
             load(out)
     (out / "prepared.json").write_text("{")
-    with pytest.raises(data.DataError, match="prepared.json is damaged"):
+    with pytest.raises(DataError, match="prepared.json is damaged"):
         load(out)
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -177,29 +178,30 @@ def save_and_die(folder, steps: list[int], at: int) -> None:
     """In a process of its own: save ``steps`` and be killed at the ``at``-th change of a file."""
     import shutil
 
-    import checkpoint
+    from vit import checkpoint
+    from vit.checkpoint import CheckpointFolder
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     killed = Killed(at)
     for owner, names in (
         (os, ("mkdir", "replace", "rename", "unlink", "rmdir", "fsync", "link", "symlink")),
         (torch, ("save",)),
-        (checkpoint.Path, ("write_text", "rename", "replace")),
+        (Path, ("write_text", "rename", "replace")),
         (shutil, ("rmtree",)),
     ):
         for name in names:
             setattr(owner, name, killed.before(getattr(owner, name)))
     for step in steps:
-        checkpoint.local_state = lambda boosted: {"of": step}
+        checkpoint.capture_state = lambda boosted: {"of": step}
         layout = SimpleNamespace(tp_rank=0, pp_rank=0, dp_rank=0)
         boosted = SimpleNamespace(plugin="torch_ddp", zero_stage=0, layout=layout, model=torch.nn.Module())
         meta = {"step": step, "epoch": step, "progress": {"images": 0}, "best_epoch": None}
-        checkpoint.Checkpoints(folder, 1).save(boosted, meta)
+        CheckpointFolder(folder, 1).save(boosted, meta)
 
 
 @pytest.mark.parametrize("steps", [[2], [1], [1, 2, 2]], ids=["a new step", "the same step again", "several"])
 def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, steps):
-    from checkpoint import Checkpoints, read_meta
+    from vit.checkpoint import CheckpointFolder, read_meta
 
     deaths = 0
     while True:
@@ -217,7 +219,7 @@ def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, ste
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             assert end is None or status == end
         assert status in (0, -signal.SIGKILL)
-        found = Checkpoints(folder, 1).find("auto")
+        found = CheckpointFolder(folder, 1).find("auto")
         assert found is not None, (
             f"killed at change {deaths}: only {sorted(p.name for p in folder.iterdir())} left"
         )
@@ -230,13 +232,13 @@ def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, ste
 
 
 def test_incomplete_checkpoints_are_not_found(tmp_path):
-    from checkpoint import CheckpointError, Checkpoints
+    from vit.checkpoint import CheckpointError, CheckpointFolder
 
     for name in (".partial", ".step_00000007.partial", "step_00000003", "00003_epoch_1_image_0"):
         (tmp_path / name).mkdir()  # without meta.json, which is written last
-    assert Checkpoints(tmp_path, 1).find("auto") is None
+    assert CheckpointFolder(tmp_path, 1).find("auto") is None
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
-        Checkpoints(tmp_path / "elsewhere", 1).find(str(tmp_path))
+        CheckpointFolder(tmp_path / "elsewhere", 1).find(str(tmp_path))
 
 
 def test_pruning_keeps_the_newest_and_the_best(one, shared):

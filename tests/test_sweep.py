@@ -17,7 +17,13 @@ import pytest
 from helpers import ROOT
 
 import report
-import sweep
+import vit.sweep
+from vit.files import write_jsonl
+from vit.report.charts import save_figure
+from vit.report.runs import ON_THE_HUB, noise_margin, sweep_report
+from vit.report.tables import read_run
+from vit.run_folder import environment
+from vit.sweep import Worker, check_run, plan_runs, read_arguments, run_name, shares_gpus
 
 EPOCHS = 16  # of a tiny run: seconds, so that there is time to stop it
 
@@ -77,7 +83,7 @@ def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **set
         "/", "_"
     )
     (folder / name).mkdir(parents=True)
-    report.write_rows(folder / name / "metrics.jsonl", rows)
+    write_jsonl(folder / name / "metrics.jsonl", rows)
     return folder / name
 
 
@@ -124,7 +130,7 @@ def grid(tmp_path_factory):
         "RESULTS": "./r",
         "PARALLEL_RUNS": "16",
     }
-    report.write_rows(tmp_path / "sweep.jsonl", [{"variables": variables, "flags": ["--max_norm", "1"]}])
+    write_jsonl(tmp_path / "sweep.jsonl", [{"variables": variables, "flags": ["--max_norm", "1"]}])
     report.main(["sweep", str(tmp_path)])
     return tmp_path
 
@@ -157,7 +163,7 @@ def test_rows_within_noise_of_the_best_are_marked(grid):
     column = header.index("to the best")
     # by hand: p = 0.9812, 2 sqrt(2 p (1 - p) / 133) = 0.0333 > 0.0075; and p = 0.906, 0.0716 < 0.158
     assert [row[column] for row in rows[:4]] == ["within noise", "worse", "best", "worse"]
-    assert report.noise(131 / 133, 130 / 133, 133) == pytest.approx(0.0333, abs=5e-5)
+    assert noise_margin(131 / 133, 130 / 133, 133) == pytest.approx(0.0333, abs=5e-5)
     assert "sqrt(2 p (1 - p) / n)" in (grid / "table.md").read_text()
 
 
@@ -200,7 +206,7 @@ def test_charts_and_provenance(grid):
         "DATASET=AI-Lab-Makerere/beans RESULTS=./r-vit-base bash run_finetuning.sh "
         "--max_norm 1"
     ), "as many runs side by side as suited this machine and model may not suit another"
-    assert report.ON_THE_HUB["three_animals"] == "lewtun/dog_food"
+    assert ON_THE_HUB["three_animals"] == "lewtun/dog_food"
 
 
 def test_the_title_says_what_was_run(grid, tmp_path, monkeypatch):
@@ -212,12 +218,12 @@ def test_the_title_says_what_was_run(grid, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no folder is called vit-demo
     shared = {"image_size": 384, "max_eval_samples": 133, "augment": True, "mixup": 0.2}
     store(tmp_path, [0.9], [0.3], model_name_or_path="vit-demo", **shared)
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "1 epoch, 384 px, at most 133 images of a split evaluated, fp16," in text
     assert "recipe `--augment --mixup 0.2`, from random weights.\n" in text
     store(tmp_path, [0.9], [0.3], batch_size=16, weight_decay=0.1, **shared)
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     assert (
         "warm-up ratio 0.3, recipe `--augment --mixup 0.2`, vit-tiny-patch16-224 from "
         "pretrained weights, vit-demo from random weights.\n"
@@ -227,9 +233,10 @@ def test_the_title_says_what_was_run(grid, tmp_path, monkeypatch):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures that a report saves, by file name."""
-    saved, save = {}, report.save_figure
+    saved, save = {}, save_figure
     monkeypatch.setattr(
-        report, "save_figure", lambda figure, path: (saved.update({path.name: figure}), save(figure, path))
+        "vit.report.charts.save_figure",
+        lambda figure, path: (saved.update({path.name: figure}), save(figure, path)),
     )
     return saved
 
@@ -248,7 +255,7 @@ def test_heat_maps_name_the_settings_in_which_they_differ(tmp_path, figures):
                     batch_size=batch_size,
                     learning_rate=rate,
                 )
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     titles = {name: figure.get_suptitle() for name, figure in figures.items() if name.startswith("heatmap")}
     assert titles == {
         "heatmap-gemini-vit-tiny-patch16-224.png": "gemini, vit-tiny-patch16-224\nimage size 224, recipe none",
@@ -260,7 +267,7 @@ def test_heat_maps_name_the_settings_in_which_they_differ(tmp_path, figures):
 def test_one_epoch_has_one_tick_and_room_for_its_marker(tmp_path, figures):
     store(tmp_path, [0.3], [1.098])
     store(tmp_path, [0.3], [1.09], batch_size=16)
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     loss, accuracy = figures["epochs.png"].axes
     for axis in (loss, accuracy):
         low, high = axis.get_xlim()
@@ -274,7 +281,7 @@ def test_runs_evaluated_on_other_images_have_no_common_mean(tmp_path):
     for fold, images in (("1/2", 51), ("2/2", 50), ("1/3", 34), ("2/3", 33)):
         store(tmp_path, [0.7], [0.3], images=images, fold=fold)
     store(tmp_path, [0.9], [0.3], ended=False, seed=44)
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     header, rows = table(tmp_path)
     column = header.index("evaluated on")
     assert [(row[column], row[header.index("seed")]) for row in rows] == [
@@ -299,7 +306,7 @@ def test_runs_from_before_a_flag_are_of_its_default(tmp_path):
         skip_bad_images=False,
         max_eval_samples=None,
     )
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     header, rows = table(tmp_path)
     assert [row[header.index("seed")] for row in rows] == ["1 2"]
 
@@ -322,9 +329,9 @@ def test_without_a_folder_the_usual_one_is_reported(tmp_path, monkeypatch, capsy
 def test_cores_of_a_part_of_the_machine_are_told_as_such(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
-    assert report.environment()["hardware"] == "CPU, 2 cores"
+    assert environment()["hardware"] == "CPU, 2 cores"
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1})
-    assert report.environment()["hardware"] == "CPU, 1 of 2 cores"
+    assert environment()["hardware"] == "CPU, 1 of 2 cores"
 
 
 def test_several_seeds_are_one_row_with_mean_and_spread_in_the_published_order(tmp_path):
@@ -340,7 +347,7 @@ def test_several_seeds_are_one_row_with_mean_and_spread_in_the_published_order(t
                 zero_stage=seed % 1,
                 image_size=384,
             )
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     header, rows = table(tmp_path)
     assert [row[0] for row in rows] == ["torch_ddp", "gemini"] and header[4] == "precision"
     found = dict(zip(header, rows[1]))
@@ -371,7 +378,7 @@ def test_folds_are_one_row_over_all_their_images(tmp_path):
                 batch_size=16,
                 mixup=0.0,
             )
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     header, rows = table(tmp_path)
     found = [dict(zip(header, row)) for row in rows]
     assert (
@@ -381,7 +388,7 @@ def test_folds_are_one_row_over_all_their_images(tmp_path):
     )
     assert found[0]["seed"] == "1 2" and found[0]["accuracy"].startswith("**0.9500 ± ")
     # 5 points of 200 images are just within two standard errors, of 100 they would be well within
-    assert found[1]["to the best"] == "within noise" and report.noise(0.95, 0.9, 200) == pytest.approx(
+    assert found[1]["to the best"] == "within noise" and noise_margin(0.95, 0.9, 200) == pytest.approx(
         0.0524, abs=1e-3
     )
     text = (tmp_path / "table.md").read_text()
@@ -395,7 +402,7 @@ def test_the_test_split_is_told_where_there_is_nothing_to_choose(tmp_path):
         store(
             tmp_path, [first, last], [0.1, 0.1], seed=seed
         )  # the first epoch was kept; 0 of 67 test images are right
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     header, rows = table(tmp_path, 3)
     assert header[:2] == ["seed", "epoch kept"] and [row[:2] for row in rows] == [
         ["1", "1"],
@@ -407,7 +414,7 @@ def test_the_test_split_is_told_where_there_is_nothing_to_choose(tmp_path):
     text = (tmp_path / "table.md").read_text()
     assert "one set of 200" in text and "± 6.7 points" in text
     store(tmp_path, [0.9], [0.1], batch_size=16)  # something to choose from
-    report.sweep_report(tmp_path)
+    sweep_report(tmp_path)
     assert "Test split" not in (tmp_path / "table.md").read_text()
 
 
@@ -424,7 +431,7 @@ def refusal(monkeypatch, tmp_path, capsys, model_folder, image_folder):
             sys, "argv", ["sweep.py", "--models", str(model_folder), "--dataset", str(image_folder), *flags]
         )
         with pytest.raises(SystemExit) as end:
-            sweep.main()
+            vit.sweep.main()
         assert end.value.code == 2 and not list(tmp_path.iterdir()), "something was started"
         return capsys.readouterr().err
 
@@ -475,10 +482,10 @@ def test_recipes_and_folds_are_runs_of_their_own(model_folder, image_folder, tmp
         "--learning_rates",
         "1e-3",
     ]
-    settings, flags = sweep.read_arguments(
+    settings, flags = read_arguments(
         [*words, "--folds", "1/2 2/2", "--recipes", "none | --augment --ema 0.9 | --mixup 0.2"]
     )
-    runs = sweep.plan(settings, flags)
+    runs = plan_runs(settings, flags)
     assert len(runs) == len({run.folder for run in runs}) == 6
     assert [
         (run.settings["augment"], run.settings["ema"], run.settings["mixup"], run.settings["fold"])
@@ -533,11 +540,11 @@ def test_a_run_goes_on_whose_rows_are_from_before_a_flag(model_folder, image_fol
         "--learning_rates",
         "1e-3",
     ]
-    (run,) = sweep.plan(*sweep.read_arguments(words))
+    (run,) = plan_runs(*read_arguments(words))
     run.folder.mkdir(parents=True)
 
     def record(**settings):
-        report.write_rows(
+        write_jsonl(
             run.folder / "metrics.jsonl", [{"kind": "run", "layout": run.layout, "settings": settings}]
         )
 
@@ -551,8 +558,8 @@ def test_a_run_goes_on_whose_rows_are_from_before_a_flag(model_folder, image_fol
 
 
 def test_published_grid_with_a_gpu_and_a_small_one_without(monkeypatch):
-    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 4)
-    found, _ = sweep.read_arguments(["--parallel_runs", "all"])
+    monkeypatch.setattr("vit.sweep.launch.count_gpus", lambda: 4)
+    found, _ = read_arguments(["--parallel_runs", "all"])
     assert (found.batch_sizes, found.learning_rates, found.num_epoch, found.parallel_runs) == (
         "8 16 32",
         "1e-4 2e-4 5e-4",
@@ -560,18 +567,18 @@ def test_published_grid_with_a_gpu_and_a_small_one_without(monkeypatch):
         4,
     )
     with pytest.raises(SystemExit):
-        sweep.read_arguments(["--processes", "5"])
-    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 0)
-    found, _ = sweep.read_arguments([])
+        read_arguments(["--processes", "5"])
+    monkeypatch.setattr("vit.sweep.launch.count_gpus", lambda: 0)
+    found, _ = read_arguments([])
     assert (found.small, found.batch_sizes, found.num_epoch) == (True, "16 32", "2")
 
 
 @pytest.mark.parametrize("visible, expected", [("", ["0,1", "2,3"]), ("7,5,3,1", ["7,5", "3,1"])])
 def test_runs_side_by_side_share_nothing(monkeypatch, visible, expected):
-    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 4)
+    monkeypatch.setattr("vit.sweep.launch.count_gpus", lambda: 4)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    settings, _ = sweep.read_arguments(["--parallel_runs", "2", "--processes", "2"])
-    slots = [sweep.Slot(number, settings) for number in range(2)]
+    settings, _ = read_arguments(["--parallel_runs", "2", "--processes", "2"])
+    slots = [Worker(number, settings) for number in range(2)]
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in slots] == expected
     if len(os.sched_getaffinity(0)) > 1:
         assert not set(slots[0].cores) & set(slots[1].cores)
@@ -605,25 +612,25 @@ def test_a_run_is_named_by_what_sets_it_apart(model_folder, image_folder):
         "--seed",
         "7",
     ]
-    args, problems = sweep.check([*base, *flags])
+    args, problems = check_run([*base, *flags])
     assert not problems
     assert (
-        sweep.run_name(args)
+        run_name(args)
         == "hybrid_parallel-model-bs4-lr2e-4-dp2-tp2-pp2-augment-layer_decay_0.75-mixup_0.2-seed7"
     )
 
 
 def test_more_runs_than_gpus_take_them_in_turn(monkeypatch):
-    monkeypatch.setattr(sweep.launch, "count_gpus", lambda: 4)
+    monkeypatch.setattr("vit.sweep.launch.count_gpus", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    settings, _ = sweep.read_arguments(["--parallel_runs", "3", "--processes", "2"])
-    assert [sweep.Slot(n, settings).environment["CUDA_VISIBLE_DEVICES"] for n in range(3)] == [
+    settings, _ = read_arguments(["--parallel_runs", "3", "--processes", "2"])
+    assert [Worker(n, settings).environment["CUDA_VISIBLE_DEVICES"] for n in range(3)] == [
         "0,1",
         "2,3",
         "0,1",
     ]
-    assert sweep.shares_gpus(settings)
-    assert not sweep.shares_gpus(sweep.read_arguments(["--parallel_runs", "all"])[0])
+    assert shares_gpus(settings)
+    assert not shares_gpus(read_arguments(["--parallel_runs", "all"])[0])
 
 
 # ---- end to end: two runs side by side, of which one cannot work at first
@@ -673,7 +680,7 @@ class Story:
         return self.results / f"torch_ddp-{model}-bs8-lr1e-3-seed7"
 
     def epochs(self, model):
-        return report.read_run(self.run(model))["epochs"]
+        return read_run(self.run(model))["epochs"]
 
     def call(self, stop_after_epoch=None):
         """-> (exit status, output)"""
@@ -734,7 +741,7 @@ def test_finished_runs_are_skipped_and_failed_ones_tried_again(story):
 def test_other_settings_in_the_same_folder_are_refused(story, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, story.flags), "--weight_decay", "0.1"])
     with pytest.raises(SystemExit) as end:
-        sweep.main()
+        vit.sweep.main()
     assert end.value.code == 2 and "weight_decay was 0.5, is 0.1; set RESULTS" in capsys.readouterr().err
 
 

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tensor_parallel as tp
-from plugins import INITIAL_SCALE
+from vit.layout import mesh_problems
+from vit.parallel.mesh import load_mesh_vit
+from vit.parallel.plain import INITIAL_LOSS_SCALE
 
 SCRIPT = Path(__file__).with_name("tensor_parallel_cases.py")
 QUICK = ["2d", "2.5d", "2.5d depth 2", "3d", "2d x data parallel"]
@@ -101,8 +102,8 @@ class TestMode:
 
     def test_an_overflow_in_one_slice_skips_the_step_in_all(self, seen, name):
         assert seen[name]["overflow"] == [
-            [INITIAL_SCALE / 2, False],
-            [INITIAL_SCALE / 2, True],
+            [INITIAL_LOSS_SCALE / 2, False],
+            [INITIAL_LOSS_SCALE / 2, True],
         ]  # halved once
 
     def test_refusals(self, seen, name):
@@ -135,7 +136,7 @@ def vit(**sizes):
 
 @pytest.mark.parametrize("mesh", [("2d", 4, 1), ("2d", 16, 1), ("2.5d", 4, 1), ("2.5d", 8, 2), ("3d", 8, 1)])
 def test_what_fits(mesh):
-    assert tp.problems(*mesh, vit(), batch=64) == []
+    assert mesh_problems(*mesh, vit(), batch=64) == []
 
 
 @pytest.mark.parametrize(
@@ -154,7 +155,7 @@ def test_what_fits(mesh):
     ],
 )
 def test_meshes_that_do_not_fit(mesh, said):
-    (message,) = tp.problems(*mesh, vit(), batch=64)
+    (message,) = mesh_problems(*mesh, vit(), batch=64)
     assert all(part in message for part in said), message
 
 
@@ -170,17 +171,19 @@ def test_meshes_that_do_not_fit(mesh, said):
     ],
 )
 def test_sizes_that_do_not_fit(mesh, sizes, batch, said):
-    (message,) = tp.problems(*mesh, vit(**sizes), batch)
+    (message,) = mesh_problems(*mesh, vit(**sizes), batch)
     assert all(part in message for part in said), message
 
 
 def test_all_problems_are_reported_together():
     assert (
-        len(tp.problems("3d", 8, 1, vit(hidden_size=6, intermediate_size=7, num_attention_heads=3), batch=5))
+        len(
+            mesh_problems("3d", 8, 1, vit(hidden_size=6, intermediate_size=7, num_attention_heads=3), batch=5)
+        )
         == 4
     )
 
 
 def test_build_needs_start():
     with pytest.raises(RuntimeError, match="start"):
-        tp.build(vit(), {})
+        load_mesh_vit(vit(), {})

@@ -23,10 +23,21 @@ import torch
 from PIL import Image
 from train_cases import ROOT, Cases, free_port, log_of, rows, run_all, statuses
 
-import cifar
-import config as configs
-import feed
-from data import IGNORE, DataError
+from data import find_scratch_source, load_scratch_dataset
+from vit.config import (
+    AMP_TYPE,
+    FIELDS,
+    ConfigError,
+    config_problems,
+    docstring,
+    load_config,
+    parse_overrides,
+    vit_config,
+)
+from vit.data.cifar10 import CIFAR10_FOLDER
+from vit.data.dataset import IGNORE_INDEX, DataError
+from vit.data.gpu_augment import OPERATIONS, BatchAugment, apply_operations, counter_uniform, magnitude_of
+from vit.data.loaders import DeviceLoader
 
 CONFIGS = sorted((ROOT / "configs" / "cifar10").glob("*.py"))
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -34,7 +45,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 def write_cifar(root: Path, per_file: int = 12, test: int = 23) -> Path:
     """torchvision's folder with a few noisy one-coloured images; 60 for training."""
-    folder = root / cifar.FOLDER
+    folder = root / CIFAR10_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     files = {f"data_batch_{i}": per_file for i in range(1, 6)} | {"test_batch": test}
@@ -56,8 +67,8 @@ def write_cifar(root: Path, per_file: int = 12, test: int = 23) -> Path:
 
 def read(folder, size: int = 32, classes: int = 10, skip_bad: bool = False, **values):
     """feed.read with a config of defaults."""
-    defaults = {name: default for name, (default, _) in configs.NAMES.items()}
-    return feed.read(
+    defaults = {name: default for name, (default, _) in FIELDS.items()}
+    return load_scratch_dataset(
         str(folder), defaults | {"IMG_SIZE": size, "NUM_CLASSES": classes} | values, skip_bad=skip_bad
     )
 
@@ -71,8 +82,8 @@ def write(path: Path, text: str) -> str:
 
 
 def problems_of(path, *overrides: str, world: int = 4) -> list[str]:
-    config, problems = configs.load(str(path), list(overrides))
-    return problems + configs.check(config, world)
+    config, problems = load_config(str(path), list(overrides))
+    return problems + config_problems(config, world)
 
 
 PUBLISHED = """
@@ -107,11 +118,11 @@ LOG_PATH = f"./vit_{TENSOR_PARALLEL_MODE}_bs{BATCH_SIZE}_{fp16['mode']}/"
 
 def test_published_imagenet_config_loads_as_it_stands(tmp_path):
     path = write(tmp_path / "vit_1d.py", PUBLISHED.replace("'1d'", "'2d'"))
-    config, problems = configs.load(path, ["TOTAL_BATCH_SIZE=1024"])
-    assert problems + configs.check(config, world=8) == []
+    config, problems = load_config(path, ["TOTAL_BATCH_SIZE=1024"])
+    assert problems + config_problems(config, world=8) == []
     assert (config["BATCH_SIZE"], config["precision"], config["mode"], config["tp"]) == (512, "fp16", "2d", 4)
     assert config["LOG_PATH"] == "./vit_2d_bs512_AMP_TYPE.TORCH/"
-    vit = configs.model_config(config)  # ViT-S/16
+    vit = vit_config(config)  # ViT-S/16
     assert (
         vit.image_size,
         vit.hidden_size,
@@ -129,10 +140,10 @@ def test_published_one_with_heads_that_tensor_parallelism_cannot_cut_is_refused(
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_configs_of_this_repository_fit_and_have_a_card(path):
     assert problems_of(path, world=8) == []
-    config, _ = configs.load(str(path))
+    config, _ = load_config(str(path))
     recipe = (620, 256, 8e-4) if path.stem.endswith("_long") else (200, 512, 2e-3)
     assert (config["NUM_EPOCHS"], config["TOTAL_BATCH_SIZE"], config["LEARNING_RATE"]) == recipe
-    assert all(word in configs.docstring(str(path)) for word in ("Command", "Measured", path.stem))
+    assert all(word in docstring(str(path)) for word in ("Command", "Measured", path.stem))
 
 
 def test_every_problem_is_named_at_once(tmp_path):
@@ -182,13 +193,13 @@ def test_lists_and_imported_functions_are_taken(tmp_path):
         CONFIGS[-1].read_text()
         + "\nfrom math import sqrt\nLEARNING_RATE = sqrt(4e-6)\nMEAN = STD = [0.5, 0.5, 0.5]\n",
     )
-    config, problems = configs.load(path)
-    assert problems + configs.check(config, 1) == [] and config["LEARNING_RATE"] == pytest.approx(2e-3)
+    config, problems = load_config(path)
+    assert problems + config_problems(config, 1) == [] and config["LEARNING_RATE"] == pytest.approx(2e-3)
     assert hash((config["MEAN"], config["STD"]))  # Normalize keeps them by it
 
 
 def test_values_on_the_command_line_are_expressions_as_in_a_config():
-    values, problems = configs.parse_overrides(
+    values, problems = parse_overrides(
         [
             "parallel=dict(pipeline=2, tensor=dict(mode='1d', size=2))",
             "LEARNING_RATE=1e-3*2",
@@ -208,7 +219,7 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
         "cifar10",
         "./runs/a-1",
     )
-    assert values["fp16"] == {"mode": configs.AMP_TYPE.TORCH}
+    assert values["fp16"] == {"mode": AMP_TYPE.TORCH}
 
 
 @pytest.mark.parametrize(
@@ -288,10 +299,10 @@ def test_sizes_that_do_not_fit(overrides, world, said):
     ],
 )
 def test_what_is_not_a_python_file_is_one_clear_error(tmp_path, text, said):
-    with pytest.raises(configs.ConfigError, match=said):
-        configs.load(write(tmp_path / "a.py", text))
-    with pytest.raises(configs.ConfigError, match="cannot be read"):
-        configs.load(str(tmp_path / "none.py"))
+    with pytest.raises(ConfigError, match=said):
+        load_config(write(tmp_path / "a.py", text))
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(str(tmp_path / "none.py"))
 
 
 # ---------------------------------------------------------------------------------------------- reading
@@ -367,17 +378,17 @@ def test_damaged_folders_are_named(tmp_path):
             read(folder)
     (folder / "data_batch_2").unlink()
     with pytest.raises(DataError, match="lacks data_batch_2"):
-        feed.locate(str(folder), 10, 32)
+        find_scratch_source(str(folder), 10, 32)
     with pytest.raises(DataError, match="^DATA="):
-        feed.locate(str(tmp_path / "none"), 10, 32)
+        find_scratch_source(str(tmp_path / "none"), 10, 32)
 
 
 def test_classes_and_size_are_compared_before_anything_is_read(folder):
-    assert feed.locate(str(folder), 10, 32) == cifar.FOLDER
+    assert find_scratch_source(str(folder), 10, 32) == CIFAR10_FOLDER
     with pytest.raises(DataError, match="10 classes, NUM_CLASSES is 11"):
-        feed.locate(str(folder), 11, 32)
+        find_scratch_source(str(folder), 11, 32)
     with pytest.raises(DataError, match="32 px, the config's IMG_SIZE is 64"):
-        feed.locate(str(folder), 10, 64)
+        find_scratch_source(str(folder), 10, 64)
 
 
 def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
@@ -390,14 +401,14 @@ def test_truncated_image_is_an_error_or_a_counted_skip(tmp_path):
         read(folder, 16, 3)
     images = read(folder, 16, 3, skip_bad=True)
     assert len(images.train) == 8 and any("1 unreadable image(s) skipped" in note for note in images.notes)
-    (missing,) = feed.Resident(images.train, torch.device("cpu")).missing  # which each epoch's row counts
+    (missing,) = DeviceLoader(images.train, torch.device("cpu")).missing  # which each epoch's row counts
     assert "002.png" in missing
 
 
 def test_resident_batches_pad_and_measure_mean_and_std(folder):
-    resident = feed.Resident(read(folder).train, torch.device("cpu"))
+    resident = DeviceLoader(read(folder).train, torch.device("cpu"))
     batch = resident.batch([(0, 3), (0, -1), (0, 59)])
-    assert batch["labels"].tolist() == [3, IGNORE, 1]
+    assert batch["labels"].tolist() == [3, IGNORE_INDEX, 1]
     assert torch.equal(batch["pixel_values"][0], resident.pixels[3])
     mean, std = resident.mean_and_std()
     scaled = resident.pixels.double() / 255
@@ -408,15 +419,15 @@ def test_resident_batches_pad_and_measure_mean_and_std(folder):
 @pytest.mark.parametrize("together", [0, 3 * 7 * 32 * 32 * 3, 2**25])
 def test_batches_augmented_together_are_those_augmented_alone(folder, monkeypatch, together):
     resident, augment = (
-        feed.Resident(read(folder).train, torch.device("cpu")),
-        cifar.Augment(5, 32, padding=4, policy="cifar10"),
+        DeviceLoader(read(folder).train, torch.device("cpu")),
+        BatchAugment(5, 32, padding=4, policy="cifar10"),
     )
     order = [
         [(epoch, i) for i in range(first, first + 6)] + [(epoch, -1)]
         for epoch in (0, 1)
         for first in range(0, 48, 6)
     ]
-    monkeypatch.setattr(feed, "TOGETHER", together)
+    monkeypatch.setattr("vit.data.loaders.AUGMENT_BYTES", together)
     batches = list(resident.batches(order[3:], augment))  # from the middle of an epoch, as after a resume
     assert len(batches) == len(order) - 3
     for pairs, batch in zip(order[3:], batches):
@@ -441,18 +452,18 @@ def pictures() -> torch.Tensor:
     return pixels
 
 
-@pytest.mark.parametrize("name", cifar.OPERATIONS)
+@pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_equal_torchvisions_on_single_images(pictures, name):
     from torchvision.transforms import AutoAugment, InterpolationMode
     from torchvision.transforms.autoaugment import _apply_op
 
     for bin in (0, 3, 9):
-        magnitude = cifar.magnitude_of(name, bin, 32)
+        magnitude = magnitude_of(name, bin, 32)
         theirs = AutoAugment()._augmentation_space(10, (32, 32))[name][0]
         assert theirs.ndim == 0 or magnitude == pytest.approx(theirs[bin].item(), abs=1e-4)
-        for sign in (1, -1) if cifar.OPERATIONS.index(name) < 9 else (1,):
-            ours = cifar.apply(
-                pictures, torch.full((5,), cifar.OPERATIONS.index(name)), torch.full((5,), sign * magnitude)
+        for sign in (1, -1) if OPERATIONS.index(name) < 9 else (1,):
+            ours = apply_operations(
+                pictures, torch.full((5,), OPERATIONS.index(name)), torch.full((5,), sign * magnitude)
             )
             expected = torch.stack(
                 [_apply_op(p, name, sign * magnitude, InterpolationMode.NEAREST, None) for p in pictures]
@@ -467,13 +478,13 @@ def test_rand_augments_magnitudes_are_torchvisions(bins, bin):
     from torchvision.transforms import RandAugment
 
     theirs = RandAugment(2, bin, bins)._augmentation_space(bins, (32, 32))
-    assert set(theirs) == set(cifar.OPERATIONS) - {"Invert"} | {"Identity"}
-    augment = cifar.Augment(0, 32, rand_augment=(2, bin, bins))
-    for name, ours in zip(cifar.OPERATIONS, augment.rand_magnitudes.tolist()):
+    assert set(theirs) == set(OPERATIONS) - {"Invert"} | {"Identity"}
+    augment = BatchAugment(0, 32, rand_augment=(2, bin, bins))
+    for name, ours in zip(OPERATIONS, augment.rand_magnitudes.tolist()):
         if name != "Invert":
             magnitudes, signed = theirs[name]
             assert ours == pytest.approx(magnitudes[bin].item() if magnitudes.ndim else 0.0, abs=1e-4), name
-            assert signed == (cifar.OPERATIONS.index(name) <= cifar.OPERATIONS.index("Sharpness"))
+            assert signed == (OPERATIONS.index(name) <= OPERATIONS.index("Sharpness"))
 
 
 def test_rand_augment_draws_layers_of_torchvisions_operations(pictures):
@@ -482,7 +493,7 @@ def test_rand_augment_draws_layers_of_torchvisions_operations(pictures):
     from torchvision.transforms.autoaugment import _apply_op
 
     source, count = pictures[0], 2800
-    ours = cifar.Augment(5, 32, rand_augment=(1, 9, 31))(
+    ours = BatchAugment(5, 32, rand_augment=(1, 9, 31))(
         source.expand(count, -1, -1, -1), 2, torch.arange(count)
     )
     made = {}
@@ -502,7 +513,7 @@ def test_rand_augment_draws_layers_of_torchvisions_operations(pictures):
     for (name, _), number in zip(made, found):
         times[name] += number
     assert all(140 < number < 260 for number in times.values()), times  # of 200
-    both = cifar.Augment(5, 32, rand_augment=(2, 9, 31))(source.expand(100, -1, -1, -1), 2, torch.arange(100))
+    both = BatchAugment(5, 32, rand_augment=(2, 9, 31))(source.expand(100, -1, -1, -1), 2, torch.arange(100))
     assert (both != ours[:100]).flatten(1).any(
         1
     ).float().mean() > 0.7  # the first layer's draws are the same, the second changes more
@@ -511,41 +522,43 @@ def test_rand_augment_draws_layers_of_torchvisions_operations(pictures):
 def test_each_image_has_its_own_operation(pictures):
     operation = torch.tensor([0, 6, -1, 11, 4])
     magnitude = torch.tensor([0.2, 0.5, 0.0, 0.0, -20.0])
-    mixed = cifar.apply(pictures, operation, magnitude)
-    alone = [cifar.apply(pictures[i : i + 1], operation[i : i + 1], magnitude[i : i + 1]) for i in range(5)]
+    mixed = apply_operations(pictures, operation, magnitude)
+    alone = [
+        apply_operations(pictures[i : i + 1], operation[i : i + 1], magnitude[i : i + 1]) for i in range(5)
+    ]
     assert torch.equal(mixed, torch.cat(alone)) and torch.equal(mixed[2], pictures[2])
 
 
 def test_augmentation_follows_seed_epoch_and_image_alone(pictures):
     pixels, index = pictures[[0, 1, 2, 3] * 16], torch.arange(64)
-    augment = cifar.Augment(7, 32, padding=4, flip=True, policy="cifar10")
+    augment = BatchAugment(7, 32, padding=4, flip=True, policy="cifar10")
     whole = augment(pixels, 3, index)
     assert whole.dtype == torch.uint8 and whole.shape == pixels.shape
     assert torch.equal(whole[40:], augment(pixels[40:], 3, index[40:]))  # in another batch
-    assert torch.equal(whole, cifar.Augment(7, 32, 4, True, "cifar10")(pixels, 3, index))
-    for other in (augment(pixels, 4, index), cifar.Augment(8, 32, 4, True, "cifar10")(pixels, 3, index)):
+    assert torch.equal(whole, BatchAugment(7, 32, 4, True, "cifar10")(pixels, 3, index))
+    for other in (augment(pixels, 4, index), BatchAugment(8, 32, 4, True, "cifar10")(pixels, 3, index)):
         assert (other != whole).flatten(1).any(1).float().mean() > 0.9
     assert len({image.numpy().tobytes() for image in whole}) > 50  # of 64, of 4 pictures
 
 
 def test_crop_takes_every_offset_and_pads_with_black():
     pixels = torch.full((4000, 3, 8, 8), 9, dtype=torch.uint8)
-    cropped = cifar.Augment(0, 8, padding=2)(pixels, 0, torch.arange(4000))
+    cropped = BatchAugment(0, 8, padding=2)(pixels, 0, torch.arange(4000))
     black = (cropped[:, 0] == 0).all(1).sum(1), (cropped[:, 0] == 0).all(2).sum(1)
     for counts in black:  # offsets -2 ... 2, equally likely
         assert torch.bincount(counts).tolist() == pytest.approx([800, 1600, 1600], rel=0.15)
     ramp = torch.arange(8, dtype=torch.uint8).expand(100, 3, 8, 8)
-    flipped = cifar.Augment(0, 8, flip=True)(ramp, 0, torch.arange(100))
+    flipped = BatchAugment(0, 8, flip=True)(ramp, 0, torch.arange(100))
     assert 30 < (flipped[:, 0, 0, 0] == 7).sum() < 70
 
 
 def test_draws_are_uniform_and_unrelated():
-    draws = cifar.uniform(1, 2, torch.arange(20000), 8)
+    draws = counter_uniform(1, 2, torch.arange(20000), 8)
     assert 0 <= draws.min() and draws.max() < 1
     assert (draws.mean(0) - 0.5).abs().max() < 0.01 and (draws.std(0) - 12**-0.5).abs().max() < 0.01
     assert (torch.corrcoef(draws.T) - torch.eye(8)).abs().max() < 0.03
     neighbours = torch.corrcoef(
-        torch.stack([draws[:-1, 0], draws[1:, 0], cifar.uniform(1, 3, torch.arange(20000), 1)[1:, 0]])
+        torch.stack([draws[:-1, 0], draws[1:, 0], counter_uniform(1, 3, torch.arange(20000), 1)[1:, 0]])
     )
     assert (neighbours - torch.eye(3)).abs().max() < 0.03
 
@@ -600,7 +613,7 @@ def run_cases(root: Path) -> None:
         cases.start(
             name,
             f"cifar10/vit_lite_7_4_{config}.py",
-            root / cifar.FOLDER,
+            root / CIFAR10_FOLDER,
             processes,
             [*TINY, *overrides],
             *options,
@@ -677,9 +690,9 @@ def test_draws_and_averages_change_the_result(runs):
 
 
 def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
-    import report
+    from report import main
 
-    report.main(["accuracy", str(runs)])
+    main(["accuracy", str(runs)])
     lines = [
         line.strip("|").split("|")
         for line in (runs / "table.md").read_text().splitlines()
@@ -699,7 +712,7 @@ def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
     assert accuracies == sorted(accuracies, reverse=True)
     assert (runs / "epochs.png").stat().st_size > 10_000
     with pytest.raises(SystemExit):
-        report.main(["accuracy", str(runs / "mixed")])
+        main(["accuracy", str(runs / "mixed")])
     assert "holds no finished runs of run_accuracy.sh" in capsys.readouterr().err
 
 
@@ -709,8 +722,9 @@ def test_process_that_waits_for_the_others_ends_at_once():
     The library waits for it for minutes, and no handler in Python would be called.
     """
     code = (
-        "import signal, plugins; plugins.import_libraries(); signal.signal(signal.SIGTERM, "
-        "lambda *_: None); print('waits', flush=True); plugins.start_distributed(0)"
+        "import signal; from vit import distributed; distributed.import_libraries(); "
+        "signal.signal(signal.SIGTERM, lambda *_: None); print('waits', flush=True); "
+        "distributed.init_distributed(0)"
     )
     environment = os.environ | {
         "RANK": "1",
@@ -757,7 +771,7 @@ def test_run_stopped_within_an_epoch_goes_on_as_if_it_had_not(runs, config):
 def test_result_opens_in_vit_predict_and_judges_alike(runs, name, tmp_path):
     import vit_predict
 
-    test = read(runs / cifar.FOLDER).test
+    test = read(runs / CIFAR10_FOLDER).test
     for i, pixels in enumerate(test.resized):
         Image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / f"{i:02d}.png")
     said = io.StringIO()
@@ -771,13 +785,13 @@ def test_result_opens_in_vit_predict_and_judges_alike(runs, name, tmp_path):
 
 
 def refused(monkeypatch, capsys, *argv: str, data: str | None = None) -> str:
-    import train
+    from args import parse_scratch
 
     monkeypatch.delenv("DATA", raising=False)
     if data:
         monkeypatch.setenv("DATA", data)
     with pytest.raises(SystemExit) as end:
-        train.parse(list(argv))
+        parse_scratch(list(argv))
     assert end.value.code == 2
     return capsys.readouterr().err
 

@@ -52,11 +52,11 @@ class Cases:
     def __init__(self, root: Path):
         import torch
 
-        import plugins
+        from vit.distributed import import_libraries
 
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         torch.set_num_threads(1)
-        plugins.import_libraries()
+        import_libraries()
         self.root, self.statuses = root, {}
 
     def start(
@@ -73,9 +73,9 @@ class Cases:
 
         It gets a SIGTERM when it begins (the rest of) an epoch from that global step on.
         """
-        import engine
-        import plugins
         import train
+        from vit.engine import Engine
+        from vit.system import local_world_size
 
         os.environ["DATA"] = str(data)
         argv = ["--config", str(ROOT / "configs" / config), "--output_path", str(self.root / name), *options]
@@ -94,16 +94,16 @@ class Cases:
                 port,
             ]
             if stop_at_step is not None:
-                whole = engine.Engine.train_epoch
+                whole = Engine.train_epoch
 
                 def train_epoch(self, *args, first_step, **kwargs):
                     if first_step >= stop_at_step and rank == 0:
                         os.kill(os.getpid(), signal.SIGTERM)  # ends after the first step of this epoch
                     whole(self, *args, first_step=first_step, **kwargs)
 
-                engine.Engine.train_epoch = train_epoch
+                Engine.train_epoch = train_epoch
             train.main([*argv, *map(str, hand), "--set", *overrides])
-            assert plugins.local_processes() == processes  # found out, where no launcher says it
+            assert local_world_size() == processes  # found out, where no launcher says it
 
         codes = in_processes(processes, one, self.root / f"{name}.log")
         self.statuses.setdefault(name, []).append(codes)

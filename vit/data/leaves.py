@@ -5,22 +5,28 @@ the *shape* of what is on the leaf, not in how much brown the picture holds:
 both diseases cover a similar share of the leaf, healthy leaves are softly
 bronzed instead, and background, light and white balance vary far more. A mean
 colour or a thumbnail therefore says little; texture has to be learned.
-
-    python leaves.py OUT_DIR
 """
 
-import argparse
+import numpy as np
+from PIL import Image
+from PIL import ImageDraw
+from PIL import ImageFilter
+from pathlib import Path
 import json
 import tempfile
-from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
 
 LABELS = ("angular_leaf_spot", "bean_rust", "healthy")  # names and order of Beans
+
+
 SIZES = {"train": 2400, "validation": 240, "test": 240}  # images per split
+
+
 IMAGE_SIZE = 64  # pixels
+
+
 DRAWING = 1  # raise when the drawing changes, so that older folders are not reused
+
 
 # Dark and light colour of what lies behind the leaf.
 BACKGROUNDS = (
@@ -30,6 +36,8 @@ BACKGROUNDS = (
     ((85, 85, 85), (175, 170, 165)),  # stone
     ((125, 100, 60), (205, 185, 135)),  # straw
 )
+
+
 SLANT = 0.22  # how far side veins run towards the tip on their way to the margin
 
 
@@ -217,9 +225,3 @@ def _is_written(root, settings):
     if not note.is_file() or note.read_text() != settings:
         raise FileExistsError(f"{root} exists and holds something else; remove it or choose another folder")
     return True
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Write the drawn-leaves data set as an imagefolder.")
-    parser.add_argument("out_dir", type=Path)
-    print(write_leaves(parser.parse_args().out_dir))

@@ -16,10 +16,12 @@ import math
 import types
 from pathlib import Path
 
-from args import gpu_count
-from layout import Layout
+from vit.layout import ParallelLayout
+from vit.system import gpu_count
 
 MODES = ("1d", "2d", "2.5d", "3d")
+
+
 REQUIRED = object()
 
 
@@ -63,7 +65,7 @@ def _choice(*choices):
     return lambda value: None if value in choices else f"must be one of {', '.join(map(repr, choices))}"
 
 
-def _switch(value):
+def _boolean(value):
     return None if isinstance(value, bool) else "must be True or False"
 
 
@@ -111,7 +113,7 @@ def _dictionary(value):
 # name -> (default, check). The defaults of the model are ViT-S/16, which the published ImageNet configs
 # mean without
 # saying so.
-NAMES = {
+FIELDS = {
     "TOTAL_BATCH_SIZE": (None, _number(int, low=1, optional=True)),  # images of a step, over all processes
     "BATCH_SIZE": (None, _number(int, low=1, optional=True)),  # images of a micro-step, over all processes
     "LEARNING_RATE": (REQUIRED, _number(float, above=0)),  # peak, for the whole batch
@@ -160,7 +162,7 @@ NAMES = {
         _number(float, above=0, high=1, optional=True),
     ),  # smallest area of a crop; evaluation: shorter side, centre crop
     "RANDOM_CROP_PADDING": (0, _number(int, low=0)),  # pixels; 0: no crop
-    "RANDOM_FLIP": (False, _switch),
+    "RANDOM_FLIP": (False, _boolean),
     "AUTO_AUGMENT": (None, _choice(None, "cifar10", "imagenet", "svhn")),
     "RAND_AUGMENT": (
         None,
@@ -186,18 +188,22 @@ NAMES = {
     "NUM_MICRO_BATCHES": (None, _number(int, low=1, optional=True)),  # of a pipeline's micro-step
     "parallel": (None, _dictionary),
     "fp16": (None, _dictionary),
-    "bf16": (False, _switch),
+    "bf16": (False, _boolean),
     "gradient_accumulation": (1, _number(int, low=1)),
     "clip_grad_norm": (0.0, _number(float, low=0)),
-    "COMPILE": (False, _switch),  # torch.compile each layer
-    "CUDA_GRAPHS": (False, _switch),  # compile, and replay whole steps as CUDA graphs: for small batches
+    "COMPILE": (False, _boolean),  # torch.compile each layer
+    "CUDA_GRAPHS": (False, _boolean),  # compile, and replay whole steps as CUDA graphs: for small batches
     # the run
     "CHECKPOINT_EPOCHS": (1, _number(int, low=1)),  # epochs from one checkpoint to the next
     "LOG_PATH": (None, _text),  # folder of the result where --output_path names none
 }
-SYNONYMS = {"NUM_LAYERS": "DEPTH", "gradient_clipping": "clip_grad_norm", "seed": "SEED"}
+
+
+ALIASES = {"NUM_LAYERS": "DEPTH", "gradient_clipping": "clip_grad_norm", "seed": "SEED"}
+
+
 # What may differ between a run and its continuation.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "LOG_PATH",
     "CHECKPOINT_EPOCHS",
     "BATCH_SIZE",
@@ -212,10 +218,7 @@ class ConfigError(ValueError):
     """The file is no config; the message says why, in one line."""
 
 
-# ---------------------------------------------------------------------------------------------- reading
-
-
-def run(path: Path, overrides: dict) -> dict:
+def execute_config(path: Path, overrides: dict) -> dict:
     """Execute a config file; each name in ``overrides`` has that value wherever the file assigns it.
 
     So what is worked out from an overridden value follows it. A file beside it can be a base:
@@ -247,7 +250,7 @@ def run(path: Path, overrides: dict) -> dict:
         sibling = path.parent / f"{name}.py"
         if level == 0 and sibling.is_file():
             module = types.ModuleType(name)
-            vars(module).update(run(sibling, overrides))
+            vars(module).update(execute_config(sibling, overrides))
             return module
         return builtins.__import__(name, globals, locals, fromlist, level)
 
@@ -281,9 +284,9 @@ def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
     values, problems = {}, []
     for word in words:
         name, equals, text = word.partition("=")
-        name = SYNONYMS.get(name, name)
-        if not equals or name not in NAMES:
-            problems.append(f"--set {word}: must be NAME=VALUE with a name of config.py" + _nearest(name))
+        name = ALIASES.get(name, name)
+        if not equals or name not in FIELDS:
+            problems.append(f"--set {word}: must be NAME=VALUE with a name of config.py" + did_you_mean(name))
             continue
         try:
             values[name] = eval(text, {"__builtins__": {"dict": dict}, "AMP_TYPE": AMP_TYPE})
@@ -292,7 +295,7 @@ def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
     return values, problems
 
 
-def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
+def load_config(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
     """-> (value of every known name, problems of names and kinds). Sizes: `check`.
 
     Raises:
@@ -300,25 +303,25 @@ def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
     """
     values, problems = parse_overrides(overrides)
     # a file may assign the synonym
-    names = run(
-        Path(path), values | {other: values[name] for other, name in SYNONYMS.items() if name in values}
+    names = execute_config(
+        Path(path), values | {other: values[name] for other, name in ALIASES.items() if name in values}
     )
     found = {}
     for name, value in names.items():
         if name.startswith("_") or isinstance(value, types.ModuleType) or callable(value):
             continue  # helpers and imports
-        name = SYNONYMS.get(name, name)
-        if name in NAMES:
+        name = ALIASES.get(name, name)
+        if name in FIELDS:
             found[name] = value
         elif name.isupper() or name.islower():
             problems.append(
                 f"{name} = {value!r}: config.py knows no such name"
-                + _nearest(name)
+                + did_you_mean(name)
                 + "; helpers begin with an underscore"
             )
     found |= values
     config = {}
-    for name, (default, wrong) in NAMES.items():
+    for name, (default, wrong) in FIELDS.items():
         if name not in found and default is REQUIRED:
             problems.append(f"{name} is missing")
         config[name] = fallback = 1 if default is REQUIRED else default  # so that `check` can go on
@@ -337,10 +340,10 @@ def load(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
     return config, problems
 
 
-def _nearest(name: str) -> str:
+def did_you_mean(name: str) -> str:
     import difflib
 
-    near = difflib.get_close_matches(name, [*NAMES, *SYNONYMS], 1)
+    near = difflib.get_close_matches(name, [*FIELDS, *ALIASES], 1)
     return f" (did you mean {near[0]}?)" if near else ""
 
 
@@ -349,10 +352,7 @@ def docstring(path: str) -> str:
     return ast.get_docstring(ast.parse(Path(path).read_text())) or ""
 
 
-# ---------------------------------------------------------------------------------------------- meaning
-
-
-def resolve(config: dict, problems: list[str]) -> None:
+def resolve_parallelism(config: dict, problems: list[str]) -> None:
     """Fill in what follows from other values, in place.
 
     Batch sizes, ``mode``, ``tp``, ``pp``, ``depth``, ``precision``.
@@ -440,19 +440,20 @@ def resolve(config: dict, problems: list[str]) -> None:
     config["precision"] = "bf16" if config["bf16"] else "fp16" if fp16 is not None else "fp32"
 
 
-def layout(config: dict, world: int, rank: int = 0) -> Layout:
-    return Layout(world, config["tp"], config["pp"], rank)
+def config_layout(config: dict, world: int, rank: int = 0) -> ParallelLayout:
+    return ParallelLayout(world, config["tp"], config["pp"], rank)
 
 
-def model_config(config: dict, labels: list[str] | None = None):
+def vit_config(config: dict, labels: list[str] | None = None):
     """HuggingFace's config of the model.
 
     A ViT, or I-JEPA's form of it, which classifies the mean of the patches.
     """
-    from model import Preset, mean_pooled
+    from vit.model import VitPreset
+    from vit.model_variants import mean_pooled_config
 
     hidden = config["HIDDEN_SIZE"]
-    sizes = Preset(
+    sizes = VitPreset(
         config["IMG_SIZE"],
         config["PATCH_SIZE"],
         hidden,
@@ -467,16 +468,16 @@ def model_config(config: dict, labels: list[str] | None = None):
     )
     vit = sizes.config(config["NUM_CLASSES"], **names)
     vit.hidden_dropout_prob, vit.attention_probs_dropout_prob = config["DROPOUT"], config["ATTENTION_DROPOUT"]
-    return mean_pooled(vit) if config["POOLING"] == "mean" else vit
+    return mean_pooled_config(vit) if config["POOLING"] == "mean" else vit
 
 
-def check(config: dict, world: int) -> list[str]:
+def config_problems(config: dict, world: int) -> list[str]:
     """Everything in a loaded config that does not fit together or with ``world`` processes.
 
     Calls `resolve`.
     """
     problems = []
-    resolve(config, problems)
+    resolve_parallelism(config, problems)
     mode, tp, pp, depth = config["mode"], config["tp"], config["pp"], config["depth"]
     hidden, heads, batch = config["HIDDEN_SIZE"], config["NUM_HEADS"], config["BATCH_SIZE"]
     if config["IMG_SIZE"] % config["PATCH_SIZE"]:
@@ -529,14 +530,14 @@ def check(config: dict, world: int) -> list[str]:
             f"{tp * pp} (GPUNUM, --nproc_per_node)"
         )
         world = tp * pp  # for what follows
-    dp = layout(config, world).dp
+    dp = config_layout(config, world).dp
     if batch % dp:
         problems.append(
             f"BATCH_SIZE {batch}: is no multiple of the {dp} data-parallel groups of {world} processes"
         )
     rows = batch // dp
     if mode in ("2d", "2.5d", "3d"):
-        import tensor_parallel
+        from vit.layout import mesh_problems
 
         if config["DROP_PATH"]:
             problems.append(
@@ -545,7 +546,7 @@ def check(config: dict, world: int) -> list[str]:
             )
         if pp > 1:
             problems.append(f"pipeline {pp}: goes with 1d and vanilla, not with {mode}")
-        problems += tensor_parallel.problems(mode, tp, depth, model_config(config), rows)
+        problems += mesh_problems(mode, tp, depth, vit_config(config), rows)
     elif depth > 1:
         problems.append(f"depth {depth}: is for 2.5d, not for {mode}")
     else:
@@ -566,13 +567,15 @@ def check(config: dict, world: int) -> list[str]:
     return problems
 
 
-def settings(config: dict) -> dict:
+def recorded_settings(config: dict) -> dict:
     """What must be equal for a resumed run to be the same run, as JSON keeps it.
 
     See checkpoint.check_settings.
     """
     kept = {
-        name: config[name] for name in [*NAMES, "mode", "tp", "pp", "depth", "precision"] if name not in FREE
+        name: config[name]
+        for name in [*FIELDS, "mode", "tp", "pp", "depth", "precision"]
+        if name not in MAY_CHANGE_ON_RESUME
     }
     drop = (
         "parallel",

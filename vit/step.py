@@ -1,11 +1,63 @@
-"""A whole train step recorded once as a CUDA graph and replayed.
-
-One start, where a step of small kernels has hundreds.
-"""
+"""One train step and one evaluation, the same for every plugin and layout."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 
 import torch
+
+from vit.data.transforms import fork_rng_for
+
+
+@dataclass
+class Normalize:
+    """uint8 pixels (N, 3, H, W) to the model's floats, on the device: (x / 255 - mean) / std."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        mean, std = (_channel_tensor(values, pixels.device) for values in (self.mean, self.std))
+        return (pixels - mean).div_(std)  # one float copy of the batch
+
+
+@cache
+def _channel_tensor(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
+    """(1, 3, 1, 1) on the device, in units of 1.
+
+    Kept, for sending it makes the CPU wait until the GPU has caught up.
+    """
+    return 255 * torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+class Mixup:
+    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by
+    torchvision.
+
+    Args:
+        mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0: never.
+        num_labels: true number of classes.
+        seed: with the step it decides every draw.
+        group: number of the data-parallel group; others draw otherwise.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, num_labels: int, seed: int, group: int):
+        from torchvision.transforms import v2
+
+        kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
+        self.transform = v2.RandomChoice(
+            [kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds.items() if alpha]
+        )
+        self.seed, self.group = seed, group
+
+    def __call__(
+        self, pixels: torch.Tensor, labels: torch.Tensor, step: int, micro_step: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Floats (N, 3, H, W) and labels (N,) -> mixed floats, and a probability for each class (N,
+        num_labels).
+        """
+        with fork_rng_for(self.seed, step, micro_step, self.group):
+            return self.transform(pixels, labels)
 
 
 class StepGraph:

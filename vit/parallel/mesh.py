@@ -1,14 +1,14 @@
 """A ViT in 2D, 2.5D and 3D tensor parallelism, out of the layers of `colossalai.legacy` (not its engine or
 trainer).
 
-    start("2d", size=4)                        # every process; world = data parallel x size
-    model = build(config, state_dict)          # this process's slices of a HuggingFace state dict
+    init_mesh("2d", size=4)                        # every process; world = data parallel x size
+    model = load_mesh_vit(config, state_dict)          # this process's slices of a HuggingFace state dict
     logits = model(pixel_values).logits        # of the whole batch, on every process of the group
     (F.cross_entropy(logits, labels, reduction="sum") * scale).backward()
     sync_gradients(model)                      # once a step, after the last micro-step
-    norm = clip_(model, 1.0)
+    norm = clip_grad_norm_(model, 1.0)
     optimizer.step()
-    state_dict = gather(model)                 # the whole model again, on rank 0
+    state_dict = gather_state_dict(model)                 # the whole model again, on rank 0
 
 Matrices and activations are cut over a mesh of processes with q on a side (2.5D: d layers of such meshes).
 With B
@@ -25,225 +25,63 @@ along
 the hidden size alone, so any number of classes fits without padding.
 """
 
-import functools
-import inspect
-import warnings
-from dataclasses import dataclass
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-# ---------------------------------------------------------------------------------------------- the mesh
+from vit.distributed import all_reduce_sum
+from vit.layout import MESH_SHARDINGS, MeshLayout, mesh_problems
+from vit.parallel.plain import PlainBooster, PlainModel, PlainOptimizer
+from vit.patches.colossalai_legacy import patch_legacy_layers
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How the library cuts parameters in one mode. A letter is a side of the mesh; "cr" cuts by c, then by r.
+class MeshOptimizer(PlainOptimizer):
+    """A torch optimizer over the slices of a 2D, 2.5D or 3D tensor-parallel model (tensor_parallel.py)."""
 
-    ``up`` and ``down`` are the two linear layers of a pair (qkv and projection, fc1 and fc2), (in, out) as
-    the
-    library keeps them: in 3D two sides of the mesh change roles from one to the other.
-    """
+    def __init__(self, optim: torch.optim.Optimizer, fp16: bool, model: nn.Module):
+        super().__init__(optim, fp16)
+        self.model, self.complete = model, False
 
-    mesh: str  # sides, outermost first
-    up: tuple[str, str]
-    up_bias: str
-    down: tuple[str, str]
-    down_bias: str
-    norm: str  # LayerNorm weight and bias
-    hidden: str  # hidden dimension of the embeddings and the classifier
-    batch: tuple[str, ...]  # process groups that cut the batch, innermost first
+    def complete_gradients(self) -> None:
+        """Once a step, after the last micro-step."""
 
+        if self.complete:
+            return
+        sync_gradients(self.model)
+        if self.scaler.is_enabled():
+            # what overflowed in one slice must be skipped in all: 0 times a norm is 0, but NaN when it is
+            # not finite
+            grads = [param.grad for param in self.model.parameters() if param.requires_grad]
+            grads[0].add_(all_reduce_sum(0 * torch.stack(torch._foreach_norm(grads, torch.inf)).sum()))
+            self.scaler.unscale_(self.optim)
+        self.complete = True
 
-CUTS = {
-    "2d": Cut("rc", ("r", "c"), "cr", ("r", "c"), "cr", "cr", "cr", ("PARALLEL_2D_COL",)),
-    "2.5d": Cut(
-        "drc", ("r", "c"), "c", ("r", "c"), "c", "c", "cr", ("PARALLEL_2P5D_COL", "PARALLEL_2P5D_DEP")
-    ),
-    "3d": Cut(
-        "kji", ("ki", "j"), "j", ("ji", "k"), "k", "k", "k", ("PARALLEL_3D_INPUT", "PARALLEL_3D_WEIGHT")
-    ),
-}
+    def clip_grad_by_norm(self, max_norm: float) -> None:
 
+        self.complete_gradients()
+        clip_grad_norm_(self.model, max_norm)
 
-@dataclass(frozen=True)
-class Mesh:
-    """``size`` processes as a ``mode`` mesh with ``side`` (q) processes on a side and ``depth`` (2.5D)
-    layers.
-    """
-
-    mode: str
-    size: int
-    depth: int = 1
-
-    @property
-    def side(self) -> int:
-        return round((self.size / self.depth) ** (1 / 3 if self.mode == "3d" else 1 / 2))
-
-    @property
-    def batch_parts(self) -> int:
-        """Number of parts in which the images of a data-parallel group are cut."""
-        return self.side * (self.side if self.mode == "3d" else self.depth)
-
-    def problems(self) -> list[str]:
-        sizes = f"{self.mode} tensor parallelism of size {self.size}"
-        if self.mode not in CUTS:
-            return [f"tensor parallel mode {self.mode!r} is none of {', '.join(CUTS)}"]
-        if self.mode != "2.5d" and self.depth != 1:
-            return [f"{sizes}: depth {self.depth} is for 2.5d alone: leave it out"]
-        fits = self.size > 0 and self.depth > 0 and self.side > 1  # the library's SUMMA fails on a side of 1
-        if self.mode == "2d" and not (fits and self.size == self.side**2):
-            return [f"{sizes}: the size must be a square: 4, 9 or 16"]
-        if self.mode == "2.5d" and not (fits and self.size == self.depth * self.side**2):
-            return [
-                f"{sizes} and depth {self.depth}: the size must be depth x a square: depth x 4, depth x 9"
-            ]
-        if self.mode == "3d" and not (fits and self.size == self.side**3):
-            return [f"{sizes}: the size must be a cube: 8, 27 or 64"]
-        return []
-
-    def coordinates(self, rank: int) -> dict[str, int]:
-        """Where the process of this rank within its tensor-parallel group stands, by side."""
-        found = {}
-        for side in reversed(CUTS[self.mode].mesh):
-            rank, found[side] = divmod(rank, self.depth if side == "d" else self.side)
-        return found
-
-    def piece(self, whole: torch.Tensor, cut: tuple[str, ...], rank: int) -> torch.Tensor:
-        """View of the part of ``whole`` that the process of this rank holds."""
-        at = self.coordinates(rank)
-        for dim, sides in enumerate(cut):
-            index = 0
-            for side in sides:
-                index = index * self.side + at[side]
-            whole = whole.chunk(self.side ** len(sides), dim)[index]
-        return whole
+    def step(self) -> None:
+        self.complete_gradients()
+        super().step()
+        self.complete = False
 
 
-def problems(mode: str, size: int, depth: int, config, batch: int | None = None) -> list[str]:
-    """What does not fit, each with its mend; empty when all fits. Needs no process group.
+class MeshBooster(PlainBooster):
+    """The Booster calls for such a model."""
 
-    Args:
-        mode: "2d", "2.5d" or "3d".
-        size: processes of a tensor-parallel group. depth: of them, layers in 2.5D; 1 otherwise.
-        config: HuggingFace ViTConfig. The number of classes is free.
-        batch: images of a data-parallel group in a micro-step; None: not checked.
-    """
-    mesh = Mesh(mode, size, depth)
-    if found := mesh.problems():
-        return found
-    q = mesh.side
-    needs = {
-        "hidden size": (config.hidden_size, q * q),
-        "MLP size": (config.intermediate_size, q if mode == "2.5d" else q * q),
-        "number of heads": (config.num_attention_heads, q),
-        "batch of a data-parallel group": (batch or 0, mesh.batch_parts),
-    }
-    found = [
-        f"{mode} tensor parallelism of size {size}: the {what} {value} is no multiple of {multiple}: "
-        f"take {_neighbours(value, multiple)}"
-        for what, (value, multiple) in needs.items()
-        if value % multiple
-    ]
-    if config.hidden_act != "gelu" or not config.qkv_bias:
-        found.append(
-            f"{mode} tensor parallelism: only ViTs with hidden_act='gelu' and qkv_bias=True are built"
-        )
-    return found
+    def save_model(self, model: PlainModel, path: str, shard: bool = False) -> None:
+
+        state = gather_state_dict(model.unwrap())
+        if dist.get_rank() == 0:
+            torch.save(state, path)
 
 
-def _neighbours(value: int, multiple: int) -> str:
-    below = value // multiple * multiple
-    return f"{below} or {below + multiple}" if below else str(multiple)
+_mesh: MeshLayout | None = None  # that of this process, after `start`
 
 
-# ---------------------------------------------------------------------------------------------- the
-# library, mended
-
-
-@functools.cache
-def _mend() -> None:
-    """Import `colossalai.legacy` and mend what stops its layers on CPU, in bf16, or on today's torch. Once
-    a process.
-
-    To see whether a mend is still needed: delete it and run ``pytest tests/test_tensor_parallel.py``.
-    Two more of the library's faults are avoided, not mended: `ParallelContext.init_global_dist` puts IPv6
-    brackets
-    around any host (`start` registers the process group that exists), and its Engine clips to zero (not
-    used).
-    """
-    with warnings.catch_warnings(
-        record=True
-    ):  # some 60 on torch.cuda.amp.custom_fwd, and one that insists ("always")
-        from colossalai.legacy.context.random.seed_manager import SeedManager
-        from colossalai.legacy.nn.layer.base_layer import ParallelLayer
-        from colossalai.legacy.nn.layer.parallel_2d import _operation as operation_2d
-        from colossalai.legacy.nn.layer.parallel_2p5d import _operation as operation_2p5d
-        from colossalai.legacy.nn.layer.parallel_3d import _operation as operation_3d
-        from colossalai.legacy.nn.layer.parallel_3d import _utils as utils_3d
-
-    # context/random/seed_manager.py, set_mode: switches torch.cuda's random state, which no CPU has. No
-    # activation is
-    # held twice here, so one random state per process is enough. Can go when it asks get_accelerator()
-    # instead.
-    SeedManager.set_mode = lambda self, mode: None
-
-    # nn/layer/base_layer.py: state_dict() gathers, with errors (LayerNorm3D transposes a vector). False
-    # is the
-    # library's own switch (use_local_state_dict) for the slices themselves; `gather` does the gathering here.
-    ParallelLayer.global_state_dict = False
-
-    # nn/layer/parallel_3d/_utils.py, _async_grad_hook: Classifier3D's weight gets no gradient where j !=
-    # k, and torch
-    # hands None to the hook. Can go when the hook tests for it.
-    library_hook = utils_3d._async_grad_hook
-    utils_3d._async_grad_hook = lambda grad, param_id: None if grad is None else library_hook(grad, param_id)
-
-    # nn/layer/parallel_*/_operation.py: torch.cuda.amp's custom_fwd(cast_inputs=torch.float16) makes fp16 of
-    # autocast's bf16, and does nothing on a CPU. Can go when the decorators name no type.
-    for module in (operation_2d, operation_2p5d, operation_3d):
-        for function in vars(module).values():
-            if inspect.isclass(function) and issubclass(function, torch.autograd.Function):
-                _follow_autocast(function)
-
-
-def _device_type() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _follow_autocast(function: type[torch.autograd.Function]) -> None:
-    """Replace the decorators of an autograd function: inputs are cast to autocast's type, whatever it is."""
-    forward, backward = inspect.unwrap(function.forward), inspect.unwrap(function.backward)
-    exact = any(
-        word in function.__name__ for word in ("Gather", "Norm", "norm", "Reduce")
-    )  # keep the input's type
-
-    @functools.wraps(forward)
-    def cast_forward(ctx, *args):
-        kind = _device_type()
-        if torch.is_autocast_enabled(kind) and not exact:
-            dtype = torch.get_autocast_dtype(kind)
-            args = [a.to(dtype) if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
-        with torch.autocast(kind, enabled=False):
-            return forward(ctx, *args)
-
-    @functools.wraps(backward)
-    def plain_backward(ctx, *grads):
-        with torch.autocast(_device_type(), enabled=False):
-            return backward(ctx, *grads)
-
-    function.forward, function.backward = staticmethod(cast_forward), staticmethod(plain_backward)
-
-
-# ---------------------------------------------------------------------------------------------- process
-# groups
-
-_mesh: Mesh | None = None  # that of this process, after `start`
-
-
-def _group(name: str):
+def process_group(name: str):
     """Process group of the library by its name, such as TENSOR, DATA or PARALLEL_2D_COL."""
     from colossalai.legacy.context import ParallelMode
     from colossalai.legacy.core import global_context
@@ -251,7 +89,7 @@ def _group(name: str):
     return global_context.get_group(ParallelMode[name])
 
 
-def start(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
+def init_mesh(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
     """Lay this launch out as data parallel x ``mode`` mesh, data parallel outermost. Collective.
 
     Joins the process group of the launch when that has not been done. Random states differ from process to
@@ -263,19 +101,19 @@ def start(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
         RuntimeError: called before with other sizes.
     """
     global _mesh
-    mesh = Mesh(mode, size, depth)
+    mesh = MeshLayout(mode, size, depth)
     if found := mesh.problems():
         raise ValueError("; ".join(found))
     if not dist.is_initialized():
-        import plugins
+        from vit.distributed import init_distributed
 
-        plugins.start_distributed(seed)
+        init_distributed(seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world % size:
         raise ValueError(f"tensor parallel size {size} does not divide the {world} process(es)")
     if _mesh not in (None, mesh):
         raise RuntimeError(f"this process is part of {_mesh} already")
-    _mend()
+    patch_legacy_layers()
     torch.manual_seed(seed + rank)
     if _mesh == mesh:
         return
@@ -292,9 +130,6 @@ def start(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
     _mesh = mesh
 
 
-# ---------------------------------------------------------------------------------------------- the model
-
-
 class _GatherBatch(torch.autograd.Function):
     """(B / parts, classes) to (B, classes) on every process.
 
@@ -305,7 +140,7 @@ class _GatherBatch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows, names):
-        ctx.groups = [_group(name) for name in names]
+        ctx.groups = [process_group(name) for name in names]
         for group in ctx.groups:
             pieces = [torch.empty_like(rows) for _ in range(group.size())]
             dist.all_gather(pieces, rows.contiguous(), group=group)
@@ -351,7 +186,7 @@ def _in_fp32(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return norm(x.float())
 
 
-class TensorParallelViT(nn.Module):
+class MeshViT(nn.Module):
     """HuggingFace's ViTForImageClassification, of which this process holds its slices. Made by `build`.
 
     ``state_dict()`` and ``load_state_dict()`` are of the slices: equal across data parallelism, different
@@ -359,11 +194,11 @@ class TensorParallelViT(nn.Module):
     mesh, and enough to resume exactly.
     """
 
-    def __init__(self, config, mesh: Mesh):
+    def __init__(self, config, mesh: MeshLayout):
         super().__init__()
         self.config, self.mesh = config, mesh
         self.dropout = config.hidden_dropout_prob
-        patch_embedding, linear, norm, classifier = _layers(mesh.mode)
+        patch_embedding, linear, norm, classifier = _legacy_layers(mesh.mode)
         self.embeddings = patch_embedding(
             config.image_size, config.patch_size, config.num_channels, config.hidden_size
         )
@@ -394,16 +229,16 @@ class TensorParallelViT(nn.Module):
                 f"{len(pixel_values)} images cannot be cut in {self.mesh.batch_parts} for {self.mesh}"
             )
         if self.mesh.depth > 1:  # the library's 2.5D leaves the depth alone; it cuts the rest by itself
-            depth = _group("PARALLEL_2P5D_DEP")
+            depth = process_group("PARALLEL_2P5D_DEP")
             pixel_values = pixel_values.chunk(depth.size())[depth.rank()]
         x = F.dropout(self.embeddings(pixel_values), self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
         logits = self.classifier(_in_fp32(self.layernorm, x[:, 0]))  # the cls token
-        return ImageClassifierOutput(logits=_GatherBatch.apply(logits, CUTS[self.mesh.mode].batch))
+        return ImageClassifierOutput(logits=_GatherBatch.apply(logits, MESH_SHARDINGS[self.mesh.mode].batch))
 
 
-def _layers(mode: str) -> tuple[type[nn.Module], ...]:
+def _legacy_layers(mode: str) -> tuple[type[nn.Module], ...]:
     """The library's patch embedding, linear layer, LayerNorm and classifier of a mode."""
     from colossalai.legacy.nn.layer import parallel_2d, parallel_2p5d, parallel_3d
 
@@ -414,13 +249,9 @@ def _layers(mode: str) -> tuple[type[nn.Module], ...]:
     )
 
 
-# ---------------------------------------------------------------------------------------------- slices
-# and the whole
-
-
-def _cut(mode: str, name: str) -> tuple[str, ...]:
+def _sharding_of(mode: str, name: str) -> tuple[str, ...]:
     """By which sides of the mesh each dimension of a parameter is cut ("": whole)."""
-    cut, (*_, layer, kind) = CUTS[mode], name.split(".")
+    cut, (*_, layer, kind) = MESH_SHARDINGS[mode], name.split(".")
     if layer in ("qkv", "fc1"):
         return cut.up if kind == "weight" else (cut.up_bias,)
     if layer in ("projection", "fc2"):
@@ -476,7 +307,7 @@ def _to_huggingface(name: str, whole: torch.Tensor, q: int) -> list[torch.Tensor
 
 
 @torch.no_grad()
-def build(config, state_dict: dict[str, torch.Tensor]) -> TensorParallelViT:
+def load_mesh_vit(config, state_dict: dict[str, torch.Tensor]) -> MeshViT:
     """This process's slices of a serial model, on its device. Collective, after `start`.
 
     Args:
@@ -490,9 +321,9 @@ def build(config, state_dict: dict[str, torch.Tensor]) -> TensorParallelViT:
     """
     if _mesh is None:
         raise RuntimeError("call tensor_parallel.start before build")
-    if found := problems(_mesh.mode, _mesh.size, _mesh.depth, config):
+    if found := mesh_problems(_mesh.mode, _mesh.size, _mesh.depth, config):
         raise ValueError("; ".join(found))
-    model, rank = TensorParallelViT(config, _mesh), _group("TENSOR").rank()
+    model, rank = MeshViT(config, _mesh), process_group("TENSOR").rank()
     expected = {there for name, _ in model.named_parameters() for there in huggingface_names(name)}
     if different := expected.symmetric_difference(state_dict):
         raise ValueError(f"the state dict is of another architecture: {', '.join(sorted(different)[:4])} ...")
@@ -500,7 +331,7 @@ def build(config, state_dict: dict[str, torch.Tensor]) -> TensorParallelViT:
         tensors = [state_dict[there].to(param, copy=True).contiguous() for there in huggingface_names(name)]
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
-        piece = _mesh.piece(_to_library(name, tensors, _mesh.side), _cut(_mesh.mode, name), rank)
+        piece = _mesh.piece(_to_library(name, tensors, _mesh.side), _sharding_of(_mesh.mode, name), rank)
         if piece.shape != param.shape:
             raise ValueError(
                 f"{name}: the state dict's slice is {tuple(piece.shape)}, config's {tuple(param.shape)}"
@@ -510,18 +341,18 @@ def build(config, state_dict: dict[str, torch.Tensor]) -> TensorParallelViT:
 
 
 @torch.no_grad()
-def gather(
-    model: TensorParallelViT, values: dict[str, torch.Tensor] | None = None
+def gather_state_dict(
+    model: MeshViT, values: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor] | None:
     """Whole tensors by HuggingFace's names, on the CPU of rank 0; None elsewhere. Collective.
 
     Args:
         values: local tensors by this model's parameter names (gradients, averages); default: the parameters.
     """
-    mesh, group, whole_model = model.mesh, _group("TENSOR"), {}
+    mesh, group, whole_model = model.mesh, process_group("TENSOR"), {}
     first = dist.get_rank() == 0
     for name, value in (values or dict(model.named_parameters())).items():
-        cut = _cut(mesh.mode, name)
+        cut = _sharding_of(mesh.mode, name)
         pieces = [torch.empty_like(value) for _ in range(mesh.size)]
         dist.all_gather(pieces, value.detach().contiguous(), group=group)
         if not first:
@@ -536,23 +367,20 @@ def gather(
     return whole_model if first else None
 
 
-# ---------------------------------------------------------------------------------------------- gradients
-
-
 def _sum_over(mode: str, name: str) -> str | None:
     """Process group over which a gradient is still to be summed after the library's backward pass."""
     if mode == "2.5d":
         # row 0 has the whole gradient of biases and LayerNorms, the other rows zero; and each layer of
         # the depth
         # has that of its own images, which the library never adds up
-        return "PARALLEL_2P5D_XZ" if _cut(mode, name) == ("c",) else "PARALLEL_2P5D_DEP"
+        return "PARALLEL_2P5D_XZ" if _sharding_of(mode, name) == ("c",) else "PARALLEL_2P5D_DEP"
     if mode == "3d" and name == "classifier.weight":
         return "PARALLEL_3D_INPUT"  # one process has it, the others nothing
     return None
 
 
 @torch.no_grad()
-def sync_gradients(model: TensorParallelViT) -> None:
+def sync_gradients(model: MeshViT) -> None:
     """Complete the gradients: each becomes the slice of the serial one, averaged over data parallelism.
     Collective.
 
@@ -568,8 +396,8 @@ def sync_gradients(model: TensorParallelViT) -> None:
         buckets.setdefault(_sum_over(model.mesh.mode, name), []).append(param.grad)
     for group_name, grads in buckets.items():
         if group_name:
-            _all_reduce(grads, _group(group_name))
-    _all_reduce([param.grad for param in params.values()], _group("DATA"), mean=True)
+            _all_reduce(grads, process_group(group_name))
+    _all_reduce([param.grad for param in params.values()], process_group("DATA"), mean=True)
 
 
 def _all_reduce(grads: list[torch.Tensor], group, mean: bool = False) -> None:
@@ -585,16 +413,16 @@ def _all_reduce(grads: list[torch.Tensor], group, mean: bool = False) -> None:
 
 
 @torch.no_grad()
-def grad_norm(model: TensorParallelViT) -> torch.Tensor:
+def grad_norm(model: MeshViT) -> torch.Tensor:
     """2-norm of the whole model's gradient, each parameter counted once; a scalar, the same on every process.
 
     After `sync_gradients`. Infinite or NaN on all processes when it is on one, so that they can skip a step
     together.
     """
-    at, mode = model.mesh.coordinates(_group("TENSOR").rank()), model.mesh.mode
+    at, mode = model.mesh.coordinates(process_group("TENSOR").rank()), model.mesh.mode
     counted = []
     for name, param in model.named_parameters():
-        cut = "".join(_cut(mode, name))
+        cut = "".join(_sharding_of(mode, name))
         if param.grad is not None and all(
             at[side] == 0 for side in at if side not in cut
         ):  # the first of its copies
@@ -602,12 +430,12 @@ def grad_norm(model: TensorParallelViT) -> torch.Tensor:
     square = torch.zeros((), device=next(model.parameters()).device)
     if counted:  # in 2.5D only the first layer of the depth counts
         square += torch.stack(torch._foreach_norm(counted)).square().sum()
-    dist.all_reduce(square, group=_group("TENSOR"))
+    dist.all_reduce(square, group=process_group("TENSOR"))
     return square.sqrt()
 
 
 @torch.no_grad()
-def clip_(model: TensorParallelViT, max_norm: float) -> torch.Tensor:
+def clip_grad_norm_(model: MeshViT, max_norm: float) -> torch.Tensor:
     """Scale the gradients down to ``max_norm``, as torch.nn.utils.clip_grad_norm_ does.
 
     Returns the norm before.

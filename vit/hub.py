@@ -1,33 +1,30 @@
-"""The HuggingFace hub, and a copy of a part of it in the cache.
-
-Whether it can be had, and what goes to it.
-"""
+"""The HuggingFace hub and its local cache: what can be reached, and uploading a result."""
 
 import functools
 import http.client
 import os
 import re
 import threading
-import urllib.error
 import urllib.request
 from pathlib import Path
 
-from console import cache_home, fail, say
+from vit.console import exit_with_errors, print_rank0
+from vit.files import cache_home
 
-NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
 def endpoint() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
-def is_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """Whether ``name`` is one on the hub, owner/name, and not a local path."""
-    return NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
+    return HUB_NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
 @functools.cache  # asked once, whatever the number of settings or runs that need to know
-def answers(seconds: float = 6) -> bool:
+def reachable(seconds: float = 6) -> bool:
     """Whether the hub answers HTTP at all, within ``seconds`` (name resolution included)."""
     heard = []
 
@@ -58,7 +55,7 @@ def is_cached(name: str, kind: str) -> bool:
     return any(copy.is_dir() and any(copy.iterdir()) for copy in copies)
 
 
-def push(folder: Path, repository: str) -> None:
+def upload(folder: Path, repository: str) -> None:
     """Upload an output folder, without its checkpoints, to a model repository of the hub; made where it
     does not exist.
 
@@ -76,9 +73,9 @@ def push(folder: Path, repository: str) -> None:
         )
     except Exception as error:  # the hub refuses in many ways: no right, no name, no space, no answer
         reason = str(error).strip().splitlines()[0]
-        fail(
+        exit_with_errors(
             f"--push_to_hub {repository}: {reason}. The result is whole in {folder}: "
             f"`huggingface-cli upload {repository} {folder}` later",
             code=1,
         )
-    say(f"uploaded to {url}")
+    print_rank0(f"uploaded to {url}")

@@ -1,12 +1,10 @@
-"""What the user sees: one voice on rank 0, and the chatter of libraries silenced in this one place."""
+"""Console output: printing on rank 0, progress bars, error exits, and silencing library warnings."""
 
 import logging
 import os
-import shlex
 import socket
 import sys
 import warnings
-from pathlib import Path
 
 
 def rank() -> int:
@@ -14,25 +12,13 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def say(text: str = "") -> None:
+def print_rank0(text: str = "") -> None:
     """Print on rank 0 only, above a progress bar if one is running."""
     if rank() == 0:
         from tqdm import tqdm
 
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
-
-
-def predict_command(output) -> str:
-    """How to use what a run left in ``output``, from where it was started, with the Python that it was
-    installed for.
-    """
-    here = Path(__file__).resolve().parent
-    python = os.path.relpath(here / ".venv/bin/python") if Path(sys.prefix) == here / ".venv" else "python"
-    return (
-        f"{shlex.join([python, os.path.relpath(here / 'vit_predict.py'), '--model', str(output)])} "
-        "IMAGE_OR_FOLDER"
-    )
 
 
 def progress_bar(steps: int, label: str):
@@ -53,7 +39,7 @@ def progress_bar(steps: int, label: str):
     )
 
 
-def fail(*problems: str, code: int = 2) -> None:
+def exit_with_errors(*problems: str, code: int = 2) -> None:
     """End the program with every problem named, once a machine, for it may be this one's alone, and no
     traceback.
 
@@ -67,13 +53,6 @@ def fail(*problems: str, code: int = 2) -> None:
             print(f"error{where}: {problem}", file=sys.stderr)
         sys.stderr.flush()
     raise SystemExit(code)
-
-
-def cache_home() -> Path:
-    """The user's folder of caches (XDG Base Directory Specification)."""
-    return Path(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    )  # Path.home() fails for a user without one
 
 
 def silence_libraries() -> None:
@@ -99,15 +78,3 @@ def silence_libraries() -> None:
         "torch.utils.checkpoint",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def silence_colossalai_logger() -> None:
-    """Call after colossalai is imported: its logger sets its own level when it is made.
-
-    Its calls also walk the whole Python stack before they look at the level, which costs Gemini
-    milliseconds a step.
-    """
-    from colossalai.logging import DistributedLogger
-
-    for level in ("debug", "info", "warning"):
-        setattr(DistributedLogger, level, lambda self, *args, **kwargs: None)

@@ -1,133 +1,21 @@
-"""CIFAR-10 in torchvision's form, and the augmentation of batches on the device.
+"""Augmentation of a whole batch on the device."""
 
-A batch is cut and augmented by a few kernels over all its images, each image with its own draw, so no
-loader can
-hold the GPU back. CIFAR-10: Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
-"""
-
-import pickle
-from pathlib import Path
-
-import numpy as np
 import torch
 import torch.nn.functional as F
+from vit.data.transforms import hash_seed
 
-import data
-from data import DataError, ImageData, Split
-
-# ---------------------------------------------------------------------------------------------- reading
-
-FOLDER = "cifar-10-batches-py"
-TRAIN_FILES = [f"data_batch_{i}" for i in range(1, 6)]
-
-
-class _Arrays(pickle.Unpickler):
-    """Unpickles numpy arrays, and refuses to run anything else that a file may name."""
-
-    NEEDED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.{where}", name)
-        for core in ("core", "_core")  # numpy 1 and 2
-        for where, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    }
-
-    def find_class(self, module: str, name: str):
-        if (module, name) in self.NEEDED:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def batches_folder(name: str) -> Path | None:
-    """The folder in torchvision's format that ``name`` is or holds; None where there is none."""
-    for folder in (Path(name), Path(name) / FOLDER):
-        if (
-            folder.name == FOLDER
-            and folder.is_dir()
-            or any((folder / file).is_file() for file in (*TRAIN_FILES, "batches.meta"))
-        ):
-            return folder
-    return None
-
-
-def is_folder(name: str) -> bool:
-    """Whether ``name`` is, or holds, torchvision's folder, with all of the training images.
-
-    Raises:
-        DataError: files of it are missing.
-    """
-    folder = batches_folder(name)
-    if folder and (
-        missing := [file for file in (*TRAIN_FILES, "batches.meta") if not (folder / file).is_file()]
-    ):
-        raise DataError(
-            f"DATA={name}: {folder} lacks {', '.join(missing)}: unpack cifar-10-python.tar.gz again"
-        )
-    return folder is not None
-
-
-def _unpickle(path: Path) -> dict:
-    try:
-        with open(path, "rb") as file:
-            return _Arrays(file, encoding="latin1").load()
-    except Exception as error:  # a damaged pickle raises many kinds
-        raise DataError(f"DATA: {path} is damaged ({error}): unpack cifar-10-python.tar.gz again") from None
-
-
-def _read_batches(folder: Path) -> dict[str, Split]:
-    splits = {}
-    for name, files in (("train", TRAIN_FILES), ("test", ["test_batch"])):
-        if not all((folder / file).is_file() for file in files):
-            continue  # a copy without the test batch
-        batches = [_unpickle(folder / file) for file in files]
-        try:
-            pixels = (
-                np.concatenate([batch["data"] for batch in batches]).astype(np.uint8).reshape(-1, 3, 32, 32)
-            )
-            labels = np.concatenate([batch["labels"] for batch in batches]).astype(np.int64)
-        except (KeyError, ValueError, TypeError):
-            raise DataError(
-                f"DATA: {folder}/{files[0]} is no CIFAR-10 batch (data, N x 3072, and labels)"
-            ) from None
-        splits[name] = Split(name, None, labels, resized=pixels)
-    return splits
-
-
-def label_names(name: str) -> list[str]:
-    return list(_unpickle(batches_folder(name) / "batches.meta")["label_names"])
-
-
-def check_size(name: str, size: int) -> None:
-    if size != 32:
-        raise DataError(f"DATA={name}: its images have 32 px, the config's IMG_SIZE is {size}")
-
-
-def read(name: str, size: int = 32) -> ImageData:
-    """The images of such a folder as uint8 (3, 32, 32); ``test`` is None in a copy without the test batch.
-
-    Raises:
-        DataError: the folder is damaged, or ``size`` is not that of its images.
-    """
-    check_size(name, size)
-    splits, labels = _read_batches(batches_folder(name)), label_names(name)
-    return ImageData(splits["train"], None, splits.get("test"), labels)
-
-
-# ---------------------------------------------------------------------------------------------- draws
 
 _MASK = 2**32 - 1
 
 
-def _hash(x: torch.Tensor) -> torch.Tensor:
+def _hash32(x: torch.Tensor) -> torch.Tensor:
     """Mix the 32 low bits of an int64: shifts and odd factors below 2^31, so that no product reaches 2^63."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x2C1B3C6D & _MASK
     return x ^ (x >> 16)
 
 
-def uniform(seed: int, epoch: int, index: torch.Tensor, draws: int) -> torch.Tensor:
+def counter_uniform(seed: int, epoch: int, index: torch.Tensor, draws: int) -> torch.Tensor:
     """Numbers in [0, 1), (N, draws), that depend on seed, epoch and the image's index alone.
 
     So they are equal on all processes of a tensor-parallel group, on any device, in any batch and after a
@@ -135,13 +23,11 @@ def uniform(seed: int, epoch: int, index: torch.Tensor, draws: int) -> torch.Ten
     hash of a counter instead of a generator's state (Salmon et al., 2011, "Parallel random numbers: as easy
     as 1, 2, 3").
     """
-    key = data._mix(seed, epoch)
-    image = _hash(_hash((index + (key & _MASK)) & _MASK) ^ (key >> 32))
+    key = hash_seed(seed, epoch)
+    image = _hash32(_hash32((index + (key & _MASK)) & _MASK) ^ (key >> 32))
     counter = torch.arange(1, draws + 1, device=index.device) * 0x9E3779B9
-    return (_hash((image[:, None] + counter) & _MASK) >> 8).float() / 2**24
+    return (_hash32((image[:, None] + counter) & _MASK) >> 8).float() / 2**24
 
-
-# ---------------------------------------------------------------------------------------------- augmentation
 
 OPERATIONS = (
     "ShearX",
@@ -161,7 +47,7 @@ OPERATIONS = (
 )
 
 
-def _take(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def _gather_pixels(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """``pixels[n, :, y, x]`` with whole numbers x, y (N, H, W); black outside."""
     n, channels, height, width = pixels.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -174,7 +60,7 @@ def _take(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tenso
     return pixels.flatten(2).gather(2, flat).view_as(pixels) * inside[:, None]
 
 
-def _move(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+def _affine(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """Shear, translate and rotate, to the nearest pixel. ``operation`` (N,) is an index into `OPERATIONS`."""
     height, width = pixels.shape[-2:]
 
@@ -192,7 +78,7 @@ def _move(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor
     from_y = (cos * (y - height / 2) + height / 2 - amount("TranslateY").trunc()) + (
         amount("ShearY") * x + sin * (x - width / 2)
     )
-    return _take(pixels, from_x.floor_().int(), from_y.floor_().int())
+    return _gather_pixels(pixels, from_x.floor_().int(), from_y.floor_().int())
 
 
 def _grey(image: torch.Tensor) -> torch.Tensor:
@@ -200,24 +86,24 @@ def _grey(image: torch.Tensor) -> torch.Tensor:
     return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
 
 
-def _away_from(image: torch.Tensor, other: torch.Tensor | float, magnitude: torch.Tensor) -> torch.Tensor:
+def _blend(image: torch.Tensor, other: torch.Tensor | float, magnitude: torch.Tensor) -> torch.Tensor:
     """Further from ``other`` by a magnitude above 0, nearer to it by one below; both are floats."""
     factor = 1 + magnitude.view(-1, 1, 1, 1)
     return (factor * image + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
 
 
 def _brightness(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
-    return _away_from(pixels.float(), 0.0, magnitude)
+    return _blend(pixels.float(), 0.0, magnitude)
 
 
 def _color(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
     image = pixels.float()
-    return _away_from(image, _grey(image), magnitude)
+    return _blend(image, _grey(image), magnitude)
 
 
 def _contrast(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
     image = pixels.float()
-    return _away_from(image, _grey(image).mean((2, 3), keepdim=True), magnitude)
+    return _blend(image, _grey(image).mean((2, 3), keepdim=True), magnitude)
 
 
 def _sharpness(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
@@ -226,7 +112,7 @@ def _sharpness(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor
     kernel[:, :, 1, 1] = 5
     blurred = image.clone()
     blurred[..., 1:-1, 1:-1] = F.conv2d(image, kernel / 13, groups=3).round()  # the border stays
-    return _away_from(image, blurred, magnitude)
+    return _blend(image, blurred, magnitude)
 
 
 def _posterize(pixels: torch.Tensor, _, magnitude: torch.Tensor) -> torch.Tensor:
@@ -264,7 +150,7 @@ def _invert(pixels: torch.Tensor, *_) -> torch.Tensor:
 
 # Each image goes through its own operation only; those that move pixels are one.
 CHANGES = (
-    *[_move] * 5,
+    *[_affine] * 5,
     _brightness,
     _color,
     _contrast,
@@ -277,7 +163,7 @@ CHANGES = (
 )
 
 
-def apply(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
+def apply_operations(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
     """One operation on each image of a batch, as torchvision's AutoAugment does it on one.
 
     Args:
@@ -321,7 +207,7 @@ def magnitude_of(name: str, bin: int | None, size: int, bins: int = 10) -> float
     return largest.get(name, 0.0) * part
 
 
-class Augment:
+class BatchAugment:
     """Random crop out of the padded image, random flip, then AutoAugment or RandAugment (Cubuk et al.,
     2019, both).
 
@@ -366,7 +252,7 @@ class Augment:
 
     def __call__(self, pixels: torch.Tensor, epoch: int, index: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, H, W), on the device, of the images ``index`` (N,), on the CPU -> the same shape"""
-        right, down, mirrored, policy, *chances = uniform(
+        right, down, mirrored, policy, *chances = counter_uniform(
             self.seed, epoch, index, 8 + 2 * self.layers
         ).unbind(1)
         if self.padding or self.flip:
@@ -379,14 +265,14 @@ class Augment:
                 operation = torch.where(
                     chances[i] < self.probabilities[chosen, i], self.operations[chosen, i], -1
                 )
-                pixels = apply(
+                pixels = apply_operations(
                     pixels, operation, _signed(operation, self.magnitudes[chosen, i], chances[2 + i])
                 )
         if self.layers:
             for chosen, sign in zip(chances[4::2], chances[5::2]):
                 operation = (chosen * len(OPERATIONS)).long()
                 magnitude = _signed(operation, self.rand_magnitudes[operation], sign)
-                pixels = apply(
+                pixels = apply_operations(
                     pixels, torch.where(operation == OPERATIONS.index("Invert"), -1, operation), magnitude
                 )
         return pixels
@@ -401,7 +287,7 @@ class Augment:
         if self.flip:
             x = torch.where((mirrored < 0.5).view(-1, 1, 1), width - 1 - x, x)
         x, y = torch.broadcast_tensors(x + shift[0], y + shift[1])
-        return _take(pixels, x, y)
+        return _gather_pixels(pixels, x, y)
 
 
 def _signed(operation: torch.Tensor, magnitude: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:

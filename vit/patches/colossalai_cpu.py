@@ -1,10 +1,4 @@
-"""Colossal-AI 0.5.0 on a machine without a GPU: data, tensor and pipeline parallelism over gloo.
-
-The library's CPU support stops at a few places; each is mended here, with the library line it concerns and
-how one knows that the mend can go. Imported only where torch sees no GPU.
-
-To see whether a mend is still needed: delete it and run ``pytest tests/test_parallel.py``.
-"""
+"""Patches that let Colossal-AI 0.5.0 run without a GPU."""
 
 from contextlib import nullcontext
 
@@ -21,7 +15,7 @@ class _NoStream:
     def synchronize(self) -> None: ...
 
 
-class Cpu(CpuAccelerator):
+class CpuDevice(CpuAccelerator):
     """`colossalai/accelerator/cpu_accelerator.py` with the methods that raise, or return the wrong thing,
     filled in.
 
@@ -63,7 +57,7 @@ class Cpu(CpuAccelerator):
         )  # the library returns a class, not a context
 
 
-def _mend_pipeline() -> None:
+def patch_pipeline() -> None:
     """`colossalai/pipeline/p2p.py`, _check_for_nccl_hccl_backend.
 
     Reads Backend.HCCL, which torch does not define.
@@ -73,7 +67,7 @@ def _mend_pipeline() -> None:
     p2p._check_for_nccl_hccl_backend = lambda group: False
 
 
-def _mend_zero() -> None:
+def patch_zero() -> None:
     """`colossalai/zero/low_level/low_level_optim.py`, _sanity_checks.
 
     Asserts that the accelerator is cuda or npu.
@@ -83,7 +77,7 @@ def _mend_zero() -> None:
     LowLevelZeroOptimizer._sanity_checks = lambda self: None
 
 
-def _mend_gemini() -> None:
+def patch_gemini() -> None:
     """`colossalai/zero/gemini/chunk/chunk.py`: a shard on the device "cpu" counts as offloaded, and is
     moved away.
 
@@ -102,7 +96,7 @@ def _mend_gemini() -> None:
     ChunkManager.move_chunk = lambda self, chunk, device, *args, **kwargs: None
 
 
-def _mend_fp16() -> None:
+def patch_fp16() -> None:
     """`colossalai/booster/mixed_precision/fp16_torch.py`.
 
     Torch.cuda's GradScaler disables itself without a GPU.
@@ -118,13 +112,13 @@ def _mend_fp16() -> None:
     fp16_torch.TorchAMPOptimizer.__init__ = init
 
 
-def install() -> None:
+def run_on_cpu() -> None:
     """Make Colossal-AI use the CPU as its device in this process. Idempotence is not needed.
 
     Called once, at start.
     """
-    set_accelerator(Cpu())
-    _mend_pipeline()
-    _mend_zero()
-    _mend_gemini()
-    _mend_fp16()
+    set_accelerator(CpuDevice())
+    patch_pipeline()
+    patch_zero()
+    patch_gemini()
+    patch_fp16()

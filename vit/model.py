@@ -1,18 +1,17 @@
-"""A Vision Transformer from a hub name, a local folder or a preset; padded labels; the exported folder."""
+"""A Vision Transformer from a hub name, a local folder or a preset, and its export."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-import data
+from vit.data.transforms import set_processor_size
 
 
 @dataclass(frozen=True)
-class Preset:
+class VitPreset:
     """Architecture of a ViT (Dosovitskiy et al., 2021). Sizes in pixels and channels."""
 
     image_size: int
@@ -41,10 +40,10 @@ class Preset:
 
 
 PRESETS = {
-    "vit-demo": Preset(64, 8, 96, 4, 4, 192),
-    "vit-lite-7-4": Preset(32, 4, 256, 7, 4, 512),  # Hassani et al., 2021
+    "vit-demo": VitPreset(64, 8, 96, 4, 4, 192),
+    "vit-lite-7-4": VitPreset(32, 4, 256, 7, 4, 512),  # Hassani et al., 2021
     **{
-        f"vit-{name}-patch16-{size}": Preset(size, 16, *shape)
+        f"vit-{name}-patch16-{size}": VitPreset(size, 16, *shape)
         for size in (224, 384)
         for name, shape in {
             "tiny": (192, 12, 3, 768),
@@ -61,7 +60,7 @@ PRESETS = {
 FAMILIES = ("vit", "ijepa")
 
 
-def known_architecture(name: str) -> Preset | None:
+def known_architecture(name: str) -> VitPreset | None:
     """The preset behind a name, with or without its hub owner.
 
     ``google/vit-base-patch16-224-in21k`` -> ViT-B/16.
@@ -168,14 +167,14 @@ def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None
         processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
     if image_size and image_size != model.config.image_size:
         notes.append(f"position embeddings interpolated from {model.config.image_size} to {image_size} px")
-        resize_positions(model, image_size)
-        data.set_size(processor, image_size)
-    pad_labels(model, tp)
+        resize_position_embeddings(model, image_size)
+        set_processor_size(processor, image_size)
+    pad_classifier(model, tp)
     return LoadedModel(model, processor, untrained, notes)
 
 
 @torch.no_grad()
-def resize_positions(model: nn.Module, image_size: int) -> None:
+def resize_position_embeddings(model: nn.Module, image_size: int) -> None:
     """Make the model take ``image_size`` pixels: bicubic interpolation of its position embeddings, in place.
 
     As in fine-tuning at higher resolution (Dosovitskiy et al., 2021, section 3.2).
@@ -197,7 +196,7 @@ def resize_positions(model: nn.Module, image_size: int) -> None:
 
 
 @torch.no_grad()
-def pad_labels(model: nn.Module, multiple: int) -> None:
+def pad_classifier(model: nn.Module, multiple: int) -> None:
     """Grow the classifier to a multiple of ``multiple`` rows, in place.
 
     The added logits take part in nothing.
@@ -213,40 +212,6 @@ def pad_labels(model: nn.Module, multiple: int) -> None:
         model.num_labels = old.out_features + padding
 
 
-def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
-    """Stochastic depth (Huang et al., 2016): in training an image skips a layer's attention, and its MLP,
-    at random.
-
-    Args:
-        model: boosted already, for sharding puts other modules in the place of those changed here.
-        rate: chance in the last of ``layers``; falls linearly to 0 in the first.
-    """
-    from torchvision.ops import StochasticDepth
-
-    for name, module in model.named_modules():
-        if layer := re.search(r"\.layer\.(\d+)\.(attention\.)?output$", name):
-            # the last thing that happens to a branch before it is added
-            module.dropout = nn.Sequential(
-                module.dropout, StochasticDepth(rate * int(layer[1]) / max(1, layers - 1), "row")
-            )
-
-
-def mean_pooled(config):
-    """The same sizes without a class token, the mean of the patches classified.
-
-    In transformers that is I-JEPA's ViT (Assran et al., 2023).
-    """
-    from transformers import IJepaConfig
-
-    return IJepaConfig(
-        **{
-            name: value
-            for name, value in config.to_dict().items()
-            if name not in ("model_type", "encoder_stride", "transformers_version")
-        }
-    )
-
-
 def build_vit(config) -> nn.Module:
     """A classifier with random initial weights from torch's current seed, of the kind that the HuggingFace
     config names.
@@ -256,62 +221,7 @@ def build_vit(config) -> nn.Module:
     return AutoModelForImageClassification.from_config(config)
 
 
-@torch.no_grad()
-def fix_positions(model: nn.Module) -> None:
-    """Sines and cosines of each patch's place as position embeddings, not trained, in place.
-
-    Half of the channels tell x, half y, as in Beyer et al., 2022 (after MoCo v3); a class token has zeros.
-    """
-    positions = model.base_model.embeddings.position_embeddings  # (1, [1 +] patches, hidden)
-    side, quarter = model.config.image_size // model.config.patch_size, positions.shape[-1] // 4
-    frequencies = 10000 ** -(torch.arange(quarter) / (quarter - 1))
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    x, y = (place.flatten()[:, None] * frequencies for place in (x, y))
-    positions.zero_()
-    positions[0, -side * side :] = torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1)
-    positions.requires_grad_(False)
-
-
-@torch.no_grad()
-def imitate_trained_attention(model: nn.Module) -> None:
-    """Initial weights of attention as pretrained ViTs have them, from torch's current seed, in place.
-
-    Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers" (arXiv:2305.09828): in each
-    head queries times
-    keys are near the identity, so that a patch looks at those like itself, and values times the output
-    projection near its
-    negative. Their numbers for ViTs. It asks for positions that tell near from far: learned ones start as
-    sines and cosines.
-    """
-    config = model.config
-    hidden, width = config.hidden_size, config.hidden_size // config.num_attention_heads
-
-    def factors(noise: float, identity: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two (hidden, hidden) matrices, whose product is noise plus a multiple of the identity, both the
-        same in size
-        """
-        draws = torch.empty(hidden, hidden).uniform_(-1, 1) * (3 / hidden) ** 0.5
-        left, sizes, right = torch.linalg.svd(noise * draws + identity * torch.eye(hidden))
-        return left * sizes.sqrt(), sizes.sqrt()[:, None] * right
-
-    for layer in model.base_model.encoder.layer:
-        attention, output = layer.attention.attention, layer.attention.output.dense
-        for rows in torch.arange(hidden).split(width):
-            left, right = factors(0.7, 0.7)
-            attention.query.weight[rows], attention.key.weight[rows] = (
-                left[:, :width].T,
-                right[:width],
-            )  # the largest part of it
-        left, right = factors(0.4, -0.4)
-        output.weight.copy_(left)
-        attention.value.weight.copy_(right)
-    positions = model.base_model.embeddings.position_embeddings
-    learned = positions.requires_grad
-    fix_positions(model)
-    positions.requires_grad_(learned)
-
-
-def export(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:
+def export_model(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:
     """Write a folder that transformers opens: model.safetensors, config.json, preprocessor_config.json.
 
     Args:

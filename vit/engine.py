@@ -1,155 +1,19 @@
 """One train step, one epoch, one exact evaluation: the same for every plugin and layout."""
 
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 
-from console import progress_bar, say
-from data import IGNORE, drawn_from, first_ten
-from plugins import Boosted, all_max, all_of, all_sum, device
-from step_graph import StepGraph
-
-
-class Stopped(Exception):
-    """A signal asked for the end; the step in hand was finished on every process."""
-
-    def __init__(self, signum: int):
-        self.signum = signum
-
-
-class NonFiniteLoss(Exception):
-    """The loss became infinite or NaN; raised on every process at once."""
-
-    def mend(self, args, rate: str, clip: str) -> str:
-        """What the user can do that is not done yet, by the names that this script has for it. ``args``.
-
-        Precision, max_norm.
-        """
-        ways = (
-            [f"lower {rate}"]
-            + [f"set {clip}"] * (not args.max_norm)
-            + ["use bf16 or fp32"] * (args.precision == "fp16")
-        )
-        return f"{self}: {', or '.join(ways)}"
-
-
-def learning_rate(step: int, total: int, warmup: int, peak: float) -> float:
-    """Linear warm-up, then a cosine to zero (Loshchilov and Hutter, 2017).
-
-    A function of the step alone, so that a resumed run cannot get it wrong. ``step`` counts from 0; the first
-    step already moves (peak / warmup), the last one is the smallest above zero.
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-@dataclass
-class Normalize:
-    """uint8 pixels (N, 3, H, W) to the model's floats, on the device: (x / 255 - mean) / std."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean, std = (_channels(values, pixels.device) for values in (self.mean, self.std))
-        return (pixels - mean).div_(std)  # one float copy of the batch
-
-
-@cache
-def _channels(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(1, 3, 1, 1) on the device, in units of 1.
-
-    Kept, for sending it makes the CPU wait until the GPU has caught up.
-    """
-    return 255 * torch.tensor(values, device=device).view(1, 3, 1, 1)
-
-
-class Mix:
-    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by
-    torchvision.
-
-    Args:
-        mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0: never.
-        num_labels: true number of classes.
-        seed: with the step it decides every draw.
-        group: number of the data-parallel group; others draw otherwise.
-    """
-
-    def __init__(self, mixup: float, cutmix: float, num_labels: int, seed: int, group: int):
-        from torchvision.transforms import v2
-
-        kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
-        self.transform = v2.RandomChoice(
-            [kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds.items() if alpha]
-        )
-        self.seed, self.group = seed, group
-
-    def __call__(
-        self, pixels: torch.Tensor, labels: torch.Tensor, step: int, micro_step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Floats (N, 3, H, W) and labels (N,) -> mixed floats, and a probability for each class (N,
-        num_labels).
-        """
-        with drawn_from(self.seed, step, micro_step, self.group):
-            return self.transform(pixels, labels)
-
-
-@dataclass
-class EpochProgress:
-    """Sums over (the part so far of) an epoch.
-
-    Kept in checkpoints, so that a resumed epoch reports its whole.
-    """
-
-    loss_sum: float = 0.0  # over images
-    images: int = 0
-    steps: int = 0
-    seconds: float = 0.0  # in training steps
-
-
-class SignalFlag:
-    """Remembers SIGINT or SIGTERM, so that a step can be finished and saved before the process ends."""
-
-    def __init__(self):
-        self.signum = 0
-
-    def __enter__(self):
-        self.previous = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _remember(self, signum, frame):
-        self.signum = signum
-
-    def end_if_set(self) -> None:
-        """Where nothing has begun that could be lost."""
-        if self.signum:
-            raise SystemExit(128 + self.signum)
-
-    def __exit__(self, *exc):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
-
-
-def count_skipped(row: dict, skipped: list[str], missing: list[str]) -> None:
-    """Note in an epoch's row how many training images could not be read, and say which are new. Collective.
-
-    Args:
-        skipped: those that this process met in the epoch.
-        missing: those left out from the start.
-    """
-    found = sorted(set().union(*all_of(list(skipped))))
-    row["skipped_images"] = len(found) + len(missing)
-    if found:
-        say(f"  note      {len(found)} unreadable training image(s) skipped: {first_ten(found)}")
+from vit.console import progress_bar
+from vit.data.dataset import IGNORE_INDEX
+from vit.distributed import all_reduce_max, all_reduce_sum, device
+from vit.parallel.boosted import BoostedModel
+from vit.step import Mixup, Normalize, StepGraph
+from vit.trainer import EpochProgress, Interrupted, NonFiniteLoss, SignalHandler
 
 
 class Engine:
@@ -165,11 +29,11 @@ class Engine:
 
     def __init__(
         self,
-        boosted: Boosted,
+        boosted: BoostedModel,
         num_labels: int,
         normalize: Normalize,
         label_smoothing: float = 0.0,
-        mix: Mix | None = None,
+        mix: Mixup | None = None,
     ):
         self.boosted = boosted
         self.model, self.optimizer = boosted.model, boosted.optimizer
@@ -202,7 +66,7 @@ class Engine:
         return F.cross_entropy(
             logits[:, : self.num_labels].float(),
             labels,
-            ignore_index=IGNORE,
+            ignore_index=IGNORE_INDEX,
             reduction="sum",
             label_smoothing=label_smoothing,
         )
@@ -286,7 +150,7 @@ class Engine:
         first_step: int,
         progress: EpochProgress,
         label: str = "",
-        stop: SignalFlag | None = None,
+        stop: SignalHandler | None = None,
         save_every: int = 0,
         save: Callable[[int], None] | None = None,
     ) -> None:
@@ -336,7 +200,7 @@ class Engine:
             )
             if signum:
                 bar.close()
-                raise Stopped(signum)
+                raise Interrupted(signum)
             if save_now:
                 save(step + 1)
             # about one reading a second; from the common elapsed time, so every process chooses the same
@@ -346,7 +210,7 @@ class Engine:
         bar.close()
 
     def _read(
-        self, shares: list[torch.Tensor], since: float, stop: SignalFlag | None
+        self, shares: list[torch.Tensor], since: float, stop: SignalHandler | None
     ) -> tuple[list[float], int, float]:
         """Wait for the device and agree: the mean loss of each step, the signal asked for (0.
 
@@ -354,15 +218,15 @@ class Engine:
         """
         losses = torch.stack(shares).tolist()  # waits for the steps to end
         mine = torch.tensor([*losses, time.perf_counter() - since], device=device(), dtype=torch.float64)
-        *losses, elapsed = all_sum(mine).tolist()
+        *losses, elapsed = all_reduce_sum(mine).tolist()
         return losses, self._asked(stop) if stop else 0, elapsed / self.layout.world
 
-    def _asked(self, stop: SignalFlag) -> int:
+    def _asked(self, stop: SignalHandler) -> int:
         """The signal that any process was sent, 0: none. Collective."""
-        return int(all_max(torch.tensor(float(stop.signum), device=device())).item())
+        return int(all_reduce_max(torch.tensor(float(stop.signum), device=device())).item())
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterator[dict], expected: int, stop: SignalFlag | None = None) -> dict:
+    def evaluate(self, batches: Iterator[dict], expected: int, stop: SignalHandler | None = None) -> dict:
         """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights
         where there are any.
 
@@ -385,12 +249,12 @@ class Engine:
             raise RuntimeError(f"evaluation counted {images:.0f} images instead of {expected}")
         return {"average_loss": loss / images, "accuracy": correct / images, "images": int(images)}
 
-    def _evaluate(self, batches: Iterator[dict], stop: SignalFlag | None) -> list[float]:
+    def _evaluate(self, batches: Iterator[dict], stop: SignalHandler | None) -> list[float]:
         """-> sum of the loss, correct images and images, over all groups"""
         sums = torch.zeros(3, dtype=torch.float64, device=device())
         for i, batch in enumerate(batches):
             if stop and i % 20 == 0 and (signum := self._asked(stop)):
-                raise Stopped(signum)
+                raise Interrupted(signum)
             batch = self.to_device(batch)
             labels = batch.pop("labels")
             if self.layout.pp > 1:
@@ -401,10 +265,10 @@ class Engine:
             else:
                 logits = self.model(pixel_values=batch["pixel_values"]).logits
             if self.layout.is_reporter:
-                real = labels != IGNORE
+                real = labels != IGNORE_INDEX
                 correct = logits[:, : self.num_labels].argmax(-1) == labels
                 sums += torch.stack([self.loss_sum(logits, labels).double(), correct.sum(), real.sum()])
-        return all_sum(sums).tolist()
+        return all_reduce_sum(sums).tolist()
 
 
 def _no_loss(outputs, micro_batch) -> torch.Tensor:

@@ -6,21 +6,25 @@ train.npz            of each image: part, offset and length (bytes), height and 
 train-00000.bin ...  the images of each part one behind the other: uint8 RGB, or JPEG files
 """
 
-import json
-import os
-import zipfile
-from pathlib import Path
-
 import numpy as np
+from pathlib import Path
+import os
+import json
+import zipfile
+from vit.files import write_atomically
+from vit.data.dataset import DataError, Split
 
-from data import PREPARED, DataError, Split
-from report import write_atomically
+
+PREPARED_INDEX = "prepared.json"  # in a folder that prepare_images.py wrote (packed.py)
+
 
 VERSION = 1  # raise when the format changes
+
+
 COLUMNS = {"offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32, "label": np.int64}
 
 
-class Packed:
+class PreparedImages:
     """The images of a split, each a view of a memory map: uint8 (H, W, 3), or the bytes of a JPEG file.
 
     Nothing is read before it is asked for.
@@ -38,16 +42,16 @@ class Packed:
             self.index[name][i].item() for name in ("part", "offset", "length", "height", "width")
         )
         if part not in self.maps:
-            self.maps[part] = np.asarray(np.memmap(part_path(self.folder, self.split, part), mode="r"))
+            self.maps[part] = np.asarray(np.memmap(shard_path(self.folder, self.split, part), mode="r"))
         piece = self.maps[part][offset : offset + length]
         return piece.reshape(height, width, 3) if self.raw else piece.tobytes()
 
 
-def part_path(folder: Path, split: str, part: int) -> Path:
+def shard_path(folder: Path, split: str, part: int) -> Path:
     return folder / f"{split}-{part:05d}.bin"
 
 
-def write_part(folder: Path, split: str, part: int, images, skipped: list[str]) -> None:
+def write_shard(folder: Path, split: str, part: int, images, skipped: list[str]) -> None:
     """One part and its index, each written beside and renamed, the index last: where it is, the part is
     whole.
 
@@ -55,7 +59,7 @@ def write_part(folder: Path, split: str, part: int, images, skipped: list[str]) 
         images: yields (bytes, height, width, label).
         skipped: names of the images left out; filled while ``images`` are drawn.
     """
-    path, rows, offset = part_path(folder, split, part), [], 0
+    path, rows, offset = shard_path(folder, split, part), [], 0
     beside = path.with_suffix(".writing")
     with open(beside, "wb") as file:
         for content, height, width, label in images:
@@ -68,13 +72,13 @@ def write_part(folder: Path, split: str, part: int, images, skipped: list[str]) 
     _save(path.with_suffix(".npz"), index | {"skipped": np.array(skipped, dtype=str)})
 
 
-def is_written(folder: Path, split: str, part: int) -> bool:
-    return part_path(folder, split, part).with_suffix(".npz").exists()
+def is_shard_written(folder: Path, split: str, part: int) -> bool:
+    return shard_path(folder, split, part).with_suffix(".npz").exists()
 
 
-def join_parts(folder: Path, split: str, parts: int) -> tuple[int, int, list[str]]:
+def merge_shard_indices(folder: Path, split: str, parts: int) -> tuple[int, int, list[str]]:
     """One index of the split from those of its parts. -> (images, bytes, names of the skipped images)"""
-    paths = [part_path(folder, split, part).with_suffix(".npz") for part in range(parts)]
+    paths = [shard_path(folder, split, part).with_suffix(".npz") for part in range(parts)]
     found = [dict(np.load(path)) for path in paths]
     index = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
     index["part"] = np.repeat(np.arange(parts), [len(part["label"]) for part in found])
@@ -92,35 +96,35 @@ def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     os.replace(beside, path)
 
 
-def write_about(folder: Path, about: dict) -> None:
-    write_atomically(folder / PREPARED, json.dumps({"version": VERSION} | about, indent=1))
+def write_index(folder: Path, about: dict) -> None:
+    write_atomically(folder / PREPARED_INDEX, json.dumps({"version": VERSION} | about, indent=1))
 
 
-def read_about(folder: Path) -> dict:
+def read_index(folder: Path) -> dict:
     """What prepared.json says.
 
     Raises:
         DataError: it is damaged, or of another version.
     """
     try:
-        about = json.loads((folder / PREPARED).read_text())
+        about = json.loads((folder / PREPARED_INDEX).read_text())
         if about["version"] == VERSION:
             return about
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise DataError(
-        f"--dataset {folder}: {PREPARED} is damaged or of another version: run "
+        f"--dataset {folder}: {PREPARED_INDEX} is damaged or of another version: run "
         "prepare_images.py again, into a new folder"
     )
 
 
-def read_finished(folder: Path) -> dict:
+def read_complete_index(folder: Path) -> dict:
     """`read_about` of a folder that can be trained on.
 
     Raises:
         DataError: it cannot.
     """
-    about = read_about(folder)
+    about = read_index(folder)
     if not about["complete"]:
         raise DataError(
             f"--dataset {folder}: prepare_images.py was interrupted: run the same command again, it goes on"
@@ -128,13 +132,13 @@ def read_finished(folder: Path) -> dict:
     return about
 
 
-def read(folder: Path) -> tuple[dict[str, Split], list[str]]:
+def read_prepared(folder: Path) -> tuple[dict[str, Split], list[str]]:
     """-> (splits, class names). Reads the index, not the images.
 
     Raises:
         DataError: the folder is unfinished, or not all of it was copied.
     """
-    about, splits = read_finished(folder), {}
+    about, splits = read_complete_index(folder), {}
     for split in about["splits"]:
         try:
             index = dict(np.load(folder / f"{split}.npz"))
@@ -144,11 +148,11 @@ def read(folder: Path) -> tuple[dict[str, Split], list[str]]:
             ) from None
         ends = index["offset"] + index["length"]
         for part in np.unique(index["part"]):
-            path = part_path(folder, split, part)
+            path = shard_path(folder, split, part)
             if not path.exists() or path.stat().st_size != ends[index["part"] == part].max():
                 raise DataError(
                     f"--dataset {folder}: {path.name} is missing or cut short: copy the folder again"
                 )
-        images = Packed(folder, split, index, about["format"] == "raw")
+        images = PreparedImages(folder, split, index, about["format"] == "raw")
         splits[split] = Split(split, images, index["label"], sources=images if images.raw else None)
     return splits, about["labels"]

@@ -24,64 +24,23 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from args import WRITTEN
-from console import rank, say
-from plugins import Boosted, all_of, device
-
-# What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes
-# are not
-# among them: they are worked out again.
-SETTINGS = (
-    "model_name_or_path",
-    "dataset",
-    "image_size",
-    "plugin",
-    "precision",
-    "optimizer",
-    "tp_size",
-    "pp_size",
-    "zero_stage",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "scale_lr",
-    "num_epoch",
-    "weight_decay",
-    "warmup_ratio",
-    "max_norm",
-    "augment",
-    "auto_augment",
-    "label_smoothing",
-    "layer_decay",
-    "drop_path",
-    "mixup",
-    "cutmix",
-    "ema",
-    "keep",
-    "fold",
-    "seed",
-    "max_train_samples",
-    "max_eval_samples",
-    "validation_fraction",
-    "image_column",
-    "label_column",
-    "skip_bad_images",
-)
+from vit.console import print_rank0, rank
+from vit.distributed import all_gather_objects, device
+from vit.files import remove_folder
+from vit.parallel.boosted import BoostedModel
+from vit.settings import RECORDED_SETTINGS
 
 
 class CheckpointError(ValueError):
     """The checkpoint cannot be used for this run; the message says why."""
 
 
-# ---------------------------------------------------------------------------------------------- local state
-
-
-def is_sharded(boosted: Boosted) -> bool:
+def is_sharded(boosted: BoostedModel) -> bool:
     """Whether data-parallel processes hold different optimizer shards."""
     return boosted.plugin in ("low_level_zero", "gemini") or boosted.zero_stage > 0
 
 
-def shard_name(boosted: Boosted, dp_rank: int) -> str:
+def shard_name(boosted: BoostedModel, dp_rank: int) -> str:
     layout = boosted.layout
     return f"tp{layout.tp_rank}_pp{layout.pp_rank}_dp{dp_rank if is_sharded(boosted) else 0}"
 
@@ -96,7 +55,7 @@ def _scaler(optimizer):
     return None
 
 
-def _masters(boosted: Boosted) -> list[torch.Tensor]:
+def _master_weights(boosted: BoostedModel) -> list[torch.Tensor]:
     """The fp32 tensors that the optimizer updates, where they are not the model's own parameters."""
     if boosted.plugin == "gemini":
         return [chunk.paired_chunk.payload for chunk in boosted.gemini_chunks()]
@@ -105,7 +64,7 @@ def _masters(boosted: Boosted) -> list[torch.Tensor]:
     return [param.data for param in params if id(param) not in own]
 
 
-def _randomizers(boosted: Boosted) -> list:
+def _dropout_rng_states(boosted: BoostedModel) -> list:
     """The random states of hybrid_parallel's dropout layers.
 
     Their own, so that slices draw different masks.
@@ -113,13 +72,13 @@ def _randomizers(boosted: Boosted) -> list:
     return [module.randomizer for module in boosted.model.modules() if hasattr(module, "randomizer")]
 
 
-def local_state(boosted: Boosted) -> dict:
+def capture_state(boosted: BoostedModel) -> dict:
     """Everything this process holds of model and optimizer, between two steps."""
     scaler = _scaler(boosted.optimizer)
     return {
         # gemini's weights are its master weights, rounded
         "weights": {} if boosted.plugin == "gemini" else boosted.model.unwrap().state_dict(),
-        "masters": _masters(boosted),
+        "masters": _master_weights(boosted),
         "averages": boosted.average.averages if boosted.average else [],
         "optimizer": boosted.optimizer.optim.state_dict(),
         "scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, (int, float, torch.Tensor))}
@@ -129,7 +88,7 @@ def local_state(boosted: Boosted) -> dict:
 
 
 @torch.no_grad()
-def load_local_state(boosted: Boosted, state: dict) -> None:
+def restore_state(boosted: BoostedModel, state: dict) -> None:
     """Inverse of `local_state`, in place."""
     if boosted.plugin == "gemini":
         for chunk, saved in zip(boosted.gemini_chunks(), state["masters"], strict=True):
@@ -137,7 +96,7 @@ def load_local_state(boosted: Boosted, state: dict) -> None:
             chunk.payload.copy_(chunk.paired_chunk.payload)
     else:
         boosted.model.unwrap().load_state_dict(state["weights"])
-        for master, saved in zip(_masters(boosted), state["masters"], strict=True):
+        for master, saved in zip(_master_weights(boosted), state["masters"], strict=True):
             master.copy_(saved)
     boosted.optimizer.optim.load_state_dict(state["optimizer"])
     if boosted.average:
@@ -147,7 +106,7 @@ def load_local_state(boosted: Boosted, state: dict) -> None:
             setattr(scaler, name, value.to(device()) if isinstance(value, torch.Tensor) else value)
 
 
-def _merge_zero_shards(boosted: Boosted, shards: list[dict]) -> dict:
+def _reshard_zero(boosted: BoostedModel, shards: list[dict]) -> dict:
     """ZeRO shards of another number of processes, cut anew for this one's.
 
     Every master tensor is one slice of its flattened, zero-padded parameter; so are its moments.
@@ -172,10 +131,7 @@ def _merge_zero_shards(boosted: Boosted, shards: list[dict]) -> dict:
     return state
 
 
-# ---------------------------------------------------------------------------------------------- folders
-
-
-class Checkpoints:
+class CheckpointFolder:
     """The checkpoints of one run, in ``root``."""
 
     def __init__(self, root: Path, keep: int):
@@ -191,7 +147,7 @@ class Checkpoints:
         """The newest checkpoint that was made when ``epoch`` epochs were done."""
         return next((p for p in reversed(self.all()) if p.name.endswith(f"_epoch_{epoch}_image_0")), None)
 
-    def save(self, boosted: Boosted, meta: dict) -> None:
+    def save(self, boosted: BoostedModel, meta: dict) -> None:
         """Write a checkpoint of the position ``meta["epoch"]``, ``meta["progress"]["images"]``. Collective.
 
         The one at the end of ``meta["best_epoch"]`` is kept when others are pruned.
@@ -202,14 +158,16 @@ class Checkpoints:
             partial.mkdir(parents=True)
         dist.barrier()
         if is_sharded(boosted) or boosted.layout.dp_rank == 0:
-            _write(local_state(boosted), partial / f"state_{shard_name(boosted, boosted.layout.dp_rank)}.pt")
+            _save_synced(
+                capture_state(boosted), partial / f"state_{shard_name(boosted, boosted.layout.dp_rank)}.pt"
+            )
         random = {
             "cpu": torch.get_rng_state(),
-            "layers": [own.device_rng_state for own in _randomizers(boosted)],
+            "layers": [own.device_rng_state for own in _dropout_rng_states(boosted)],
         }
         if torch.cuda.is_available():
             random["cuda"] = torch.cuda.get_rng_state()
-        _write(random, partial / f"random_{rank()}.pt")
+        _save_synced(random, partial / f"random_{rank()}.pt")
         dist.barrier()
         if rank() == 0:
             (partial / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -224,7 +182,7 @@ class Checkpoints:
         """Remove all but the newest ``keep`` (at least one) and the best epoch's. Rank 0 only."""
         needed = {*self.all()[-max(1, self.keep) :], self.end_of(best_epoch)}
         for path in set(self.all()) - needed:
-            remove(path)
+            remove_folder(path)
 
     def adopt_best(self, epoch: int, found: Path) -> None:
         """Copy the checkpoint of the best epoch from beside ``found``, unless it is here already. Collective.
@@ -232,7 +190,7 @@ class Checkpoints:
         Raises:
             CheckpointError: it is in neither folder.
         """
-        here, there = self.end_of(epoch), Checkpoints(found.parent, 1).end_of(epoch)
+        here, there = self.end_of(epoch), CheckpointFolder(found.parent, 1).end_of(epoch)
         dist.barrier()  # every process has looked before one writes: all must come to the same answer
         if here is None and there is None:
             raise CheckpointError(
@@ -250,7 +208,7 @@ class Checkpoints:
             path = Path(resume)
             if (path / "checkpoints").is_dir():  # a run's output folder
                 path = path / "checkpoints"
-            path = next(reversed(Checkpoints(path, 1).all()), path)
+            path = next(reversed(CheckpointFolder(path, 1).all()), path)
             if not (path / "meta.json").exists():
                 raise CheckpointError(
                     f"--resume {resume}: holds no complete checkpoint (a folder with meta.json)"
@@ -259,31 +217,14 @@ class Checkpoints:
         return next(reversed(self.all()), None)
 
 
-def _write(state: dict, path: Path) -> None:
+def _save_synced(state: dict, path: Path) -> None:
     with open(path, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
 
 
-def remove(folder: Path) -> None:
-    """Remove a folder so that a kill halfway leaves nothing that looks complete."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def empty_run_folder(output: Path) -> None:
-    """Remove what a run of this example writes into its output folder, and nothing else."""
-    for path in (output / name for name in WRITTEN):
-        if path.is_dir():
-            remove(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-AFTER_REMOVAL = "remove this folder, and --resume auto goes on from the checkpoint before it"
+DAMAGED_HINT = "remove this folder, and --resume auto goes on from the checkpoint before it"
 
 
 def read_meta(path: Path) -> dict:
@@ -295,13 +236,13 @@ def read_meta(path: Path) -> dict:
     try:
         return json.loads((path / "meta.json").read_text())
     except ValueError:
-        raise CheckpointError(f"--resume {path}: meta.json is damaged: {AFTER_REMOVAL}") from None
+        raise CheckpointError(f"--resume {path}: meta.json is damaged: {DAMAGED_HINT}") from None
 
 
 def settings_of(args) -> dict:
     if hasattr(args, "settings"):  # train.py: its config's
         return args.settings
-    return {name: getattr(args, name) for name in SETTINGS}
+    return {name: getattr(args, name) for name in RECORDED_SETTINGS}
 
 
 def check_settings(path: Path, meta: dict, args) -> None:
@@ -323,7 +264,7 @@ def check_settings(path: Path, meta: dict, args) -> None:
         )
 
 
-def load(path: Path, boosted: Boosted, meta: dict) -> None:
+def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
     """Restore model, optimizer, scaler and random states of ``path``. Collective.
 
     Raises:
@@ -344,19 +285,21 @@ def load(path: Path, boosted: Boosted, meta: dict) -> None:
         for i in (range(saved_dp) if recut else [boosted.layout.dp_rank])
     ]
     random = read(random_path) if random_path.exists() and meta["processes"] == boosted.layout.world else None
-    if found := sorted(set().union(*all_of(damaged))):
-        raise CheckpointError(f"--resume {path}: {', '.join(found)} missing or damaged: {AFTER_REMOVAL}")
-    load_local_state(boosted, _merge_zero_shards(boosted, shards) if recut else shards[0])
+    if found := sorted(set().union(*all_gather_objects(damaged))):
+        raise CheckpointError(f"--resume {path}: {', '.join(found)} missing or damaged: {DAMAGED_HINT}")
+    restore_state(boosted, _reshard_zero(boosted, shards) if recut else shards[0])
     if random:
         torch.set_rng_state(random["cpu"])
-        for own, state in zip(_randomizers(boosted), random["layers"], strict=True):
+        for own, state in zip(_dropout_rng_states(boosted), random["layers"], strict=True):
             own.device_rng_state = state
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
     dist.barrier()
 
 
-def resume(checkpoints: Checkpoints, args, boosted: Boosted, data: list) -> tuple[Path, dict] | None:
+def resume_run(
+    checkpoints: CheckpointFolder, args, boosted: BoostedModel, data: list
+) -> tuple[Path, dict] | None:
     """Find, check and load what ``args.resume`` names. -> (checkpoint, its meta), None for a run from the
     start. Collective.
 
@@ -370,7 +313,7 @@ def resume(checkpoints: Checkpoints, args, boosted: Boosted, data: list) -> tupl
         return None
     path = checkpoints.find(args.resume)
     if path is None:
-        say("  note      --resume auto: no checkpoint found, starting from the beginning")
+        print_rank0("  note      --resume auto: no checkpoint found, starting from the beginning")
         return None
     meta = read_meta(path)
     check_settings(path, meta, args)
@@ -379,18 +322,11 @@ def resume(checkpoints: Checkpoints, args, boosted: Boosted, data: list) -> tupl
             f"--resume {path}: {args.dataset} has changed since (other training images or "
             "labels); start anew with --overwrite_output"
         )
-    load(path, boosted, meta)
+    load_checkpoint(path, boosted, meta)
     return path, meta
 
 
-def open_run_folder(output: Path, overwrite: bool) -> None:
-    """Make the output folder, without an earlier run's files where ``overwrite`` allows. Rank 0 only."""
-    if overwrite and output.exists():
-        empty_run_folder(output)
-    output.mkdir(parents=True, exist_ok=True)
-
-
-def full_weights(boosted: Boosted, scratch: Path) -> dict | None:
+def gather_weights(boosted: BoostedModel, scratch: Path) -> dict | None:
     """The whole model's state dict (of the averaged weights, if any) on rank 0, None elsewhere. Collective.
 
     Gathered by the plugin's own checkpoint code, through a file in ``scratch`` that is removed again.

@@ -1,0 +1,126 @@
+"""The process group: joining and leaving it, its device, collectives and peak memory."""
+
+import os
+import re
+import resource
+import signal
+import socket
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from vit.patches.colossalai_zero import silence_colossalai_logger
+from vit.system import free_port
+
+
+def import_libraries() -> None:
+    """The slow imports (4 to 10 s), in one place, so that what comes after them can be timed by itself."""
+    # torch's compiler would start a process for each core now, which take the cores from the first
+    # seconds of training
+    # (a step of batch 8 on two cores: 128 ms instead of 16); so it does when there is something to compile
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
+    import colossalai.booster.plugin  # noqa: F401
+    import transformers.models.vit.modeling_vit  # noqa: F401
+
+
+def init_distributed(seed: int) -> None:
+    """Join the process group of this launch (torchrun's environment variables) and pick the device.
+
+    Without a GPU, mends Colossal-AI for the CPU first.
+    """
+    import colossalai
+
+    silence_colossalai_logger()
+    if not torch.cuda.is_available():
+        from vit.patches.colossalai_cpu import run_on_cpu
+
+        run_on_cpu()
+    # started without a launcher: a group of one
+    for name, value in {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+    }.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    with _default_signals():
+        colossalai.launch_from_torch(seed=seed, verbose=False)
+    if "LOCAL_WORLD_SIZE" not in os.environ:  # one process at a time
+        host = socket.gethostname()
+        os.environ["LOCAL_WORLD_SIZE"] = str(all_gather_objects(host).count(host))
+
+
+@contextmanager
+def _default_signals():
+    """While processes wait for each other no Python runs, and a handler in Python would never be called."""
+    previous = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def destroy_distributed() -> None:
+    """Leave the process group; a process that just exits makes the others' libraries complain."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
+
+
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes, in place."""
+    dist.all_reduce(values)
+    return values
+
+
+def all_gather_objects(value) -> list:
+    """What every process has, by rank; anything that can be pickled. Collective."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
+    """Maximum over all processes, in place."""
+    dist.all_reduce(values, op=dist.ReduceOp.MAX)
+    return values
+
+
+PROC_SELF = Path("/proc/self")  # Linux
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` count from here, where the system can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif PROC_SELF.exists():
+        with suppress(OSError):
+            (PROC_SELF / "clear_refs").write_text("5")
+
+
+def peak_memory_gib() -> float:
+    """GiB: the most that any process has had allocated on its GPU so far; without a GPU, its resident set.
+
+    Collective.
+    """
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    elif PROC_SELF.exists() and (
+        found := re.search(r"VmHWM:\s*(\d+) kB", (PROC_SELF / "status").read_text())
+    ):
+        peak = 1024 * int(found[1])
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return all_reduce_max(torch.tensor(peak / 2**30, device=device())).item()

@@ -1,0 +1,93 @@
+"""Floating-point operations of a training step, the peak of a device, and timing on it."""
+
+import re
+import time
+
+# Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32
+# without TF32).
+PEAK_TFLOPS = {
+    "H200": (989, 67),
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "A100": (312, 19.5),
+    "A10G": (70, 35),
+    "A10": (125, 31.2),
+    "L40S": (362, 91.6),
+    "L40": (181, 90.5),
+    "L4": (121, 30.3),
+    "T4": (65, 8.1),
+    "V100": (125, 15.7),
+    "RTX 4090": (165, 82.6),
+    "RTX 3090": (71, 35.6),
+}
+
+
+def training_flops(image_size: int, patch: int, hidden: int, layers: int, mlp: int, labels: int) -> float:
+    """Floating-point operations to train a ViT on one image: forward, and twice that backward.
+
+    Counts the matrix products (2 per multiply-add), not recomputation: gradient checkpointing does not make a
+    model bigger, so it lowers the model FLOPs utilisation (Chowdhery et al., 2022, appendix B).
+    """
+    patches = (image_size // patch) ** 2
+    tokens = patches + 1
+    embed = 2 * patches * (3 * patch * patch) * hidden
+    attention = 2 * tokens * hidden * (4 * hidden) + 2 * (2 * tokens * tokens * hidden)
+    layer = attention + 2 * tokens * hidden * (2 * mlp)
+    return 3.0 * (embed + layers * layer + 2 * hidden * labels)
+
+
+def throughput(dp: int, batch_size: int, accumulation: int, step_seconds: float) -> float:
+    """Images per second of the whole run.
+
+    Each of the dp groups takes its own images, tp and pp share them.
+    """
+    return dp * batch_size * accumulation / step_seconds
+
+
+def device_peak_tflops(precision: str) -> tuple[float, str]:
+    """(peak of one device, where the number comes from)."""
+    import torch
+
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        for known, (half, single) in PEAK_TFLOPS.items():
+            if re.search(rf"\b{known}\b", name):
+                return (single if precision == "fp32" else half), f"data sheet of {known}"
+    return measured_tflops(precision), "measured matrix product"
+
+
+def measured_tflops(precision: str) -> float:
+    """TFLOP/s of a large matrix product on this device, on random data."""
+    import torch
+
+    from vit.distributed import device
+
+    on_gpu = torch.cuda.is_available()
+    n = 8192 if on_gpu else 1024
+    dtype = (
+        {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+        if on_gpu
+        else torch.float32
+    )
+    a, b = torch.randn(2, n, n, device=device(), dtype=dtype)
+    for _ in range(2):
+        a @ b
+    seconds = min(time_on_device(lambda: a @ b) for _ in range(5))
+    return 2 * n**3 / seconds / 1e12
+
+
+def time_on_device(work) -> float:
+    """Seconds of ``work``, by device events on a GPU, else by the clock."""
+    import torch
+
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -1,0 +1,175 @@
+"""Parallel layouts: how many processes there are and what each one does. Arithmetic only, no torch."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class ParallelLayout:
+    """``world`` processes as dp data-parallel groups of tp x pp processes each.
+
+    Ranks are laid out as Colossal-AI's hybrid_parallel does: dp outermost, then pp, then tp, so that the
+    processes of one tensor-parallel group are neighbours.
+    """
+
+    world: int
+    tp: int = 1
+    pp: int = 1
+    rank: int = 0
+
+    @property
+    def dp(self) -> int:
+        """Number of data-parallel groups: each sees other images."""
+        return self.world // (self.tp * self.pp)
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.tp % self.pp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // (self.tp * self.pp)
+
+    @property
+    def is_reporter(self) -> bool:
+        """One process of each data-parallel group holds the outputs and speaks for the group in sums."""
+        return self.tp_rank == 0 and self.pp_rank == self.pp - 1
+
+    def problems(self) -> list[str]:
+        """What makes this layout impossible, each with its mend; empty when it is possible."""
+        if self.world % (self.tp * self.pp):
+            return [
+                f"--tp_size {self.tp} x --pp_size {self.pp} = {self.tp * self.pp} does not divide the "
+                f"{self.world} "
+                f"process(es): set GPUNUM to a multiple of {self.tp * self.pp}, or lower TP_SIZE or PP_SIZE"
+            ]
+        return []
+
+    def __str__(self) -> str:
+        return f"{self.world} process{'es' * (self.world > 1)} = dp {self.dp} x tp {self.tp} x pp {self.pp}"
+
+
+@dataclass(frozen=True)
+class MeshSharding:
+    """How the library cuts parameters in one mode. A letter is a side of the mesh; "cr" cuts by c, then by r.
+
+    ``up`` and ``down`` are the two linear layers of a pair (qkv and projection, fc1 and fc2), (in, out) as
+    the
+    library keeps them: in 3D two sides of the mesh change roles from one to the other.
+    """
+
+    mesh: str  # sides, outermost first
+    up: tuple[str, str]
+    up_bias: str
+    down: tuple[str, str]
+    down_bias: str
+    norm: str  # LayerNorm weight and bias
+    hidden: str  # hidden dimension of the embeddings and the classifier
+    batch: tuple[str, ...]  # process groups that cut the batch, innermost first
+
+
+MESH_SHARDINGS = {
+    "2d": MeshSharding("rc", ("r", "c"), "cr", ("r", "c"), "cr", "cr", "cr", ("PARALLEL_2D_COL",)),
+    "2.5d": MeshSharding(
+        "drc", ("r", "c"), "c", ("r", "c"), "c", "c", "cr", ("PARALLEL_2P5D_COL", "PARALLEL_2P5D_DEP")
+    ),
+    "3d": MeshSharding(
+        "kji", ("ki", "j"), "j", ("ji", "k"), "k", "k", "k", ("PARALLEL_3D_INPUT", "PARALLEL_3D_WEIGHT")
+    ),
+}
+
+
+@dataclass(frozen=True)
+class MeshLayout:
+    """``size`` processes as a ``mode`` mesh with ``side`` (q) processes on a side and ``depth`` (2.5D)
+    layers.
+    """
+
+    mode: str
+    size: int
+    depth: int = 1
+
+    @property
+    def side(self) -> int:
+        return round((self.size / self.depth) ** (1 / 3 if self.mode == "3d" else 1 / 2))
+
+    @property
+    def batch_parts(self) -> int:
+        """Number of parts in which the images of a data-parallel group are cut."""
+        return self.side * (self.side if self.mode == "3d" else self.depth)
+
+    def problems(self) -> list[str]:
+        sizes = f"{self.mode} tensor parallelism of size {self.size}"
+        if self.mode not in MESH_SHARDINGS:
+            return [f"tensor parallel mode {self.mode!r} is none of {', '.join(MESH_SHARDINGS)}"]
+        if self.mode != "2.5d" and self.depth != 1:
+            return [f"{sizes}: depth {self.depth} is for 2.5d alone: leave it out"]
+        fits = self.size > 0 and self.depth > 0 and self.side > 1  # the library's SUMMA fails on a side of 1
+        if self.mode == "2d" and not (fits and self.size == self.side**2):
+            return [f"{sizes}: the size must be a square: 4, 9 or 16"]
+        if self.mode == "2.5d" and not (fits and self.size == self.depth * self.side**2):
+            return [
+                f"{sizes} and depth {self.depth}: the size must be depth x a square: depth x 4, depth x 9"
+            ]
+        if self.mode == "3d" and not (fits and self.size == self.side**3):
+            return [f"{sizes}: the size must be a cube: 8, 27 or 64"]
+        return []
+
+    def coordinates(self, rank: int) -> dict[str, int]:
+        """Where the process of this rank within its tensor-parallel group stands, by side."""
+        found = {}
+        for side in reversed(MESH_SHARDINGS[self.mode].mesh):
+            rank, found[side] = divmod(rank, self.depth if side == "d" else self.side)
+        return found
+
+    def piece(self, whole: torch.Tensor, cut: tuple[str, ...], rank: int) -> torch.Tensor:
+        """View of the part of ``whole`` that the process of this rank holds."""
+        at = self.coordinates(rank)
+        for dim, sides in enumerate(cut):
+            index = 0
+            for side in sides:
+                index = index * self.side + at[side]
+            whole = whole.chunk(self.side ** len(sides), dim)[index]
+        return whole
+
+
+def mesh_problems(mode: str, size: int, depth: int, config, batch: int | None = None) -> list[str]:
+    """What does not fit, each with its mend; empty when all fits. Needs no process group.
+
+    Args:
+        mode: "2d", "2.5d" or "3d".
+        size: processes of a tensor-parallel group. depth: of them, layers in 2.5D; 1 otherwise.
+        config: HuggingFace ViTConfig. The number of classes is free.
+        batch: images of a data-parallel group in a micro-step; None: not checked.
+    """
+    mesh = MeshLayout(mode, size, depth)
+    if found := mesh.problems():
+        return found
+    q = mesh.side
+    needs = {
+        "hidden size": (config.hidden_size, q * q),
+        "MLP size": (config.intermediate_size, q if mode == "2.5d" else q * q),
+        "number of heads": (config.num_attention_heads, q),
+        "batch of a data-parallel group": (batch or 0, mesh.batch_parts),
+    }
+    found = [
+        f"{mode} tensor parallelism of size {size}: the {what} {value} is no multiple of {multiple}: "
+        f"take {nearest_multiples(value, multiple)}"
+        for what, (value, multiple) in needs.items()
+        if value % multiple
+    ]
+    if config.hidden_act != "gelu" or not config.qkv_bias:
+        found.append(
+            f"{mode} tensor parallelism: only ViTs with hidden_act='gelu' and qkv_bias=True are built"
+        )
+    return found
+
+
+def nearest_multiples(value: int, multiple: int) -> str:
+    below = value // multiple * multiple
+    return f"{below} or {below + multiple}" if below else str(multiple)

@@ -1,0 +1,165 @@
+"""Parameter groups, the optimizer, and the moving average of the weights."""
+
+import re
+from collections.abc import Callable
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from vit.console import print_rank0
+
+
+class GeminiAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter, 2019) on fp32 master weights whose gradients are fp16 or bf16.
+
+    Parameters may lie on the CPU (offloaded) and on the GPU side by side.
+    """
+
+    num_fp32_shards_per_param = 4  # weight, gradient, two moments: Gemini's `auto` placement budgets with it
+
+    def __init__(
+        self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+    ):
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+
+    @torch.no_grad()
+    def step(self, closure=None, div_scale: float = -1) -> None:
+        """One update. ``div_scale`` divides the gradients (loss scale x clipping factor); -1 means 1."""
+        for group in self.param_groups:
+            for params in _chunks_by_size([param for param in group["params"] if param.grad is not None]):
+                states = [self._state(param) for param in params]
+                torch._foreach_add_([state["step"] for state in states], 1)
+                scale = torch.tensor(float(div_scale), device=params[0].device) if div_scale > 0 else None
+                torch._fused_adamw_(
+                    [param.data for param in params],
+                    [param.grad.float() for param in params],
+                    [state["exp_avg"] for state in states],
+                    [state["exp_avg_sq"] for state in states],
+                    [],
+                    [state["step"] for state in states],
+                    lr=group["lr"],
+                    beta1=group["betas"][0],
+                    beta2=group["betas"][1],
+                    weight_decay=group["weight_decay"],
+                    eps=group["eps"],
+                    amsgrad=False,
+                    maximize=False,
+                    grad_scale=scale,
+                )
+
+    def _state(self, param: torch.Tensor) -> dict:
+        state = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state
+
+
+def _chunks_by_size(params: list[torch.Tensor], elements: int = 2**23):
+    """Split into lists on one device of about ``elements`` each.
+
+    Few kernels, and few gradients in fp32 at a time.
+    """
+    batch, size = [], 0
+    for param in params:
+        if batch and (size + param.numel() > elements or param.device != batch[0].device):
+            yield batch
+            batch, size = [], 0
+        batch.append(param)
+        size += param.numel()
+    if batch:
+        yield batch
+
+
+class WeightEMA:
+    """Averages what this process holds of the weights: all of them, its tensor-parallel slices, or its
+    pipeline stage's.
+
+    The average of a slice is the slice of the average, so no process asks another for anything. Kept in
+    fp32, beside
+    the weights.
+
+    Args:
+        tensors: -> (the tensors that the forward pass reads, their fp32 originals or the same again),
+            always in one order.
+            Asked anew each time, for a plugin may move them.
+        decay: the average after a step is ``decay`` of itself and ``1 - decay`` of the new weights.
+    """
+
+    def __init__(self, tensors: Callable[[], tuple[list[torch.Tensor], list[torch.Tensor]]], decay: float):
+        self.tensors = tensors
+        self.blend = get_ema_multi_avg_fn(decay)
+        self.averages = [original.detach().float().clone() for original in tensors()[1]]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After every optimizer step."""
+        self.blend(self.averages, [original.float() for original in self.tensors()[1]], None)
+
+    @contextmanager
+    @torch.no_grad()
+    def applied(self):
+        """The weights are their averages inside."""
+        kept = [[tensor.clone() for tensor in tensors] for tensors in self._held()]
+        for tensors in self._held():
+            torch._foreach_copy_(tensors, self.averages)
+        try:
+            yield
+        finally:
+            for tensors, values in zip(self._held(), kept):
+                torch._foreach_copy_(tensors, values)
+
+    def _held(self) -> list[list[torch.Tensor]]:
+        """The weights, and their originals where they are others: gemini's export reads those."""
+        weights, originals = self.tensors()
+        return [weights] if originals is weights else [weights, originals]
+
+    def load(self, averages: list[torch.Tensor]) -> None:
+        for average, saved in zip(self.averages, averages, strict=True):
+            average.copy_(saved)
+
+
+def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+    """Biases, LayerNorms and embeddings are not decayed; matrices are.
+
+    ``layer_decay``: learning rates fall by this factor a layer, from the head (1) down to the embeddings,
+    as ``lr_scale``
+    of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
+    """
+    layers = model.config.num_hidden_layers
+    groups = {}
+    for name, param in model.named_parameters():
+        is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings", "pos_embed"))
+        layer = re.search(r"\.layer\.(\d+)\.", name)
+        below = layers - int(layer[1]) if layer else layers + 1 if ".embeddings." in name else 0
+        scale = layer_decay**below
+        group = groups.setdefault(
+            (scale, is_matrix), {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale}
+        )
+        group["params"].append(param)
+    return [groups[key] for key in sorted(groups, reverse=True)]  # fastest first, matrices before the rest
+
+
+def build_optimizer(model: nn.Module, args, layer_decay: float = 1.0) -> torch.optim.Optimizer:
+    """AdamW: torch's fused kernel, or Colossal-AI's HybridAdam by ``--optimizer hybrid_adam``."""
+    groups, lr = param_groups(model, args.weight_decay, layer_decay), args.learning_rate
+    if args.optimizer == "hybrid_adam":
+        from colossalai.nn.optimizer import HybridAdam
+
+        try:
+            return HybridAdam(groups, lr=lr)
+        except Exception as error:  # no nvcc, or one that does not match torch: many kinds
+            reason = str(error).strip().splitlines()[0]
+            print_rank0(
+                f"  note      HybridAdam's kernels cannot be built here ({reason}): using torch's "
+                "fused AdamW, the same update"
+            )
+    if args.plugin == "gemini":
+        from colossalai.zero.gemini import gemini_optimizer
+
+        gemini_optimizer._AVAIL_OPTIM_LIST.add(GeminiAdamW)
+        return GeminiAdamW(groups, lr=lr)
+    return torch.optim.AdamW(groups, lr=lr, fused=True)
