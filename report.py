@@ -4,6 +4,8 @@
     python report.py sweep FOLDER         the same from FOLDER/*/metrics.jsonl, the runs of run_finetuning.sh
     python report.py accuracy FOLDER      table.md and a chart from FOLDER/*/metrics.jsonl, the runs of run_accuracy.sh
 
+The rows of many runs may also be one FOLDER/runs.jsonl, and runs may lie in sections, FOLDER/SECTION/RUN: see read_runs.
+
 Without either, `sweep ./finetuning_results`: where run_finetuning.sh writes.
 """
 
@@ -24,6 +26,7 @@ import config
 import hub
 from args import PLUGINS, RECIPE, finetune_parser, recipe_of
 from model import PRESETS
+from report_charts import benchmark_charts, epoch_chart, heat_map, learning_curves, line_looks, look  # noqa: F401
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -123,58 +126,6 @@ def log_epoch(writer, row: dict) -> None:
         for name in ("train_loss", "average_loss", "accuracy", "learning_rate", "images_per_second", "peak_memory_gib"):
             writer.add_scalar(name, row[name], row["epoch"])
         writer.flush()
-
-
-def _axes(width: float, height: float, columns: int = 1):
-    """Figure and axes in one plain style."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    for axis in axes[0]:
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(alpha=0.25)
-    return figure, axes[0]
-
-
-def _from_zero(axis) -> tuple[float, float]:
-    """Limits with room for the highest marker, also where all values are alike."""
-    return 0, max(axis.get_ylim()[1], 1.03 * axis.dataLim.ymax)
-
-
-def save_figure(figure, path: Path) -> None:
-    from matplotlib import pyplot
-
-    partial = path.with_name(f".{path.stem}.partial.png")
-    figure.savefig(partial, dpi=150)
-    os.replace(partial, path)
-    pyplot.close(figure)
-
-
-def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validation") -> None:
-    """Loss and accuracy per epoch of one run (PNG)."""
-    from matplotlib.ticker import MaxNLocator
-
-    epochs = [row for row in rows if row["kind"] == "epoch"]
-    figure, (loss, accuracy) = _axes(9, 3.6, columns=2)
-    x, marker = [row["epoch"] for row in epochs], "o" if len(epochs) <= 50 else None
-    loss.plot(x, [row["train_loss"] for row in epochs], marker=marker, label="train")
-    loss.plot(x, [row["average_loss"] for row in epochs], marker=marker, label=split)
-    accuracy.plot(x, [row["accuracy"] for row in epochs], marker=marker, color="C1", label=split)
-    for row in rows:
-        if row["kind"] == "test":
-            loss.scatter([row["epoch"]], [row["average_loss"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
-            accuracy.scatter([row["epoch"]], [row["accuracy"]], marker="*", s=120, color="C2", zorder=3, label="test (epoch kept)")
-    loss.set(xlabel="epoch", ylabel="loss", ylim=_from_zero(loss))
-    accuracy.set(xlabel="epoch", ylabel="accuracy")
-    accuracy.set_ylim(top=1.005)
-    for axis in (loss, accuracy):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axis.legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
-    save_figure(figure, path)
 
 
 def markdown_table(header: list[str], rows: list[list]) -> str:
@@ -313,7 +264,7 @@ def latest_rows(rows: list[dict]) -> list[dict]:
 
 
 def benchmark_report(folder: Path) -> None:
-    """table.md, table.csv and three charts from ``folder``/rows.jsonl, one section per model, size and preset."""
+    """table.md, table.csv and charts from ``folder``/rows.jsonl, one section per model, size and preset."""
     from console import fail
 
     if not (folder / "rows.jsonl").exists():
@@ -330,15 +281,7 @@ def benchmark_report(folder: Path) -> None:
         text.append(f"## {title}\n\n{_section(cases)}")
     write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
     write_csv(folder / "table.csv", rows, without=("kind", "versions", "case"))
-    charts = [
-        name
-        for name, column, label in (
-            ("throughput.png", "images_per_second", "images/s"),
-            ("batches_per_second.png", "steps_per_second", "batches/s"),
-            ("peak_memory.png", "peak_memory_gib", "peak memory, GiB (max over processes)"),
-        )
-        if _bars(list(sections.items()), column, label, folder / name)
-    ]
+    charts = benchmark_charts(sections, folder)
     print(f"{folder}/table.md, table.csv, {', '.join(charts) or 'no charts: no case ran'}\n")
     print("\n".join(text))
 
@@ -384,50 +327,6 @@ def _section(cases: list[dict]) -> str:
     return "\n".join(parts)
 
 
-def _legible(cases: list[dict]) -> list[list[dict]]:
-    """The cases of one chart; of several, eager, compiled and CUDA graphs apart, where one would hold too many colours."""
-    if len({row["case"] for row in cases}) <= 10:
-        return [cases] if cases else []
-    forms: dict[tuple, list[dict]] = {}
-    for row in cases:
-        forms.setdefault((row["compile"], row["cuda_graphs"]), []).append(row)
-    return list(forms.values())
-
-
-def _bars(sections: list, column: str, label: str, path: Path) -> bool:
-    """One row of bars per section: groups are batch sizes, colours are plugins. -> whether there was anything to draw"""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    sections = [(key, part) for key, cases in sections for part in _legible([row for row in cases if row["status"] == "ok"])]
-    if not sections:
-        path.unlink(missing_ok=True)  # an earlier one shows what is not there
-        return False
-    figure, axes = pyplot.subplots(len(sections), 1, figsize=(10, 4.2 * len(sections)), layout="constrained", squeeze=False)
-    for axis, ((model, size, labels, preset, hardware), cases) in zip(axes[:, 0], sections):
-        names = list(dict.fromkeys(row["case"] for row in cases))
-        colours = dict(zip(names, pyplot.get_cmap("tab20" if len(names) > 10 else "tab10").colors))
-        batch_sizes = sorted({row["batch_size"] for row in cases})
-        width = 0.85 / max(sum(row["batch_size"] == size for row in cases) for size in batch_sizes)
-        for x, batch_size in enumerate(batch_sizes):
-            group = [row for row in cases if row["batch_size"] == batch_size]
-            for i, row in enumerate(group):
-                bar = axis.bar(x + (i - (len(group) - 1) / 2) * width, row[column], width, color=colours[row["case"]])
-                axis.bar_label(bar, fmt="%.3g" if column != "images_per_second" else "%.0f", fontsize=6.5, rotation=90, padding=2)
-        handles = [pyplot.Rectangle((0, 0), 1, 1, color=colours[name]) for name in names]
-        axis.set_xticks(range(len(batch_sizes)), [str(b) for b in batch_sizes])
-        axis.set(xlabel="batch size per data-parallel group", ylabel=label)
-        axis.margins(y=0.18)
-        axis.set_title(f"{model}{f' at {size} px' if size else ''}, preset {preset}, {hardware}", fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="y", alpha=0.25)
-        axis.legend(handles, names, frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, path)
-    return True
-
-
 # ---------------------------------------------------------------------------------------------- sweep
 
 PUBLISHED_MODEL = "google/vit-base-patch16-224"
@@ -447,7 +346,7 @@ def short(rate: float) -> str:
 
 
 def read_run(folder: Path) -> dict:
-    """A run's folder: ``status`` finished, failed, unfinished, absent or damaged, its settings and its epochs."""
+    """A run's folder -> `run_of_rows`, or ``status`` damaged and ``why``."""
     metrics, failure = folder / "metrics.jsonl", folder / "failed.json"
     try:
         rows = read_rows(metrics) if metrics.exists() else []
@@ -456,10 +355,21 @@ def read_run(folder: Path) -> dict:
         return {"status": "damaged", "why": str(error), "settings": {}}
     except (ValueError, TypeError):
         return {"status": "damaged", "why": f"{failure}: is damaged; remove it", "settings": {}}
+    return run_of_rows(folder.name, rows, failed)
+
+
+def run_of_rows(name: str, rows: list[dict], failed: dict) -> dict:
+    """A run from its rows: ``status`` finished, failed, unfinished or absent, its settings and its epochs.
+
+    Args:
+        rows: of metrics.jsonl.
+        failed: the content of failed.json, or empty.
+    """
     ended = bool(rows) and rows[-1]["kind"] == "end"
     first = rows[0] if rows else failed
     return {
-        "name": folder.name,
+        "name": name,
+        "section": "",
         "status": "finished" if ended else "failed" if failed else "unfinished" if rows else "absent",
         "started": bool(rows),
         # the layout is one: it decides the global batch
@@ -473,12 +383,78 @@ def read_run(folder: Path) -> dict:
 
 
 def read_runs(folder: Path) -> list[dict]:
-    """`read_run` of every folder below, by name; names the damaged ones, which are left out."""
-    runs = [read_run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
-    for run in runs:
+    """The runs in ``folder``; damaged ones are named and left out.
+
+    Two forms are read. Run folders below ``folder``, or one level deeper, in a folder for each section: by name. And
+    ``folder``/runs.jsonl with the rows of many runs, `"run": "<section>/<run folder>"` in front of each: as they
+    come. A run that is in both is read from its folder.
+    """
+    runs = {(run["section"], run["name"]): run for run in _packed_runs(folder / "runs.jsonl")}
+    for section, path in _run_folders(folder):
+        run = read_run(path) | {"section": section}
         if run["status"] == "damaged":
             print(f"left out: {run['why']}", file=sys.stderr)
-    return [run for run in runs if run["status"] not in ("absent", "damaged")]
+        elif run["status"] != "absent":
+            runs[section, run["name"]] = run
+    return list(runs.values())
+
+
+def _packed_runs(path: Path) -> list[dict]:
+    """The runs of a runs.jsonl, in the order in which they come; none without the file."""
+    rows: dict[str, list[dict]] = {}
+    for row in read_rows(path) if path.exists() else []:
+        if "run" not in row:
+            raise DamagedRows(f'{path}: a row names no "run"')
+        rows.setdefault(row.pop("run"), []).append(row)
+    runs = []
+    for place, own in rows.items():
+        section, _, name = place.rpartition("/")
+        failed = next((row for row in own if row["kind"] == "failed"), {})
+        own = [row for row in own if row["kind"] not in ("failed", "sweep")]
+        if own or failed:
+            runs.append(run_of_rows(name, own, failed) | {"section": section})
+    return runs
+
+
+def _run_folders(folder: Path) -> list[tuple[str, Path]]:
+    """(section, run folder) of each run below ``folder``, by name."""
+    found = []
+    for path in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []:
+        if (path / "metrics.jsonl").exists() or (path / "failed.json").exists():
+            found.append(("", path))
+        else:
+            below = {file.parent for name in ("metrics.jsonl", "failed.json") for file in path.glob(f"*/{name}")}
+            found += [(path.name, run) for run in sorted(below)]
+    return found
+
+
+def read_calls(folder: Path) -> dict[str, list[dict]]:
+    """section -> the calls of run_finetuning.sh that made its runs: ``variables`` and ``flags``.
+
+    They are rows of sweep.jsonl, or rows of kind "sweep" in runs.jsonl whose ``run`` is the section.
+    """
+    calls: dict[str, list[dict]] = {}
+    for path in [folder / "sweep.jsonl", *sorted(folder.glob("*/sweep.jsonl"))]:
+        if path.exists():
+            calls["" if path.parent == folder else path.parent.name] = read_rows(path)
+    packed = folder / "runs.jsonl"
+    for row in read_rows(packed) if packed.exists() else []:
+        if row["kind"] == "sweep":
+            calls.setdefault(row["run"], []).append({name: row[name] for name in ("variables", "flags")})
+    return calls
+
+
+def by_section(runs: list[dict]) -> dict[str, list[dict]]:
+    """section -> its runs, in the order in which sections come."""
+    sections: dict[str, list[dict]] = {}
+    for run in runs:
+        sections.setdefault(run["section"], []).append(run)
+    return sections
+
+
+def headed(title: str, section: str) -> str:
+    """The heading of a report, or of one of its sections."""
+    return f"# {title}: {section.replace('_', ' ')}" if section else f"# {title}"
 
 
 @cache
@@ -548,12 +524,43 @@ def with_spread(values: list[float], form: str) -> str:
 
 
 def sweep_report(folder: Path) -> None:
-    """table.md, table.csv, epochs.csv and charts of the runs in ``folder``."""
+    """table.md, table.csv, epochs.csv and charts of the runs in ``folder``, a part of each for each section."""
     from console import fail
 
     runs = [run for run in read_runs(folder) if run["settings"].get("plugin") in PLUGINS]  # and none of train.py
     if not runs:
         fail(f"{folder}: holds no runs of run_finetuning.sh; python report.py sweep FOLDER reads another folder")
+    calls, texts, short_texts, tables, epochs, curves, titles = read_calls(folder), [], [], [], [], {}, []
+    for earlier in folder.glob("heatmap*.png"):
+        earlier.unlink()
+    charts: list[str] = []
+    for section, members in by_section(runs).items():
+        groups, others, named, cells = sweep_parts(members)
+        text = sweep_text(headed("Sweep", section), members, calls.get(section, []), groups, others, named, cells)
+        texts.append("\n".join(text))
+        short_texts += text[:2]
+        table, rows = sweep_rows(groups, others, [*named])
+        own = {"section": section} if section else {}
+        tables += [own | row for row in table]
+        epochs += [own | row for row in rows]
+        charts += heat_maps(folder, groups, named, cells, section, charts)
+        if groups:
+            lines, title = sweep_lines(groups, [*named], cells)
+            curves[section.replace("_", " ")] = lines
+            titles.append(title)
+    write_atomically(folder / "table.md", "\n".join(texts))
+    for name, rows in (("table.csv", tables), ("epochs.csv", epochs)):
+        write_csv(folder / name, rows, without=("kind",))
+    if curves:
+        charts = ["epochs.png", *charts]
+        learning_curves(curves, folder / "epochs.png", " / ".join(dict.fromkeys(titles)), "validation")
+    print("\n".join(short_texts))
+    print(f"{', '.join(['table.md', 'table.csv', 'epochs.csv', *charts])} in {folder}")
+
+
+def sweep_parts(runs: list[dict]) -> tuple:
+    """Sort ``runs``, complete their settings, and -> (groups, runs that did not finish, the named settings: name ->
+    heading, function from settings to the cells under these headings)."""
     names, defaults = dict.fromkeys(name for run in runs for name in run["settings"]), flag_defaults()
     for run in runs:
         run["settings"] = {name: run["settings"].get(name, defaults.get(name)) for name in names}
@@ -578,21 +585,25 @@ def sweep_report(folder: Path) -> None:
 
     if len({tuple(cells(group["settings"])) for group in groups}) < len(groups):  # alike, but for the images
         named["evaluated_on"] = "evaluated on"
+    return groups, others, named, cells
 
-    text = [f"# Sweep\n\n{shared_settings(settings)}\n", sweep_table(groups, others, [*named.values()], cells)]
+
+def sweep_text(heading: str, runs: list[dict], calls: list[dict], groups: list[dict], others: list[dict], named: dict, cells) -> list[str]:
+    """One section of table.md: heading and common settings, table, epochs, test split, provenance."""
+    text = [f"{heading}\n\n{shared_settings([run['settings'] for run in runs])}\n", sweep_table(groups, others, [*named.values()], cells)]
     if groups:
         text.append(epoch_table(groups, [*named.values()], cells))
     if len(groups) == 1 and all(run["test"] for run in groups[0]["runs"]):
         text.append(test_table(groups[0]["runs"]))  # of several it would tempt to choose by it
-    text.append(provenance(folder, runs))
-    write_atomically(folder / "table.md", "\n".join(text))
-    write_sweep_csv(folder, groups, others, [*named])
-    charts = heat_maps(folder, groups, named, cells)
-    if groups:
-        charts = ["epochs.png", *charts]
-        sweep_chart(groups, list(named), cells, folder / "epochs.png")
-    print("\n".join(text[:2]))
-    print(f"{', '.join(['table.md', 'table.csv', 'epochs.csv', *charts])} in {folder}")
+    return [*text, provenance(calls, runs)]
+
+
+def sweep_lines(groups: list[dict], named: list[str], cells) -> tuple[list[dict], str]:
+    """The lines of `learning_curves`, one a configuration, and the chart's title."""
+    looks, title = line_looks([cells(group["settings"]) for group in groups], named)
+    for line, group in zip(looks, groups):
+        line |= {name: [[row[name] for row in run["epochs"]] for run in group["runs"]] for name in ("average_loss", "accuracy")}
+    return looks, title
 
 
 def shared_settings(settings: list[dict]) -> str:
@@ -681,12 +692,11 @@ def test_table(runs: list[dict]) -> str:
     )
 
 
-def provenance(folder: Path, runs: list[dict]) -> str:
+def provenance(calls: list[dict], runs: list[dict]) -> str:
     """Hardware, versions and commands; and the command for the published model where another was used."""
     measured = [run["environment"] for run in runs if run["environment"]]
     lines = ["## Measured\n", *machines(measured)]
     lines.append("Layout of a run: " + " or ".join(sorted({run["settings"]["layout"] for run in runs})) + ".")
-    calls = read_rows(folder / "sweep.jsonl") if (folder / "sweep.jsonl").exists() else []
     commands = [call_of(call["variables"], call["flags"]) for call in calls] or list(dict.fromkeys(e["command"] for e in measured))
     lines.append("\nCommand, in the project's folder:\n\n" + "\n".join(f"    {command}" for command in commands))
     if any("PARALLEL_RUNS" in call["variables"] for call in calls):
@@ -720,8 +730,8 @@ def call_of(variables: dict[str, str], flags: list[str]) -> str:
     return " ".join([*assignments, "bash run_finetuning.sh", *([shlex.join(flags)] if flags else [])])
 
 
-def write_sweep_csv(folder: Path, groups: list[dict], others: list[dict], named: list[str]) -> None:
-    """table.csv, one row a configuration or failed run; epochs.csv, one row a run and epoch."""
+def sweep_rows(groups: list[dict], others: list[dict], named: list[str]) -> tuple[list[dict], list[dict]]:
+    """-> (rows of table.csv, one a configuration or failed run; of epochs.csv, one a run and epoch)."""
     table, epochs = [], []
     named = list(dict.fromkeys([*named, "recipe"]))
     for group in groups:
@@ -735,85 +745,29 @@ def write_sweep_csv(folder: Path, groups: list[dict], others: list[dict], named:
             epochs += [own | {"learning_rate_now" if n == "learning_rate" else n: value for n, value in row.items()} for row in run["epochs"]]
     for run in others:
         table.append({name: run["settings"].get(name) for name in named} | {"seeds": run["settings"]["seed"], "status": run["status"]})
-    for name, rows in (("table.csv", table), ("epochs.csv", epochs)):
-        write_csv(folder / name, rows, without=("kind",))
+    return table, epochs
 
 
-def sweep_chart(groups: list[dict], named: list[str], cells, path: Path) -> None:
-    """Loss and accuracy per epoch, a line for each configuration; of a few, a band from the lowest to the highest seed.
-
-    Colour follows the setting of most values, line and marker the others.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    labels = [cells(group["settings"]) for group in groups]
-    # the fewest settings that tell the lines apart: a precision that follows from the plugin is not among them
-    telling = list(range(len(named)))
-    for i in reversed(range(len(named))):
-        rest = [j for j in telling if j != i]
-        if len({tuple(label[j] for j in rest) for label in labels}) == len(labels):
-            telling = rest
-    coloured = max(telling, key=lambda i: (len({label[i] for label in labels}), i), default=None)
-
-    def look(label: list) -> tuple[str, tuple]:
-        return "" if coloured is None else label[coloured], tuple(label[i] for i in telling if i != coloured)
-
-    colours, styles = (list(dict.fromkeys(parts)) for parts in zip(*map(look, labels)))
-    words = {"batch_size": "BS ", "learning_rate": "LR ", "image_size": "size ", "tp_size": "tp ", "pp_size": "pp "}
-    figure, (loss, accuracy) = _axes(11, max(4, 0.22 * len(groups) + 1), columns=2)
-    for group, label in zip(groups, labels):
-        colour, style = (parts.index(part) for parts, part in zip((colours, styles), look(label)))
-        text = ", ".join(words.get(named[i], "") + label[i] for i in telling)
-        for axis, name in ((loss, "average_loss"), (accuracy, "accuracy")):
-            values = list(zip(*([row[name] for row in run["epochs"]] for run in group["runs"])))
-            x = range(1, len(values) + 1)
-            axis.plot(x, list(map(mean, values)), color=f"C{colour % 10}", ls=("-", "--", ":", "-.")[style % 4], marker="osD^vPX*"[style % 8], ms=4, lw=1.4, label=text)
-            if len(group["runs"]) > 1 and len(groups) <= 5:
-                axis.fill_between(x, list(map(min, values)), list(map(max, values)), color=f"C{colour % 10}", alpha=0.1, lw=0)
-    loss.set(xlabel="epoch", ylabel="validation loss", ylim=_from_zero(loss))
-    accuracy.set(xlabel="epoch", ylabel="validation accuracy")
-    accuracy.set_ylim(top=min(1.005, accuracy.get_ylim()[1]))
-    for axis in (loss, accuracy):
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if telling:
-        accuracy.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    shared = [text for i, text in enumerate(labels[0]) if i not in telling and named[i] in ("plugin", "model_name_or_path")]
-    figure.suptitle(", ".join(shared), fontsize=11)
-    save_figure(figure, path)
-
-
-def heat_maps(folder: Path, groups: list[dict], named: dict[str, str], cells) -> list[str]:
-    """Accuracy and loss over batch size x learning rate, one file for each grid of both; -> their names."""
-    for earlier in folder.glob("heatmap*.png"):
-        earlier.unlink()
+def heat_maps(folder: Path, groups: list[dict], named: dict[str, str], cells, section: str, taken: list[str]) -> list[str]:
+    """Accuracy and loss over batch size x learning rate, one file for each grid of both; -> their names, none of ``taken``."""
     grids: dict[tuple, list[dict]] = {}
     for group in groups:
         key = tuple((n, v) for n, v in group["settings"].items() if n not in ("batch_size", "learning_rate", "seed", "fold"))
         grids.setdefault(key, []).append(group)
     found = []
     for members in grids.values():
-        sizes, rates = (sorted({g["settings"][name] for g in members}) for name in ("batch_size", "learning_rate"))
-        if len(sizes) < 2 or len(rates) < 2:
+        points = {(g["settings"]["batch_size"], g["settings"]["learning_rate"]): g["mean"] for g in members}
+        if any(len({point[i] for point in points}) < 2 for i in (0, 1)):
             continue
-        figure, axes = _axes(1.5 * 2 * len(rates) + 2.5, 0.8 * len(sizes) + 1.6, columns=2)
-        for axis, name, colours in zip(axes, ("accuracy", "average_loss"), ("viridis", "viridis_r")):
-            values = {(g["settings"]["batch_size"], g["settings"]["learning_rate"]): g["mean"][name] for g in members}
-            image = axis.imshow([[values.get((size, rate), float("nan")) for rate in rates] for size in sizes], cmap=colours, aspect="auto")
-            for (size, rate), value in values.items():
-                ink = "white" if sum(image.cmap(image.norm(value))[:3]) < 1.5 else "black"  # on a dark ground, or a light one
-                axis.text(rates.index(rate), sizes.index(size), f"{value:.4f}", ha="center", va="center", color=ink)
-            axis.set_xticks(range(len(rates)), map(short, rates))
-            axis.set_yticks(range(len(sizes)), sizes)
-            axis.grid(False)
-            axis.set(xlabel="learning rate", ylabel="batch size", title=f"validation {name.replace('average_', '')}, last epoch")
         settings = members[0]["settings"]
         title = f"{settings['plugin']}-{Path(settings['model_name_or_path']).name}"
         others = [f"{named[n]} {cell}" for n, cell in zip(named, cells(settings)) if n not in ("plugin", "model_name_or_path", "batch_size", "learning_rate")]
-        figure.suptitle("\n".join(filter(None, [title.replace("-", ", ", 1), ", ".join(others)])), fontsize=11)
-        name = "heatmap.png" if len(grids) == 1 else f"heatmap-{title}.png"
-        if name in found:  # grids that differ in another setting
-            name = f"heatmap-{title}-{len(found) + 1}.png"
-        save_figure(figure, folder / name)
+        parts = ["heatmap", *filter(None, [section]), *([title] if len(grids) > 1 else [])]
+        name = f"{'-'.join(parts)}.png"
+        if name in [*taken, *found]:  # grids that differ in another setting
+            name = f"{'-'.join(parts)}-{len(found) + 1}.png"
+        values = {column: {point: numbers[column] for point, numbers in points.items()} for column in ("accuracy", "average_loss")}
+        heat_map(values, folder / name, "\n".join(filter(None, [title.replace("-", ", ", 1), ", ".join(others)])), short)
         found.append(name)
     return found
 
@@ -822,21 +776,38 @@ def heat_maps(folder: Path, groups: list[dict], named: dict[str, str], cells) ->
 
 
 def accuracy_report(folder: Path) -> None:
-    """table.md and epochs.png of the finished runs of train.py in ``folder``; those that differ only in their seed are one row."""
+    """table.md and epochs.png of the finished runs of train.py in ``folder``, a part of each for each section."""
     from console import fail
 
+    runs = [run for run in read_runs(folder) if run["status"] == "finished" and "NUM_EPOCHS" in run["settings"]]
+    if not runs:
+        fail(f"{folder}: holds no finished runs of run_accuracy.sh")
+    texts, curves = [], {}
+    for section, members in by_section(runs).items():
+        names, ranked = accuracy_groups(members)
+        texts.append(accuracy_text(headed("From scratch", section), names, ranked))
+        curves[section.replace("_", " ")] = accuracy_lines(names, ranked)
+    write_atomically(folder / "table.md", "\n".join("\n\n".join(text) + "\n" for text in texts))
+    learning_curves(curves, folder / "epochs.png", "", "evaluation")
+    print("\n\n".join(part for text in texts for part in text[:2]))
+    print(f"table.md and epochs.png in {folder}")
+
+
+def accuracy_groups(runs: list[dict]) -> tuple[list[str], list[list[dict]]]:
+    """Runs that differ only in their seed together, by their accuracy. -> (name of each group, groups)"""
     usual = {name: default for name, (default, _) in config.NAMES.items() if name not in config.FREE}  # an older run has not all names
     groups: dict[str, list[dict]] = {}
-    for run in read_runs(folder):
-        if run["status"] == "finished" and "NUM_EPOCHS" in run["settings"]:
-            own = run["settings"] = usual | run["settings"]
-            groups.setdefault(json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []).append(run)
-    if not groups:
-        fail(f"{folder}: holds no finished runs of run_accuracy.sh")
+    for run in runs:
+        own = run["settings"] = usual | run["settings"]
+        groups.setdefault(json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []).append(run)
     ranked = sorted(groups.values(), key=lambda group: -mean(run["epochs"][-1]["accuracy"] for run in group))
+    return [group[0]["name"].removesuffix(f"_seed{group[0]['settings']['SEED']}") for group in ranked], ranked
+
+
+def accuracy_text(heading: str, names: list[str], ranked: list[list[dict]]) -> list[str]:
+    """One section of table.md, in paragraphs: heading, table, how to read it, provenance."""
     most = max(ranked, key=len)
     reference = most[0]["settings"]
-    names = [group[0]["name"].removesuffix(f"_seed{group[0]['settings']['SEED']}") for group in ranked]
     compared = names[ranked.index(most)]
     rows = []
     for name, group in zip(names, ranked):
@@ -853,26 +824,20 @@ def accuracy_report(folder: Path) -> None:
         )  # fmt: skip
     header = ["run", "seed", "hardware", "average_loss", "accuracy", "images", "training, s", "images/s", "peak GiB", f"differs from {compared}"]
     commands = dict.fromkeys(f"    DATA={shlex.quote(run['settings']['dataset'])} {run['environment']['command']}" for group in ranked for run in group)
-    text = [
-        "# From scratch", markdown_table(header, rows),
+    return [
+        heading, markdown_table(header, rows),
         "Loss and accuracy are those after the last epoch, on the images that were evaluated; ± is the standard deviation over the seeds. "
         "images/s is the median epoch's.",
         "## Measured", "\n".join(machines([run["environment"] for group in ranked for run in group])), "Commands:", "\n".join(commands),
     ]  # fmt: skip
-    write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
-    figure, axes = _axes(13, 4, columns=2)
-    for axis, column in zip(axes, ("average_loss", "accuracy")):
-        settled = []  # after a twentieth of the training: the first epochs would press the rest together
-        for i, (label, group) in enumerate(zip(names, ranked)):
-            values = [mean(epoch) for epoch in zip(*([row[column] for row in run["epochs"]] for run in group))]
-            settled += values[len(values) // 20 :]
-            axis.plot(range(1, len(values) + 1), values, lw=1.2, color=f"C{i % 10}", ls=("-", "--", ":", "-.")[i // 10 % 4], label=label)
-        margin = 0.03 * (max(settled) - min(settled))
-        axis.set(xlabel="epoch", ylabel=f"{column.replace('average_', '')}, evaluated", ylim=(min(settled) - margin, max(settled) + margin) if margin else None)
-    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, folder / "epochs.png")
-    print("\n\n".join(text[:2]))
-    print(f"table.md and epochs.png in {folder}")
+
+
+def accuracy_lines(names: list[str], ranked: list[list[dict]]) -> list[dict]:
+    """The lines of `learning_curves`, one a group."""
+    return [
+        look(name, i, i // 10) | {column: [[row[column] for row in run["epochs"]] for run in group] for column in ("average_loss", "accuracy")}
+        for i, (name, group) in enumerate(zip(names, ranked))
+    ]
 
 
 def main(argv: list[str]) -> None:
