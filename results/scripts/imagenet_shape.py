@@ -1,6 +1,6 @@
 """Draw a set of ImageNet's shape, and with its faults: train/<wnid>/*.JPEG and val/<wnid>/*.JPEG of about 500 x 375 pixels.
 
-    python tests/imagenet_shape.py FOLDER --classes 1000 --train 5000 --val 1000 --truncated 2
+    python results/scripts/imagenet_shape.py FOLDER --classes 1000 --train 5000 --val 1000 --truncated 2
 
 Some files are CMYK, grey or PNG under the name of a JPEG, as some of ImageNet's are, and as many as asked for break off.
 A class is a colour and a direction and width of stripes, which a small ViT learns.

@@ -1,6 +1,6 @@
 """An image-classification set in the hub's format, of the shape of lewtun/dog_food, from a folder of images.
 
-    python results/three_animals/make_images.py SOURCE OUT --classes bird dog frog
+    python results/scripts/make_images.py SOURCE OUT --classes bird dog frog
 
 SOURCE/<class>/ holds images (here: CIFAR-10's). OUT/data gets train-00000-of-00002.parquet, -00001-, and
 test-00000-of-00001.parquet with the columns `image` and `label`; class names are in the features, as on the hub. 2,100

@@ -2,12 +2,12 @@
 # Images/s of training ViT-S/16 on a set of ImageNet's shape, on a machine with GPUs: synthetic tensors, prepared data, and
 # plain JPEG files.
 #
-#   bash results/measure_imagenet.sh
-#   RUNS="vit_s_16_better_baseline/synthetic vit_s_16_better_baseline/prepared_raw" bash results/measure_imagenet.sh
+#   bash results/scripts/measure_imagenet.sh
+#   RUNS="vit_s_16_better_baseline/synthetic vit_s_16_better_baseline/prepared_raw" bash results/scripts/measure_imagenet.sh
 set -uo pipefail
-cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.."
 PYTHON=${PYTHON:-python}
-OUT=${OUT:-results/imagenet_speed}
+OUT=${OUT:-runs/results/imagenet_speed}
 SETS=${SETS:-runs/imagenet_shape}   # the generated images: 3 GB
 GPUS=${GPUS:-1}
 PROCESSES=${PROCESSES:-$(nproc)}
@@ -20,7 +20,7 @@ export PROGRESS=0 OMP_NUM_THREADS=1
 # linked under many names, so that an epoch is long enough. A link is read and decoded as a file of its own (the page cache
 # holds them all, as a machine with more memory than the set would; a disk is not measured).
 if [ ! -d "$SETS/tree/val" ]; then
-  time timeout "$SECONDS_ALLOWED" "$PYTHON" tests/imagenet_shape.py "$SETS/drawn" --classes 1000 --train 6000 --val 1000 --processes "$PROCESSES" || exit 1
+  time timeout "$SECONDS_ALLOWED" "$PYTHON" results/scripts/imagenet_shape.py "$SETS/drawn" --classes 1000 --train 6000 --val 1000 --processes "$PROCESSES" || exit 1
   "$PYTHON" - "$SETS" <<'PY'
 import os, sys
 from pathlib import Path
@@ -106,29 +106,25 @@ run synthetic_plain synthetic:105000 $FAST RAND_AUGMENT=None MIXUP=0 TOTAL_BATCH
 import json, sys
 from pathlib import Path
 sys.path.insert(0, ".")
-from report import markdown_table, read_rows
+from report import markdown_table, read_runs
 out, body, notes = Path(sys.argv[1]), [], {}
 DATA = {"synthetic": "synthetic", "synthetic_plain": "synthetic, without RandAugment and mixup", "synthetic_published": "synthetic, fp16",
         "prepared_raw": "prepared, raw", "prepared_jpeg": "prepared, JPEG", "tree": "JPEG files"}  # fmt: skip
-found = {}
-for path in out.glob("*/*/metrics.jsonl"):
-    rows = read_rows(path)
-    if rows[-1]["kind"] == "end":
-        found[path.parent.parent.name, path.parent.name] = rows
-for (config, name), rows in sorted(found.items(), key=lambda item: (item[0][0], list(DATA).index(item[0][1]))):
-    run, last = rows[0], [row for row in rows if row["kind"] == "epoch"][-1]
+found = {(run["section"], run["name"]): run for run in read_runs(out) if run["status"] == "finished"}
+for (config, name), run in sorted(found.items(), key=lambda item: (item[0][0], list(DATA).index(item[0][1]))):
+    about, last = run["environment"], run["epochs"][-1]
     rate, alone = last["images_per_second"], found.get((config, "synthetic"))
-    share = f"{rate / [r for r in alone if r['kind'] == 'epoch'][-1]['images_per_second']:.1%}" if alone else ""
-    gpus = int(run["hardware"].split()[0])
+    share = f"{rate / alone['epochs'][-1]['images_per_second']:.1%}" if alone else ""
+    gpus = int(about["hardware"].split()[0])
     hours = [f"{epochs * 1_281_167 / (8 * rate / gpus) / 3600:.1f} h" for epochs in (90, 300)]
     body.append([config, DATA[name], f"{rate:.0f}", share, f"{last['peak_memory_gib']:.1f}", *hours])
-    notes[f"{run['date'][:10]} on {run['hardware']}; {', '.join(f'{n} {v}' for n, v in run['versions'].items())}"] = None
-    notes[f"    DATA={run['settings']['dataset']} {run['command']}"] = None
+    notes[f"{about['date'][:10]} on {about['hardware']}; {', '.join(f'{n} {v}' for n, v in about['versions'].items())}"] = None
+    notes[f"    DATA={run['settings']['dataset']} {about['command']}"] = None
 header = ["config", "data", "images/s", "of synthetic", "peak GiB", "90 epochs", "300 epochs"]
 text = ["# Speed of training ViT-S/16", markdown_table(header, body),
         "images/s is the second epoch's (the first one compiles) on a generated set of ImageNet's shape, whose files are in memory. "
         "The hours are an **extrapolation** to ImageNet's 1,281,167 images on eight such GPUs, training alone; nothing of that length was run.",
-        "Made by `bash results/measure_imagenet.sh`; the commands it ran:", "\n".join(notes)]  # fmt: skip
+        "Made by `bash results/scripts/measure_imagenet.sh`; the commands it ran:", "\n".join(notes)]  # fmt: skip
 (out / "table.md").write_text("\n\n".join(text) + "\n")
 print("\n\n".join(text[:2]))
 PY

@@ -1,8 +1,8 @@
 """Proves that every form of parallelism trains as one process does, with ViT-Lite-7/4 on real images, on the CPU.
 
-    DATA=/path/to/cifar-10 python tests/prove_parallelism.py results/parallelism            # everything
-    DATA=... python tests/prove_parallelism.py results/parallelism --only 2d 3d             # some cases anew
-    python tests/prove_parallelism.py results/parallelism --report                          # tables and chart from the rows
+    DATA=/path/to/cifar-10 python results/scripts/prove_parallelism.py results/parallelism            # everything
+    DATA=... python results/scripts/prove_parallelism.py results/parallelism --only 2d 3d             # some cases again
+    python results/scripts/prove_parallelism.py results/parallelism --report                          # tables and chart from the rows
 
 DATA is anything that train.py takes. Two cores need half an hour. Parts:
 
@@ -31,7 +31,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -54,6 +54,7 @@ import feed
 import model as vit
 import plugins
 import report
+import report_charts
 import tensor_parallel
 import train
 from engine import Engine, Normalize, learning_rate
@@ -522,7 +523,7 @@ def write_table(folder: Path, rows: list[dict]) -> None:
     text = f"""# Every form of parallelism against one process
 
 ```
-DATA=/path/to/cifar-10 python tests/prove_parallelism.py results/parallelism
+DATA=/path/to/cifar-10 python results/scripts/prove_parallelism.py results/parallelism
 ```
 
 ViT-Lite-7/4 from the same weights on the same {IMAGES} training images of CIFAR-10: {STEPS} steps of {BATCH} images ({PER_EPOCH} an epoch, the last of
@@ -569,7 +570,7 @@ def write_chart(folder: Path, rows: list[dict]) -> None:
     serial = next(row for row in rows if row["kind"] == "serial" and row["precision"] == "fp32")
     cases = [row for row in rows if row["kind"] == "case" and row["precision"] == "fp32"]
     steps = range(1, STEPS + 1)
-    figure, (losses, gaps) = report._axes(12, 4.8, columns=2)
+    figure, ((losses, gaps),) = report_charts.new_figure(12, 4.8, columns=2)
     losses.plot(steps, serial["loss"], color="0.8", linewidth=6, label="one process, plain")
     for i, row in enumerate(cases):
         look = {"color": f"C{i % 10}", "linewidth": 1, "linestyle": "-" if i < 10 else "--"}
@@ -583,7 +584,7 @@ def write_chart(folder: Path, rows: list[dict]) -> None:
     gaps.set(xlabel="step", ylabel="difference of the loss from the serial run", yscale="log", ylim=(7e-9, 3e-3), title="0 is drawn at 1e-8")
     losses.legend(frameon=False)
     gaps.legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
-    report.save_figure(figure, folder / "losses.png")
+    report_charts.save_figure(figure, folder / "losses.png")
 
 
 # ---------------------------------------------------------------------------------------------- all of it
@@ -601,8 +602,8 @@ def key(row: dict) -> tuple:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--only", nargs="+", choices=[*CASES, *PARTS], help="these anew; launched, dropout: what torchrun starts")
-    parser.add_argument("--report", action="store_true", help="nothing anew")
+    parser.add_argument("--only", nargs="+", choices=[*CASES, *PARTS], help="measure these again; launched, dropout: what torchrun starts")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the tables and the chart")
     args = parser.parse_args()
     wanted = [] if args.report else args.only or [*CASES, *PARTS]
     path = args.folder / "rows.jsonl"

@@ -1,6 +1,6 @@
 """How far a well-known network gets on the same images: ResNet-18 in its CIFAR form, random crop and flip, SGD, one cycle.
 
-    python results/cifar10/resnet_18.py FOLDER [EPOCHS]      FOLDER has train/<class>/*.png and validation/<class>/*.png
+    python results/scripts/resnet_18.py FOLDER [EPOCHS]      FOLDER has train/<class>/*.png and validation/<class>/*.png
 
 On CIFAR-10's original images such a training ends near 95 %. What is missing here is what the images have lost.
 """
