@@ -119,8 +119,8 @@ def distinguishing(labels: list[list[str]]) -> list[int]:
 def line_looks(labels: list[list[str]], names: list[str]) -> tuple[list[dict], str]:
     """A look for each line: ``label``, ``color``, ``style`` and ``marker``. -> (looks, what all lines share)
 
-    Colour follows the plugin where lines differ in it, or else the setting of most values. Style and marker
-    follow the other settings.
+    Colour follows the plugin where lines differ in it or there is one line, or else the setting of most values.
+    Style and marker follow the other settings.
 
     Args:
         labels: of each line the values of its settings, as text.
@@ -137,7 +137,8 @@ def line_looks(labels: list[list[str]], names: list[str]) -> tuple[list[dict], s
         value = label[coloured] if kept else ""
         style = styles.index(tuple(label[i] for i in kept if i != coloured))
         text = ", ".join(SETTING_NAMES.get(names[i], "") + label[i] for i in kept)
-        looks.append(look(text, colours.index(value), style, PLUGIN_COLORS.get(value) if by_plugin else None))
+        plugin = value if by_plugin else dict(zip(names, label)).get("plugin") if not kept else None
+        looks.append(look(text, colours.index(value), style, PLUGIN_COLORS.get(plugin)))
     titled = [i for i, name in enumerate(names) if name in ("plugin", "model_name_or_path") and i not in kept]
     return looks, ", ".join(labels[0][i] for i in titled)
 
