@@ -119,8 +119,8 @@ def distinguishing(labels: list[list[str]]) -> list[int]:
 def line_looks(labels: list[list[str]], names: list[str]) -> tuple[list[dict], str]:
     """A look for each line: ``label``, ``color``, ``style`` and ``marker``. -> (looks, what all lines share)
 
-    Colour follows the plugin where lines differ in it or there is one line, or else the setting of most values.
-    Style and marker follow the other settings.
+    Colour follows the plugin, where lines differ in it or there is one line; otherwise the setting with most
+    values. Style and marker follow the other settings.
 
     Args:
         labels: of each line the values of its settings, as text.
