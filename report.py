@@ -5,6 +5,9 @@
     python report.py accuracy FOLDER      table.md and a chart from FOLDER/*/metrics.jsonl, the runs of
     run_accuracy.sh
 
+The rows of many runs may also be one FOLDER/runs.jsonl, and runs may lie in sections, FOLDER/SECTION/RUN:
+see read_runs.
+
 Without either, `sweep ./finetuning_results`: where run_finetuning.sh writes.
 """
 
@@ -14,7 +17,10 @@ from pathlib import Path
 from vit.files import DamagedRows
 from vit.report.accuracy import accuracy_report
 from vit.report.benchmark import benchmark_report
-from vit.report.runs import sweep_report
+from vit.report.sweep import sweep_report
+
+# noqa: F401
+
 
 # ---------------------------------------------------------------------------------------------- benchmark
 

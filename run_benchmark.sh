@@ -17,7 +17,7 @@ PP_SIZE=${PP_SIZE:-1}                 # GPUs that share the stack of layers (hyb
 NUM_LABELS=${NUM_LABELS:-1000}        # size of the classifier
 LR=${LR:-1e-4}                        # learning rate
 WEIGHT_DECAY=${WEIGHT_DECAY:-0.05}    # of the matrices
-RESULTS=${RESULTS:-./benchmark_results} # folder of rows.jsonl, table.md, table.csv and three charts
+RESULTS=${RESULTS:-./benchmark_results} # folder of rows.jsonl, table.md, table.csv and charts
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh" # which documents INSTALL, LAUNCHER, HOSTFILE and the rest
 

@@ -10,7 +10,11 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "tests"),
+    str(ROOT / "results" / "scripts"),
+]  # imagenet_shape.py is there
 
 VISIBLE_GPUS = os.environ.get(
     "CUDA_VISIBLE_DEVICES"

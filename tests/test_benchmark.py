@@ -16,6 +16,7 @@ from vit.files import write_jsonl
 from vit.flops import device_peak_tflops, throughput, training_flops
 from vit.layout import ParallelLayout
 from vit.report.benchmark import CASE_KEYS
+from vit.report.benchmark_charts import scaling_cases
 
 HERE = Path(__file__).resolve().parent.parent
 
@@ -104,8 +105,9 @@ def test_tables_and_charts_are_rebuilt_from_the_rows(tmp_path, capsys):
         ("none", "8", "ok"),
         ("none", "32", "out of memory"),
     ]
-    for chart in ("throughput.png", "batches_per_second.png", "peak_memory.png"):
+    for chart in ("throughput.png", "peak_memory.png"):
         assert (tmp_path / chart).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "scaling.png").exists()
 
 
 def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path, capsys):
@@ -118,6 +120,27 @@ def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path, capsys):
     name = "hybrid_parallel bf16 pp 2 2 GPUs num_microbatches"
     assert f"| batch size 64 per group | {name} 4 | {name} 8 | plain PyTorch bf16 |" in text
     assert "| throughput, images/s | 4.0 | 8.0 | 6400.0 |" in text
+
+
+def test_growth_with_the_gpus_is_a_chart_of_its_own(tmp_path, capsys):
+    rows = [
+        row(plugin, 64, world=n, hardware=f"{n} x GPU") for n in (1, 2) for plugin in ("torch_ddp", "none")
+    ]
+    rows.append(row("hybrid_parallel", 128, world=2, tp_size=2, hardware="2 x GPU"))  # 64 images a GPU, too
+    sections = {
+        ("vit-x", None, 10, "fast", f"{n} x GPU"): [
+            r | {"case": r["plugin"]} for r in rows if r["world"] == n
+        ]
+        for n in (1, 2)
+    }
+    (grown,) = scaling_cases(sections).values()
+    assert len(grown) == 5
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    assert "throughput.png, peak_memory.png, scaling.png" in capsys.readouterr().out
+    write_jsonl(tmp_path / "rows.jsonl", rows[:2])
+    main(["benchmark", str(tmp_path)])
+    assert not (tmp_path / "scaling.png").exists()
 
 
 def test_folder_without_rows_is_one_clear_error(tmp_path, capsys):

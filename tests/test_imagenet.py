@@ -12,7 +12,8 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "results" / "scripts")]
 
 import numpy as np
 import pytest

@@ -18,10 +18,10 @@ from helpers import ROOT
 
 import report
 import vit.sweep
-from vit.files import write_jsonl
-from vit.report.charts import save_figure
-from vit.report.runs import ON_THE_HUB, noise_margin, sweep_report
-from vit.report.tables import read_run
+from vit.files import read_jsonl, write_jsonl
+from vit.report.charts import PLUGIN_COLORS, save_figure
+from vit.report.reading import read_run
+from vit.report.sweep import ON_THE_HUB, noise_margin, sweep_report
 from vit.run_folder import environment
 from vit.sweep import Worker, check_run, plan_runs, read_arguments, run_name, shares_gpus
 
@@ -241,6 +241,74 @@ def figures(monkeypatch):
     return saved
 
 
+def pack(folder, section=""):
+    """The runs of ``folder``, and the calls that made them, as rows of a runs.jsonl."""
+    calls = read_jsonl(folder / "sweep.jsonl") if (folder / "sweep.jsonl").exists() else []
+    rows = [{"run": section, "kind": "sweep"} | call for call in calls]
+    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
+        own = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
+        failed = [json.loads((run / "failed.json").read_text())] if (run / "failed.json").exists() else []
+        rows += [{"run": f"{section}/{run.name}" if section else run.name} | row for row in own + failed]
+    return rows
+
+
+def test_runs_in_one_file_give_the_same_tables(grid, tmp_path):
+    write_jsonl(tmp_path / "runs.jsonl", pack(grid))
+    report.main(["sweep", str(tmp_path)])
+    for name in ("table.md", "table.csv", "epochs.csv"):
+        assert (tmp_path / name).read_bytes() == (grid / name).read_bytes()
+    store(tmp_path, [0.6, 0.7], [0.3, 0.3], batch_size=128)  # a run beside the file
+    report.main(["sweep", str(tmp_path)])
+    assert [row[2] for row in table(tmp_path)[1]] == [
+        "8",
+        "8",
+        "16",
+        "16",
+        "128",
+        "32",
+        "64",
+    ]  # the last two did not finish
+
+
+def test_sections_have_a_table_each(grid, tmp_path, figures):
+    folders, packed = tmp_path / "folders", tmp_path / "packed"
+    store(folders / "more_epochs", [0.9, 0.95, 0.97], [0.3, 0.2, 0.1])
+    shutil.copytree(grid, folders / "few")
+    packed.mkdir()
+    write_jsonl(
+        packed / "runs.jsonl", pack(folders / "few", "few") + pack(folders / "more_epochs", "more_epochs")
+    )
+    for folder in (folders, packed):
+        report.main(["sweep", str(folder)])
+    for name in ("table.md", "table.csv", "epochs.csv"):
+        assert (folders / name).read_bytes() == (packed / name).read_bytes()
+    first, second = (packed / "table.md").read_text().split("# Sweep: more epochs\n")
+    assert (
+        first == (grid / "table.md").read_text().replace("# Sweep\n", "# Sweep: few\n") + "\n"
+        and "3 epochs" in second
+    )
+    with open(packed / "table.csv") as file:
+        assert [row["section"] for row in csv.DictReader(file)] == ["few"] * 6 + ["more_epochs"]
+    assert len(figures["epochs.png"].axes) == 6 and (packed / "heatmap-few.png").exists()
+
+
+def test_a_row_without_its_run_is_named(tmp_path, capsys):
+    write_jsonl(tmp_path / "runs.jsonl", [{"kind": "run"}])
+    with pytest.raises(SystemExit):
+        report.main(["sweep", str(tmp_path)])
+    assert 'runs.jsonl: a row names no "run"' in capsys.readouterr().err
+
+
+def test_a_plugin_has_one_colour_and_equal_lines_are_seen(tmp_path, figures):
+    for plugin in ("torch_ddp", "gemini", "hybrid_parallel"):
+        store(tmp_path, [0.9, 0.95], [0.3, 0.2], plugin=plugin, precision="fp16")
+    sweep_report(tmp_path)
+    loss = figures["epochs.png"].axes[0]
+    colours = [PLUGIN_COLORS[name] for name in ("torch_ddp", "gemini", "hybrid_parallel")]
+    assert [line.get_color() for line in loss.lines] == colours
+    assert len({tuple(line.get_xdata()) for line in loss.lines}) == 3, "side by side"
+
+
 def test_heat_maps_name_the_settings_in_which_they_differ(tmp_path, figures):
     (tmp_path / "heatmap.png").write_text("of runs before")
     for size, mixup in ((224, 0.0), (384, 0.2)):
@@ -268,11 +336,12 @@ def test_one_epoch_has_one_tick_and_room_for_its_marker(tmp_path, figures):
     store(tmp_path, [0.3], [1.098])
     store(tmp_path, [0.3], [1.09], batch_size=16)
     sweep_report(tmp_path)
-    loss, accuracy = figures["epochs.png"].axes
+    loss, accuracy, last = figures["epochs.png"].axes
     for axis in (loss, accuracy):
         low, high = axis.get_xlim()
         assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
     assert loss.get_ylim()[0] == 0 and loss.get_ylim()[1] > 1.02 * 1.098
+    assert [tick.get_text() for tick in last.get_yticklabels()] == ["0.3000  BS 8", "0.3000  BS 16"]
 
 
 def test_runs_evaluated_on_other_images_have_no_common_mean(tmp_path):

@@ -33,8 +33,9 @@ from args import Parser, parse_finetune
 from vit.checkpoint import settings_of
 from vit.console import exit_with_errors, print_rank0
 from vit.files import DamagedRows, read_jsonl, write_atomically, write_jsonl
-from vit.report.runs import flag_defaults, sweep_report
-from vit.report.tables import plural, ranking_key, read_run, short_float
+from vit.report.reading import read_run
+from vit.report.sweep import flag_defaults, sweep_report
+from vit.report.tables import plural, ranking_key, short_float
 from vit.settings import AUGMENTATION_DEFAULTS
 from vit.system import memory_limit
 

@@ -2,9 +2,10 @@
 
 import pickle
 from pathlib import Path
-import numpy as np
-from vit.data.dataset import DataError, ImageDataset, Split
 
+import numpy as np
+
+from vit.data.dataset import DataError, ImageDataset, Split
 
 CIFAR10_FOLDER = "cifar-10-batches-py"
 

@@ -1,12 +1,10 @@
 """A data set in memory: splits of images and labels, and how they are cut."""
 
-from dataclasses import dataclass
-import numpy as np
-from dataclasses import replace
-from pathlib import Path
 import os
-from dataclasses import field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy as np
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 

@@ -1,18 +1,17 @@
 """Decoding image files to RGB, and keeping a data set decoded in memory."""
 
-from PIL import Image
-from PIL import ExifTags
-from PIL import ImageOps
-import numpy as np
 import io
 import os
-from dataclasses import replace
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
 from vit.data.dataset import DataError, ImageDataset, Split, shorten_list
 from vit.data.transforms import RandomResizedCrop, Resize
 from vit.system import memory_limit
-
 
 MAX_CACHED_TRAIN_IMAGES = (
     200_000  # images; a training split of more is not read whole before training: that would take minutes

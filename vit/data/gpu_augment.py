@@ -2,8 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from vit.data.transforms import hash_seed
 
+from vit.data.transforms import hash_seed
 
 _MASK = 2**32 - 1
 

@@ -7,14 +7,12 @@ bronzed instead, and background, light and white balance vary far more. A mean
 colour or a thumbnail therefore says little; texture has to be learned.
 """
 
-import numpy as np
-from PIL import Image
-from PIL import ImageDraw
-from PIL import ImageFilter
-from pathlib import Path
 import json
 import tempfile
+from pathlib import Path
 
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
 
 LABELS = ("angular_leaf_spot", "bean_rust", "healthy")  # names and order of Beans
 

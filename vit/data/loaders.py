@@ -1,17 +1,18 @@
 """Batches of a data set: from device memory, from loader workers, or synthetic."""
 
-import torch
-import os
-from torch.utils.data import DataLoader
-import numpy as np
-from collections.abc import Iterable
-from collections.abc import Iterator
 import itertools
-from vit.data.dataset import DataError, IGNORE_INDEX, ImageDataset, Split
-from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop
+import os
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from vit.data.dataset import IGNORE_INDEX, DataError, ImageDataset, Split
 from vit.data.decode import open_image
-from vit.layout import ParallelLayout
 from vit.data.gpu_augment import BatchAugment
+from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop
+from vit.layout import ParallelLayout
 
 
 class BatchDataset(torch.utils.data.Dataset):

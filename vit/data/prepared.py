@@ -6,14 +6,15 @@ train.npz            of each image: part, offset and length (bytes), height and 
 train-00000.bin ...  the images of each part one behind the other: uint8 RGB, or JPEG files
 """
 
-import numpy as np
-from pathlib import Path
-import os
 import json
+import os
 import zipfile
-from vit.files import write_atomically
-from vit.data.dataset import DataError, Split
+from pathlib import Path
 
+import numpy as np
+
+from vit.data.dataset import DataError, Split
+from vit.files import write_atomically
 
 PREPARED_INDEX = "prepared.json"  # in a folder that prepare_images.py wrote (packed.py)
 

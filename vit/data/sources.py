@@ -1,13 +1,14 @@
 """Where images come from: folders, parquet or arrow files, saved data sets, the hub."""
 
-from pathlib import Path
-import os
-import numpy as np
 import itertools
+import os
 from collections.abc import Iterator
-from vit.data.prepared import PREPARED_INDEX
-from vit.data.dataset import DataError, IMAGE_SUFFIXES, PathArray, Split
+from pathlib import Path
 
+import numpy as np
+
+from vit.data.dataset import IMAGE_SUFFIXES, DataError, PathArray, Split
+from vit.data.prepared import PREPARED_INDEX
 
 SPLIT_ALIASES = {
     "train": "train",

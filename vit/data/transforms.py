@@ -1,13 +1,15 @@
 """Resizing, cropping and random augmentation of one image on the CPU."""
 
+import functools
+import hashlib
+from contextlib import contextmanager
 from dataclasses import dataclass
-from PIL import Image
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-import functools
-from contextlib import contextmanager
-import hashlib
+from PIL import Image
+
 from vit.data.dataset import DataError
 
 

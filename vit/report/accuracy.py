@@ -7,33 +7,52 @@ from statistics import mean, median
 
 from vit.config import FIELDS, MAY_CHANGE_ON_RESUME
 from vit.files import write_atomically
-from vit.report.charts import new_figure, save_figure
-from vit.report.tables import machine_sentences, markdown_table, mean_std, read_runs
+from vit.report.charts import learning_curves, line_style
+from vit.report.reading import by_section, headed, read_runs
+from vit.report.tables import machine_sentences, markdown_table, mean_std
 
 
 def accuracy_report(folder: Path) -> None:
-    """table.md and epochs.png of the finished runs of train.py in ``folder``.
-
-    Those that differ only in their seed are one row.
+    """table.md and epochs.png of the finished runs of train.py in ``folder``, a part of each for each
+    section.
     """
     from vit.console import exit_with_errors
 
+    runs = [
+        run for run in read_runs(folder) if run["status"] == "finished" and "NUM_EPOCHS" in run["settings"]
+    ]
+    if not runs:
+        exit_with_errors(f"{folder}: holds no finished runs of run_accuracy.sh")
+    texts, curves = [], {}
+    for section, members in by_section(runs).items():
+        names, ranked = accuracy_groups(members)
+        texts.append(accuracy_text(headed("From scratch", section), names, ranked))
+        curves[section.replace("_", " ")] = accuracy_lines(names, ranked)
+    write_atomically(folder / "table.md", "\n".join("\n\n".join(text) + "\n" for text in texts))
+    learning_curves(curves, folder / "epochs.png", "", "evaluation")
+    print("\n\n".join(part for text in texts for part in text[:2]))
+    print(f"table.md and epochs.png in {folder}")
+
+
+def accuracy_groups(runs: list[dict]) -> tuple[list[str], list[list[dict]]]:
+    """Runs that differ only in their seed together, by their accuracy. -> (name of each group, groups)"""
     usual = {
         name: default for name, (default, _) in FIELDS.items() if name not in MAY_CHANGE_ON_RESUME
     }  # an older run has not all names
     groups: dict[str, list[dict]] = {}
-    for run in read_runs(folder):
-        if run["status"] == "finished" and "NUM_EPOCHS" in run["settings"]:
-            own = run["settings"] = usual | run["settings"]
-            groups.setdefault(
-                json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []
-            ).append(run)
-    if not groups:
-        exit_with_errors(f"{folder}: holds no finished runs of run_accuracy.sh")
+    for run in runs:
+        own = run["settings"] = usual | run["settings"]
+        groups.setdefault(
+            json.dumps([own | {"SEED": None}, run["environment"]["hardware"]], sort_keys=True), []
+        ).append(run)
     ranked = sorted(groups.values(), key=lambda group: -mean(run["epochs"][-1]["accuracy"] for run in group))
+    return [group[0]["name"].removesuffix(f"_seed{group[0]['settings']['SEED']}") for group in ranked], ranked
+
+
+def accuracy_text(heading: str, names: list[str], ranked: list[list[dict]]) -> list[str]:
+    """One section of table.md, in paragraphs: heading, table, how to read it, provenance."""
     most = max(ranked, key=len)
     reference = most[0]["settings"]
-    names = [group[0]["name"].removesuffix(f"_seed{group[0]['settings']['SEED']}") for group in ranked]
     compared = names[ranked.index(most)]
     rows = []
     for name, group in zip(names, ranked):
@@ -74,8 +93,8 @@ def accuracy_report(folder: Path) -> None:
         for group in ranked
         for run in group
     )
-    text = [
-        "# From scratch",
+    return [
+        heading,
         markdown_table(header, rows),
         "Loss and accuracy are those after the last epoch, on the images that were "
         "evaluated; ± is the standard deviation over the seeds. "
@@ -85,30 +104,15 @@ def accuracy_report(folder: Path) -> None:
         "Commands:",
         "\n".join(commands),
     ]
-    write_atomically(folder / "table.md", "\n\n".join(text) + "\n")
-    figure, axes = new_figure(13, 4, columns=2)
-    for axis, column in zip(axes, ("average_loss", "accuracy")):
-        settled = []  # after a twentieth of the training: the first epochs would press the rest together
-        for i, (label, group) in enumerate(zip(names, ranked)):
-            values = [
-                mean(epoch) for epoch in zip(*([row[column] for row in run["epochs"]] for run in group))
-            ]
-            settled += values[len(values) // 20 :]
-            axis.plot(
-                range(1, len(values) + 1),
-                values,
-                lw=1.2,
-                color=f"C{i % 10}",
-                ls=("-", "--", ":", "-.")[i // 10 % 4],
-                label=label,
-            )
-        margin = 0.03 * (max(settled) - min(settled))
-        axis.set(
-            xlabel="epoch",
-            ylabel=f"{column.replace('average_', '')}, evaluated",
-            ylim=(min(settled) - margin, max(settled) + margin) if margin else None,
-        )
-    axes[1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    save_figure(figure, folder / "epochs.png")
-    print("\n\n".join(text[:2]))
-    print(f"table.md and epochs.png in {folder}")
+
+
+def accuracy_lines(names: list[str], ranked: list[list[dict]]) -> list[dict]:
+    """The lines of `learning_curves`, one a group."""
+    return [
+        line_style(name, i, i // 10)
+        | {
+            column: [[row[column] for row in run["epochs"]] for run in group]
+            for column in ("average_loss", "accuracy")
+        }
+        for i, (name, group) in enumerate(zip(names, ranked))
+    ]

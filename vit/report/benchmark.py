@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from vit.files import read_jsonl, write_atomically, write_csv
-from vit.report.charts import benchmark_bars
+from vit.report.benchmark_charts import benchmark_charts
 from vit.report.tables import markdown_table
 
 # What makes two benchmark rows measurements of the same thing ...
@@ -80,9 +80,7 @@ def latest_rows(rows: list[dict]) -> list[dict]:
 
 
 def benchmark_report(folder: Path) -> None:
-    """table.md, table.csv and three charts from ``folder``/rows.jsonl, one section per model, size and
-    preset.
-    """
+    """table.md, table.csv and charts from ``folder``/rows.jsonl, one section per model, size and preset."""
     from vit.console import exit_with_errors
 
     if not (folder / "rows.jsonl").exists():
@@ -105,15 +103,7 @@ def benchmark_report(folder: Path) -> None:
         text.append(f"## {title}\n\n{section_tables(cases)}")
     write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
     write_csv(folder / "table.csv", rows, without=("kind", "versions", "case"))
-    charts = [
-        name
-        for name, column, label in (
-            ("throughput.png", "images_per_second", "images/s"),
-            ("batches_per_second.png", "steps_per_second", "batches/s"),
-            ("peak_memory.png", "peak_memory_gib", "peak memory, GiB (max over processes)"),
-        )
-        if benchmark_bars(list(sections.items()), column, label, folder / name)
-    ]
+    charts = benchmark_charts(sections, folder)
     print(f"{folder}/table.md, table.csv, {', '.join(charts) or 'no charts: no case ran'}\n")
     print("\n".join(text))
 

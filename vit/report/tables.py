@@ -1,11 +1,6 @@
 """Reading recorded runs, and the parts of text tables."""
 
-import json
-import sys
-from pathlib import Path
 from statistics import mean, stdev
-
-from vit.files import DamagedRows, read_jsonl
 
 
 def plural(number: int, noun: str) -> str:
@@ -30,48 +25,6 @@ def short_float(rate: float) -> str:
     """0.0002 -> 2e-4"""
     mantissa, _, exponent = f"{rate:.6e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def read_run(folder: Path) -> dict:
-    """A run's folder.
-
-    ``status`` finished, failed, unfinished, absent or damaged, its settings and its epochs.
-    """
-    metrics, failure = folder / "metrics.jsonl", folder / "failed.json"
-    try:
-        rows = read_jsonl(metrics) if metrics.exists() else []
-        failed = dict(json.loads(failure.read_text())) if failure.exists() else {}
-    except DamagedRows as error:
-        return {"status": "damaged", "why": str(error), "settings": {}}
-    except (ValueError, TypeError):
-        return {"status": "damaged", "why": f"{failure}: is damaged; remove it", "settings": {}}
-    ended = bool(rows) and rows[-1]["kind"] == "end"
-    first = rows[0] if rows else failed
-    return {
-        "name": folder.name,
-        "status": "finished" if ended else "failed" if failed else "unfinished" if rows else "absent",
-        "started": bool(rows),
-        # the layout is one: it decides the global batch
-        "settings": first.get("settings", {}) | {"layout": first.get("layout")},
-        "environment": {
-            name: first.get(name) for name in ("date", "hardware", "python", "versions", "command")
-        }
-        if rows
-        else None,
-        "epochs": [row for row in rows if row["kind"] == "epoch"],
-        "test": next((row for row in rows if row["kind"] == "test"), None),
-        "exit_status": failed.get("exit_status"),
-        "last_lines": failed.get("last_lines", []),
-    }
-
-
-def read_runs(folder: Path) -> list[dict]:
-    """`read_run` of every folder below, by name; names the damaged ones, which are left out."""
-    runs = [read_run(path) for path in sorted(folder.iterdir()) if path.is_dir()] if folder.is_dir() else []
-    for run in runs:
-        if run["status"] == "damaged":
-            print(f"left out: {run['why']}", file=sys.stderr)
-    return [run for run in runs if run["status"] not in ("absent", "damaged")]
 
 
 def mean_std(values: list[float], form: str) -> str:
