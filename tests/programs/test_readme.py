@@ -1,8 +1,8 @@
 """README.md, docs/ and the notebook: every command is accepted, every relative link exists, every cell runs.
 
-Commands are those of code blocks, and inline code that is a whole command. A shell script runs with a stand-in
-for Python that records what the script would start; that is then checked in this process, as on a machine with
-eight GPUs. Nothing is trained but by the notebook's cells, with few images.
+Commands are those of code blocks, and inline code that is a whole command. A shell script runs with a
+stand-in for Python that records what the script would start; that is then checked in this process, as on a
+machine with eight GPUs. Nothing is trained but by the notebook's cells, with few images.
 """
 
 import importlib
