@@ -1,0 +1,408 @@
+"""README.md, docs/ and the notebook: every command is accepted, every relative link exists, every cell runs.
+
+Commands are those of code blocks, and inline code that is a whole command. A shell script runs with a
+stand-in for Python that records what the script would start; that is then checked in this process, as on a
+machine with eight GPUs. Nothing is trained but by the notebook's cells, with few images.
+"""
+
+import importlib
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import save_tiny_vit, write_folder, write_image
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = next(path for path in (ROOT / "launcher" / "launch.sh", ROOT / "launch.sh") if path.exists())
+NOTEBOOK = ROOT / "notebooks" / "finetune_vit_colab.ipynb"
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "CHANGELOG.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+# links into these are checked as soon as the folder is there
+TO_COME = [name for name in ("vit", "results/beans_folds") if not (ROOT / name).exists()]
+
+# ---------------------------------------- reading the pages
+
+ASSIGNMENT = re.compile(r"[A-Z_]+=")
+PROGRAM = re.compile(r"(.*/)?(python|torchrun|bash)$")
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def split_command(line: str) -> tuple[dict[str, str], list[str]] | None:
+    """(variables, words) of a line that starts a program of this repository; None of any other line."""
+    try:
+        words = shlex.split(line.lstrip("!"), comments=True)
+    except ValueError:  # text with an apostrophe
+        return None
+    variables = {}
+    while words and ASSIGNMENT.match(words[0]):
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
+    starts = len(words) > 1 and PROGRAM.match(words[0])
+    if not starts or not any(re.search(r"\.(py|sh)$", word) or word == "pytest" for word in words[1:]):
+        return None
+    return variables, words
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, line) of every command, each line once."""
+    found = {}
+    for page in PAGES:
+        text = page.read_text()
+        blocks = re.findall(r"^```(?:bash|sh)?\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+        lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+        lines += [code for code in re.findall(r"`([^`\n]+)`", without_code(text)) if "..." not in code]
+        for line in lines:
+            if split_command(line):
+                found.setdefault(re.sub(r"\s+#.*", "", line.strip()), page.name)
+    return [(page, line) for line, page in found.items()]
+
+
+def links() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)]+)\)", without_code(page.read_text())):
+            if not target.startswith(("http:", "https:", "mailto:")):
+                found.append((page.relative_to(ROOT).as_posix(), target))
+    return found
+
+
+def anchors(page: Path) -> set[str]:
+    """GitHub's anchors of the headings."""
+    headings = re.findall(r"^#+ (.+)$", without_code(page.read_text()), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+# ---------------------------------------- what the commands name
+
+
+def write_cifar(folder: Path) -> Path:
+    """torchvision's folder, with ten images a file."""
+    import pickle
+
+    import numpy as np
+
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        batch = {
+            "data": rng.integers(0, 256, (10, 3072), dtype=np.uint8),
+            "labels": list(range(10)),
+            "batch_label": name,
+        }
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = [f"class {i}" for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names, "num_vis": 3072}, protocol=2))
+    return folder
+
+
+def write_imagenet(root: Path) -> Path:
+    """1,000 class folders with one image each, all the same file."""
+    write_image(root / "image.png", 0, 0)
+    for split in ("train", "val"):
+        for i in range(1000):
+            folder = root / split / f"n{i:08d}"
+            folder.mkdir(parents=True)
+            os.link(root / "image.png", folder / "image.png")
+    (root / "image.png").unlink()
+    return root
+
+
+def cached(cache: Path, kind: str, name: str) -> None:
+    """A folder by which a hub name counts as cached; settings are checked without reading it."""
+    (cache / "hub" / f"{kind}s--{name.replace('/', '--')}" / "snapshots" / "main").mkdir(parents=True)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """What stands for /path/to/...; `used`, a folder after a run; and a stand-in for Python."""
+    root = tmp_path_factory.mktemp("readme")
+    named = root / "path" / "to"
+    named.mkdir(parents=True)
+    for name in ("beans", "birds"):
+        write_folder(named / name, {"train": 12, "validation": 6, "test": 6})
+    (named / "birds-parquet").mkdir()
+    (named / "birds-parquet" / "train.parquet").touch()
+    save_tiny_vit(named / "vit-tiny-patch16-224")
+    write_cifar(named / "cifar-10-batches-py")
+    write_imagenet(named / "imagenet")
+    cache = root / "hf"
+    cached(cache, "model", "google/vit-base-patch16-224")
+    for name in ("AI-Lab-Makerere/beans", "lewtun/dog_food"):
+        cached(cache, "dataset", name)
+    save_tiny_vit(root / "used" / "output_model", labels=3)
+    write_image(root / "used" / "leaf.jpg", 0, 1)
+    write_image(root / "used" / "folder" / "leaf.png", 1, 1)
+    # in place of Python: says what launch.sh asks for, and records what it is to start
+    stand_in = root / "python"
+    stand_in.write_text(
+        "#!/bin/bash\n"
+        'case "$1 $2" in\n'
+        '  *"launch.py gpus") echo 8; exit ;;\n'
+        '  *"launch.py port") echo 29500; exit ;;\n'
+        '  *"launch.py hosts") echo 2; exit ;;\n'
+        "esac\n"
+        'printf "%s\\0" "$DATA" "$@" END >>"$RECORD"\n'
+        '[[ " $* " == *" --check_settings "* || "$1" == */report.py ]] || exit 76\n'  # 76: nothing to measure
+    )
+    stand_in.chmod(0o755)
+    return root
+
+
+def pretend_eight_gpus(world: Path, monkeypatch) -> None:
+    """Settings are checked as on such a machine; the hub is out of reach, its cache holds what is named."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "NVIDIA H200")
+    for name in list(os.environ):
+        if name in (
+            "DATA",
+            "CONFIG",
+            "MODEL",
+            "DATASET",
+            "RESULTS",
+            "OUTPUT_PATH",
+            "HF_HUB_CACHE",
+            "HF_DATASETS_CACHE",
+        ):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HOME", str(world / "hf"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+# ---------------------------------------- running a command
+
+
+def run_here(script: Path, argv: list[str], monkeypatch, capsys) -> tuple[int, str]:
+    """A program in this process. -> (exit status, what it printed)"""
+    monkeypatch.setattr(sys, "argv", [str(script), *argv])
+    status = 0
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as end:
+        status = end.code or 0
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def check_sweep(argv: list[str]) -> None:
+    """sweep.py has no --check; its plan checks every run."""
+    name = "vit.sweep" if (ROOT / "vit" / "sweep.py").exists() else "sweep"
+    sweep = importlib.import_module(name)
+    plan = getattr(sweep, "plan_runs", None) or sweep.plan
+    assert plan(*sweep.read_arguments(argv))
+
+
+def check_program(script: str, argv: list[str], world: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    name = Path(script).name
+    if name == "sweep.py":
+        return check_sweep(argv)
+    if name == "prepare_images.py":  # small images, a new folder
+        argv = [str(world / "path/to/birds") if arg.endswith("/imagenet") else arg for arg in argv]
+        argv = [str(tmp_path / "prepared") if arg.endswith("/prepared") else arg for arg in argv] + [
+            "--processes",
+            "1",
+        ]
+    if name in ("vit_train_demo.py", "train.py", "vit_benchmark.py"):
+        if not {"--check", "--check_settings", "--help"} & set(argv):
+            argv = [*argv, "--check"]
+    status, printed = run_here(ROOT / name, argv, monkeypatch, capsys)
+    if name == "report.py":  # with no runs it says so, and does not ask for another command
+        assert status == 0 or "holds no" in printed, printed
+        return
+    assert status == 0 or status == 76 and name == "vit_benchmark.py", printed  # 76: not with this plugin
+
+
+def started_by(
+    words: list[str], variables: dict[str, str], world: Path, tmp_path: Path
+) -> list[tuple[str, list[str]]]:
+    """What a shell script starts: (DATA, the words after Python)."""
+    record = tmp_path / "record"
+    environment = (
+        os.environ | variables | {"INSTALL": "0", "PYTHON": str(world / "python"), "RECORD": str(record)}
+    )
+    done = subprocess.run(
+        ["bash", str(ROOT / words[1]), *words[2:]], env=environment, capture_output=True, text=True
+    )
+    assert record.exists(), done.stderr
+    calls = record.read_text().split("\0END\0")[:-1]
+    return [(data, argv) for data, *argv in (call.split("\0") for call in calls)]
+
+
+@pytest.fixture(scope="module")
+def prepared(world) -> None:
+    """/path/to/prepared, made of /path/to/imagenet."""
+    target = world / "path/to/prepared"
+    command = [
+        sys.executable,
+        str(ROOT / "prepare_images.py"),
+        str(world / "path/to/imagenet"),
+        str(target),
+        "--size",
+        "8",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("page, line", commands(), ids=[f"{page}: {line}" for page, line in commands()])
+def test_command_is_accepted(page, line, world, tmp_path, monkeypatch, capsys, request):
+    if "/path/to/prepared" in line and "prepare_images" not in line:
+        request.getfixturevalue("prepared")
+    if "vit_predict" not in line:  # which computes
+        pretend_eight_gpus(world, monkeypatch)
+    here = tmp_path / "here"
+    if re.search(r"output_model|leaf", line):
+        shutil.copytree(world / "used", here)
+    else:
+        here.mkdir()
+    (here / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(here)
+    variables, words = split_command(line.replace("/path/to/", f"{world}/path/to/"))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if words[0] == "bash":
+        script = ROOT / words[1]
+        subprocess.run(["bash", "-n", str(script)], check=True)
+        known = script.read_text() + LAUNCH.read_text()
+        unknown = [name for name in variables if not re.search(rf"\b{name}\b", known)]
+        assert not unknown, f"{script.name} knows no such variable"
+        if script.name == "test_ci.sh":
+            return
+        for data, (program, *argv) in started_by(words, variables, world, tmp_path):
+            monkeypatch.setenv("DATA", data)
+            check_program(program, argv, world, tmp_path, monkeypatch, capsys)
+        return
+    if "pytest" in words:
+        assert (ROOT / words[-1]).exists()
+        return
+    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script, argv = words[at], words[at + 1 :]
+    if words[0].endswith("torchrun"):
+        options = dict(word.lstrip("-").split("=", 1) for word in words[1:at])
+        argv += ["--world_size", str(int(options.get("nnodes", 1)) * int(options["nproc_per_node"]))]
+    check_program(script, argv, world, tmp_path, monkeypatch, capsys)
+
+
+# ---------------------------------------- links and form
+
+
+@pytest.mark.parametrize("page, target", links(), ids=[f"{page} -> {target}" for page, target in links()])
+def test_link_exists(page, target):
+    path, _, anchor = target.partition("#")
+    linked = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+    inside = linked.relative_to(ROOT).as_posix()
+    if not linked.exists() and any(name.split("/")[0] == inside.split("/")[0] for name in TO_COME):
+        pytest.skip(f"{inside} is not there yet")
+    assert linked.exists()
+    assert not anchor or anchor in anchors(linked)
+
+
+def test_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 110
+
+
+# ---------------------------------------- the notebook
+
+
+def in_fork(script: str, argv: list[str], log: Path) -> int:
+    """A program in a forked process, where the libraries are imported already. -> its exit status"""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
+                sys.argv = [script, *argv]
+                try:
+                    runpy.run_path(script, run_name="__main__")
+                    status = 0
+                except SystemExit as end:
+                    status = end.code or 0
+                except BaseException:
+                    import traceback
+
+                    traceback.print_exc()
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_notebook_cells_run(world, tmp_path, monkeypatch):
+    """On the CPU with vit-demo. What run_demo.sh would launch runs in one process each."""
+    import colossalai.booster.plugin  # noqa: F401  before the forks
+    import transformers.models.vit.modeling_vit  # noqa: F401
+
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert notebook["nbformat"] == 4 and not any(cell.get("outputs") for cell in notebook["cells"])
+    folder = tmp_path / "vit"
+    folder.mkdir()
+    for entry in ROOT.iterdir():
+        if not entry.name.startswith(".") and entry.name != "output_model":
+            (folder / entry.name).symlink_to(entry)
+    images = write_folder(tmp_path / "images", {"train": 40, "validation": 12, "test": 12})
+    environment = {
+        "VIT_FOLDER": folder,
+        "FLAGS": "--max_train_samples 32",
+        "PY": sys.executable,
+        "MPLBACKEND": "Agg",
+        "DATASET": images,
+        "OWN_IMAGES": images,
+        "INSTALL": "0",
+        "EPOCH": "1",
+        "BS": "8",
+        "GPUNUM": "1",
+        "MODEL": "vit-demo",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("PRESET", "PLUGIN", "OUTPUT_PATH", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "auto")  # the cells set the first three; taken back afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)  # taken back too
+    log, started = tmp_path / "log", []
+
+    def shell(line: str) -> None:
+        if not line.startswith("bash run_demo.sh"):
+            subprocess.run(["bash", "-c", line], check=True)
+            return
+        record = tmp_path / f"record_{len(started)}"
+        variables = os.environ | {"PYTHON": str(world / "python"), "RECORD": str(record)}
+        subprocess.run(["bash", "-c", line], env=variables, capture_output=True)
+        [call] = record.read_text().split("\0END\0")[:-1]
+        _, program, *argv = call.split("\0")
+        argv = [arg for arg in argv if arg != "--check"]
+        del argv[argv.index("--world_size") : argv.index("--world_size") + 2]
+        started.append(argv)
+        assert in_fork(program, argv, log) == 0, log.read_text()
+
+    names = {"shell": shell, "__name__": "__main__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "code":
+            source = re.sub(
+                r"^(\s*)!(.*)$",
+                lambda m: f"{m[1]}shell({m[2]!r})",
+                "".join(cell["source"]),
+                flags=re.MULTILINE,
+            )
+            exec(compile(source, cell["id"], "exec"), names)
+    assert len(started) == 4  # the plan, two plugins, own images
+    assert [len(names["predictions"]), (folder / "export" / "checkpoints").exists()] == [6, False]
+    assert (folder / "export.zip").exists()
+    shutil.rmtree(folder)
