@@ -1,200 +1,190 @@
-"""Every command line of this example, and every check that needs no process group.
+"""The command lines of the programs: flags, the defaults that follow from the machine, and `Settings`.
 
-All bad settings are reported together, each with its flag, its value and a mend, before anything is launched.
+All bad settings are reported together, each with its flag, its value and a fix, before anything is launched.
+To add a flag: a field of `Settings` (vit/settings.py), a line in a `add_..._flags` function here, a rule in
+vit/checks.py if a value can be wrong, a test, and a line in docs/. `resolve` fills in what the machine decides.
 """
 
+from __future__ import annotations
+
 import argparse
-import math
 import os
-import re
-from argparse import Namespace
-from importlib.util import find_spec
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from launch import resolves
-from vit.checks import check_data, check_hub, check_model, check_output, check_push
-from vit.config import ConfigError, config_layout, config_problems, load_config, recorded_settings
+from vit import hub
+from vit.checks import (
+    data_problems,
+    finetune_problems,
+    hub_problems,
+    model_problems,
+    names_on_hub,
+    output_problems,
+    plugin_problems,
+)
+from vit.config import ConfigError, load_config
+from vit.config_settings import config_problems, to_settings
 from vit.console import exit_with_errors, rank
-from vit.data.cifar10 import CIFAR10_FOLDER
-from vit.data.dataset import DataError
 from vit.data.sources import DEMO_DATASET
 from vit.data.transforms import POLICIES
 from vit.layout import ParallelLayout
-from vit.model import PRESETS, known_architecture
-from vit.settings import MESH_MODES, PLUGIN_PRECISIONS
-from vit.system import gpu_count, gpu_has_bf16
+from vit.parallel.plugins import PLUGINS
+from vit.presets import PRESETS, known_architecture
+from vit.settings import DEFAULTS, Settings
+from vit.system import Machine, host_exists, this_machine
+from vit.validate import Number, OneOf, fraction, positive
 
-# The published runs fine-tune on Beans; the demo trains a small ViT from scratch on drawn leaves.
-MACHINE_DEFAULTS = {
-    "fine-tune": dict(
-        batch_size=32, learning_rate=1e-4, num_epoch=3, weight_decay=0.05, warmup_ratio=0.3, augment=False
-    ),
-    "demo": dict(
-        batch_size=32, learning_rate=5e-4, num_epoch=8, weight_decay=0.05, warmup_ratio=0.3, augment=False
-    ),
+# The published runs fine-tune a pretrained ViT; vit-demo is trained from scratch on synthetic leaf images.
+TRAINING_DEFAULTS = {
+    "batch_size": 32,
+    "learning_rate": 1e-4,
+    "num_epoch": 3,
+    "weight_decay": 0.05,
+    "warmup_ratio": 0.3,
+    "augment": False,
 }
+DEMO_DEFAULTS = TRAINING_DEFAULTS | {"learning_rate": 5e-4, "num_epoch": 8}
+DEMO_MODEL, BASE_MODEL, BASE_DATASET = "vit-demo", "google/vit-base-patch16-224", "AI-Lab-Makerere/beans"
+SEED = Number(int, low=0, high=2**31 - 1)
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Shows a default that is a value; one that follows from something is named in the help text."""
+
+    def _get_help_string(self, action):
+        text = action.help or ""
+        shows = action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [])
+        return text if "default:" in text or not shows else f"{text} (default: %(default)s)"
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but bad values are collected instead of ending the program at the first one."""
+    """argparse, but bad values are collected in ``problems`` instead of ending the program at the first one."""
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(
-            *args, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False, **kwargs
-        )
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
         self.problems: list[str] = []
+        self.section = self  # where `add` puts flags
 
-    def number(self, flag: str, kind, low=None, high=None, above=None, auto=False, **kwargs):
-        """A flag for a bounded number; ``auto`` accepts the word and stores None."""
+    def group(self, title: str) -> None:
+        """Start a group of flags in --help."""
+        self.section = self.add_argument_group(title)
+
+    def add(self, flag: str, kind, help: str, auto: bool = False, **options) -> None:
+        """A flag.
+
+        Args:
+            kind: a `Number` or `OneOf`, str, or bool for ``--x`` and ``--no-x``.
+            auto: the word `auto` stands for the default.
+            options: of argparse; the default is that of the field in `Settings`, if there is one.
+        """
+        options.setdefault("default", DEFAULTS.get(flag.lstrip("-")))
+        if kind is bool:
+            self.section.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **options)
+            return
 
         def convert(text: str):
             if auto and text == "auto":
                 return None
-            try:
-                value = kind(text)
-            except ValueError:
-                value = None
-            bad = (
-                value is None
-                or not math.isfinite(value)
-                or (low is not None and value < low)
-                or (high is not None and value > high)
-                or (above is not None and value <= above)
-            )
-            if bad:
-                bounds = [
-                    f">= {low}" * (low is not None),
-                    f"> {above}" * (above is not None),
-                    f"<= {high}" * (high is not None),
-                ]
-                what = "a whole number" if kind is int else "a number"
-                self.problems.append(
-                    f"{flag} {text}: must be {what} {' and '.join(filter(None, bounds))}".rstrip()
-                )
-                return kwargs.get("default")
+            if kind is str:
+                return text
+            value = kind.parse(text)
+            if problem := kind.problem(value):
+                self.problems.append(f"{flag} {text}: {problem}")
+                return None if "nargs" in options else options["default"]
             return value
 
-        self.add_argument(flag, type=convert, metavar=kind.__name__.upper(), **kwargs)
-
-    def numbers(self, flag: str, kind, low, default, **kwargs):
-        """A flag for one or more bounded numbers."""
-
-        def convert(text: str):
-            if not text.isdigit() or kind(text) < low:
-                self.problems.append(f"{flag} {text}: must be whole numbers >= {low}")
-                return default[0]
-            return kind(text)
-
-        self.add_argument(
-            flag, type=convert, nargs="+", default=default, metavar=kind.__name__.upper(), **kwargs
-        )
-
-    def choice(self, flag: str, choices, auto=False, **kwargs):
-        """A flag for one of ``choices``."""
-
-        def convert(text: str):
-            if auto and text == "auto":
-                return None
-            if text not in choices:
-                self.problems.append(f"{flag} {text}: must be one of {', '.join(choices)}")
-                return kwargs.get("default")
-            return text
-
-        self.add_argument(flag, type=convert, metavar="{" + ",".join(choices) + "}", **kwargs)
-
-    def switch(self, flag: str, **kwargs):
-        """``--x`` and ``--no-x``."""
-        self.add_argument(flag, action=argparse.BooleanOptionalAction, **kwargs)
-
-    def text(self, flag: str, auto=False, **kwargs):
-        """A path or a name; ``auto`` stores None."""
-        self.add_argument(flag, type=lambda value: None if auto and value == "auto" else value, **kwargs)
+        if isinstance(kind, OneOf):
+            options["metavar"] = "{" + ",".join(kind.choices) + "}"
+        elif isinstance(kind, Number):
+            options["metavar"] = kind.kind.__name__.upper()
+        self.section.add_argument(flag, type=convert, help=help, **options)
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
         if unknown:
             self.problems.append(f"{' '.join(unknown)}: no such option (see --help)")
-        args.notes = []  # one line each, printed with the plan
         return args
 
 
-def add_parallel_flags(parser: Parser) -> None:
-    """Plugin, precision, layout and memory: the same for training and for the benchmark."""
-    parser.choice(
-        "--preset",
-        ("published", "fast", "cpu"),
+# ---- flags
+
+
+def add_plugin_flags(add) -> None:
+    """The flags of parallelism, precision and memory that everybody needs."""
+    add(
+        "--plugin",
+        OneOf(tuple(PLUGINS)),
+        "training strategy; none: plain PyTorch (default: gemini with a GPU, torch_ddp without)",
         auto=True,
-        help="published: the published runs' precision, gradient checkpointing and offload; fast: "
+    )
+    add(
+        "--preset",
+        OneOf(("published", "fast", "cpu")),
+        "published: the published runs' precision, gradient checkpointing and offload; fast: "
         "16 bit without either; cpu: 32 bit without either (default: published with a GPU, "
         "cpu without)",
+        auto=True,
     )
-    parser.choice(
-        "--precision", ("fp32", "fp16", "bf16"), auto=True, help="default: the preset's for this plugin"
+
+
+def add_parallel_flags(parser: Parser) -> None:
+    """Precision, layout and memory: the same for training and for the benchmark."""
+    add = parser.add
+    add(
+        "--precision",
+        OneOf(("fp32", "fp16", "bf16")),
+        "number format of forward and backward pass (default: the preset's for this plugin)",
+        auto=True,
     )
-    parser.number("--tp_size", int, low=1, default=1, help="tensor-parallel processes (hybrid_parallel)")
-    parser.number("--pp_size", int, low=1, default=1, help="pipeline stages (hybrid_parallel)")
-    parser.number(
+    add("--tp_size", positive(), "tensor-parallel size: ranks that share each layer (hybrid_parallel)")
+    add("--pp_size", positive(), "pipeline-parallel size: stages of layers (hybrid_parallel)")
+    add(
         "--num_microbatches",
-        int,
-        low=1,
+        positive(),
+        "micro-batches of a pipeline's batch (default: the largest divisor of the batch up to 4 per stage)",
         auto=True,
-        help="micro-batches of a pipeline's batch (default: the largest divisor of the batch up "
-        "to 4 per stage)",
     )
-    parser.number(
+    add(
         "--zero_stage",
-        int,
-        low=0,
-        high=2,
-        auto=True,
-        help="what low_level_zero (1, 2) and hybrid_parallel (0, 1, 2) shard: 1 optimizer states, "
+        Number(int, low=0, high=2),
+        "what low_level_zero (1, 2) and hybrid_parallel (0, 1, 2) shard: 1 optimizer states, "
         "2 gradients too (default: 1; 0)",
-    )
-    parser.choice(
-        "--placement_policy", ("static", "auto"), default="static", help="gemini's placement of parameters"
-    )
-    parser.number(
-        "--offload_optim_frac",
-        float,
-        low=0,
-        high=1,
         auto=True,
-        help="part of the optimizer states kept in CPU memory (default: the preset's)",
     )
-    parser.number(
-        "--offload_param_frac",
-        float,
-        low=0,
-        high=1,
-        default=0.0,
-        help="part of gemini's parameters kept in CPU memory",
+    add("--placement_policy", OneOf(("static", "auto")), "gemini's placement of parameters")
+    add(
+        "--offload_optim_frac",
+        fraction(1),
+        "part of the optimizer states kept in CPU memory (default: the preset's)",
+        auto=True,
     )
-    parser.choice(
-        "--optimizer",
-        ("adamw", "hybrid_adam"),
-        default="adamw",
-        help="torch's fused AdamW, or Colossal-AI's HybridAdam (compiles its kernels at first use)",
-    )
-    parser.switch(
-        "--grad_checkpoint",
-        default=None,
-        help="recompute activations in the backward pass (default: the preset's)",
-    )
-    parser.switch("--compile", default=False, help="torch.compile each transformer layer")
-    parser.switch(
+    add("--offload_param_frac", fraction(1), "part of gemini's parameters kept in CPU memory")
+    add("--grad_checkpoint", bool, "recompute activations in the backward pass (default: the preset's)")
+    add("--compile", bool, "torch.compile each transformer layer")
+    add(
         "--cuda_graphs",
-        default=False,
-        help="compile, and replay a step (torch_ddp, none) or the model as CUDA graphs: for small "
+        bool,
+        "compile, and replay a step (torch_ddp, none) or the model as CUDA graphs: for small "
         "batches, where starting kernels takes longer than running them",
     )
-    parser.number("--max_norm", float, low=0, default=0.0, help="clip gradients to this norm; 0: no clipping")
-    parser.number(
-        "--gradient_accumulation_steps", int, low=1, default=1, help="batches summed up into one step"
+
+
+def add_optimizer_flags(parser: Parser) -> None:
+    add = parser.add
+    add("--gradient_accumulation_steps", positive(), "batches added up into one optimizer step")
+    add("--max_norm", Number(float, low=0), "clip gradients to this norm; 0: no clipping")
+    add(
+        "--optimizer",
+        OneOf(("adamw", "hybrid_adam")),
+        "torch's fused AdamW, or Colossal-AI's HybridAdam (compiles its kernels at first use)",
     )
-    parser.number(
-        "--world_size", int, low=1, help="processes this will run on; known by itself inside a launch"
+
+
+def add_launch_flags(parser: Parser) -> None:
+    parser.add(
+        "--world_size", positive(), "processes this will run on (default: those of the launch)", default=None
     )
-    parser.add_argument(
+    parser.section.add_argument(
         "--check", action="store_true", help="check the settings and stop (used before a launch)"
     )
 
@@ -203,474 +193,258 @@ def finetune_parser() -> Parser:
     parser = Parser(
         prog="vit_train_demo.py", description="Fine-tune a Vision Transformer with a Colossal-AI plugin."
     )
-    parser.text(
+    add = parser.add
+    parser.group("most used")
+    add(
         "--model_name_or_path",
+        str,
+        f"hub name, local folder, or preset ({', '.join(PRESETS)}) (default: {BASE_MODEL} "
+        f"with a GPU, {DEMO_MODEL} without)",
         auto=True,
-        help=f"hub name, local folder, or preset ({', '.join(PRESETS)}) (default: "
-        "google/vit-base-patch16-224 with a GPU, vit-demo without)",
     )
-    parser.text(
+    add(
         "--dataset",
+        str,
+        f"hub name, local folder, parquet or arrow files, or {DEMO_DATASET} (default: "
+        f"{BASE_DATASET} with a GPU, {DEMO_DATASET} without)",
         auto=True,
-        help=f"hub name, local folder, parquet or arrow files, or {DEMO_DATASET} (default: "
-        f"AI-Lab-Makerere/beans with a GPU, {DEMO_DATASET} without)",
     )
-    parser.text("--output_path", default="./output_model", help="folder of the result")
-    parser.choice(
-        "--plugin", tuple(PLUGIN_PRECISIONS), auto=True, help="default: gemini with a GPU, torch_ddp without"
+    add("--output_path", str, "folder of the result")
+    add_plugin_flags(add)
+    add("--batch_size", positive(), "images per data-parallel rank and batch (default: 32)", auto=True)
+    add("--learning_rate", positive(float), "peak, before scaling (default: 1e-4; vit-demo 5e-4)", auto=True)
+    add("--num_epoch", positive(), "passes over the training images (default: 3; vit-demo 8)", auto=True)
+    add(
+        "--image_size",
+        Number(int, low=8),
+        "pixels; position embeddings are interpolated (default: the model's)",
     )
-    add_parallel_flags(parser)
-    parser.number(
-        "--batch_size", int, low=1, auto=True, help="images per data-parallel group and batch (default: 32)"
+    add(
+        "--resume",
+        str,
+        "`auto` (the newest checkpoint in the output folder, if any) or the path of a checkpoint",
     )
-    parser.number(
-        "--learning_rate",
-        float,
-        above=0,
-        auto=True,
-        help="peak, before scaling (default: 1e-4; vit-demo 5e-4)",
+
+    parser.group("data")
+    add("--image_column", str, "column of the images (default: found by its type)")
+    add("--label_column", str, "column of the labels (default: found by its type)")
+    add(
+        "--validation_fraction",
+        positive(float, high=0.9),
+        "held out of train where there is no validation split",
     )
-    parser.switch(
-        "--scale_lr", default=True, help="multiply the learning rate by the number of data-parallel groups"
+    add(
+        "--fold",
+        str,
+        "validate on fold K of N equal parts of the training split, and use no other split: "
+        "to choose settings by",
+        metavar="K/N",
     )
-    parser.number("--num_epoch", int, low=1, auto=True, help="default: 3; vit-demo 8")
-    parser.number(
+    add("--skip_bad_images", bool, "leave out unreadable images, named and counted")
+    add("--max_train_samples", positive(), "train on this many images (default: all)")
+    add("--max_eval_samples", positive(), "evaluate on this many images of each split (default: all)")
+    add(
+        "--data_memory",
+        positive(float),
+        "GiB that a machine may spend on decoded images (default: a quarter of its memory)",
+    )
+    add(
+        "--num_workers",
+        Number(int, low=0, high=64),
+        "data-loading processes of each process (default: by the cores)",
+    )
+
+    parser.group("optimisation")
+    add("--scale_lr", bool, "multiply the learning rate by the data-parallel size (default: yes)")
+    add(
         "--weight_decay",
-        float,
-        low=0,
+        Number(float, low=0),
+        "of matrices; biases, LayerNorms and embeddings have none (default: 0.05)",
         auto=True,
-        help="of matrices; biases, LayerNorms and embeddings have none (default: 0.05)",
     )
-    parser.number("--warmup_ratio", float, low=0, high=1, auto=True, help="part of the steps (default: 0.3)")
-    parser.number(
-        "--seed", int, low=0, high=2**31 - 1, default=42, help="of initial weights, order and augmentation"
+    add(
+        "--warmup_ratio",
+        fraction(1),
+        "part of the steps over which the learning rate rises (default: 0.3)",
+        auto=True,
     )
-    parser.number(
-        "--image_size", int, low=8, help="pixels; position embeddings are interpolated (default: the model's)"
-    )
-    parser.switch("--augment", default=None, help="random resized crop and flip (default: off, as published)")
-    parser.choice(
-        "--auto_augment",
-        tuple(POLICIES),
-        help="with --augment: torchvision's TrivialAugmentWide or RandAugment after the crop",
-    )
-    parser.number(
-        "--label_smoothing",
-        float,
-        low=0,
-        high=0.99,
-        default=0.0,
-        help="part of each label spread over all classes in training",
-    )
-    parser.number(
-        "--layer_decay",
-        float,
-        above=0,
-        high=1,
-        default=1.0,
-        help="learning rate of a layer over that of the layer above it",
-    )
-    parser.number(
-        "--drop_path",
-        float,
-        low=0,
-        high=0.99,
-        default=0.0,
-        help="chance that an image skips the last layer's branches in training; falls linearly to "
-        "0 at the first",
-    )
-    parser.number(
-        "--mixup", float, low=0, default=0.0, help="alpha of mixing two images and their labels; 0: never"
-    )
-    parser.number(
-        "--cutmix",
-        float,
-        low=0,
-        default=0.0,
-        help="alpha of pasting a part of one image into another; 0: never; with --mixup one of "
-        "the two at random",
-    )
-    parser.number(
+    add_optimizer_flags(parser)
+    add("--layer_decay", positive(float, high=1), "learning rate of a layer over that of the layer above it")
+    add(
         "--ema",
-        float,
-        low=0,
-        high=0.99999,
-        default=0.0,
-        help="evaluate and export weights averaged over the steps with this decay; 0: the weights themselves",
+        fraction(0.99999),
+        "evaluate and export weights averaged over the steps with this decay; 0: the weights themselves",
     )
-    parser.choice(
+    add(
         "--keep",
-        ("best", "last"),
-        default="best",
-        help="epoch that is tested and exported: the best by validation, whose accuracy there "
+        OneOf(("best", "last")),
+        "epoch that is tested and exported: the best by validation, whose accuracy there "
         "that flatters, or the last",
     )
-    parser.text("--image_column", help="column of the images (default: found by its type)")
-    parser.text("--label_column", help="column of the labels (default: found by its type)")
-    parser.number(
-        "--validation_fraction",
-        float,
-        above=0,
-        high=0.9,
-        default=0.1,
-        help="held out of train where there is no validation split",
+    add("--seed", SEED, "of initial weights, order and augmentation")
+
+    parser.group("augmentation and regularisation")
+    add("--augment", bool, "random resized crop and flip (default: off, as published)")
+    add(
+        "--auto_augment",
+        OneOf(tuple(POLICIES)),
+        "with --augment: torchvision's TrivialAugmentWide or RandAugment after the crop",
     )
-    parser.text(
-        "--fold",
-        metavar="K/N",
-        help="validate on part K of N equal parts of the training split, and use no other split: "
-        "to choose settings by",
+    add("--label_smoothing", fraction(), "part of each label spread over all classes in training")
+    add(
+        "--drop_path",
+        fraction(),
+        "chance that an image skips the last layer's branches in training; falls linearly to 0 at the first",
     )
-    parser.switch("--skip_bad_images", default=False, help="leave out unreadable images, named and counted")
-    parser.number("--max_train_samples", int, low=1, help="train on this many images")
-    parser.number("--max_eval_samples", int, low=1, help="evaluate on this many images of each split")
-    parser.number(
-        "--data_memory",
-        float,
-        above=0,
-        help="GiB a machine may spend on decoded images (default: a quarter of its memory)",
+    add("--mixup", Number(float, low=0), "alpha of mixing two images and their labels; 0: never")
+    add(
+        "--cutmix",
+        Number(float, low=0),
+        "alpha of pasting a part of one image into another; 0: never; with --mixup one of the two at random",
     )
-    parser.number(
-        "--num_workers",
-        int,
-        low=0,
-        high=64,
-        help="data-loading processes per process (default: by the cores)",
-    )
-    parser.text(
-        "--resume", help="`auto` (the newest checkpoint in the output folder, if any) or a checkpoint's path"
-    )
-    parser.number(
-        "--checkpoint_steps",
-        int,
-        low=0,
-        default=0,
-        help="also save every this many steps; 0: only after each epoch",
-    )
-    parser.number(
-        "--keep_checkpoints",
-        int,
-        low=0,
-        default=1,
-        help="newest checkpoints kept, beside the best epoch's; 0: none once the run is complete",
-    )
-    parser.switch(
-        "--overwrite_output", default=False, help="replace a finished or interrupted run in the output folder"
-    )
-    parser.switch("--tensorboard", default=False, help="write event files to OUTPUT_PATH/tensorboard")
-    parser.text(
-        "--push_to_hub",
-        metavar="OWNER/NAME",
-        help="upload the result to this model repository of the HuggingFace hub",
-    )
-    parser.switch("--eval_only", default=False, help="evaluate the model on validation and test, and stop")
-    parser.switch("--dry_run", default=False, help="print the plan and stop")
-    return parser
 
-
-def parse_finetune(argv: list[str] | None = None) -> argparse.Namespace:
-    """The settings of vit_train_demo.py, resolved and checked; ends the program with every problem otherwise.
-
-    ``args.layout`` is the parallel layout, ``args.notes`` what the user should know.
-    """
-    parser = finetune_parser()
-    args = parser.parse(argv)
-    problems = parser.problems
-    gpus = gpu_count()
-    if args.model_name_or_path is None:
-        args.model_name_or_path = "google/vit-base-patch16-224" if gpus else "vit-demo"
-    if args.dataset is None:
-        demo = args.model_name_or_path == "vit-demo"
-        args.dataset = DEMO_DATASET if demo else "AI-Lab-Makerere/beans"
-    if not gpus and args.model_name_or_path == "vit-demo" and args.dataset == DEMO_DATASET:
-        args.notes.append(
-            "no GPU: training the small embedded model on drawn leaf images (MODEL and DATASET choose others)"
-        )
-    if args.plugin is None:
-        args.plugin = "gemini" if gpus else "torch_ddp"
-    recipe = MACHINE_DEFAULTS["demo" if args.model_name_or_path == "vit-demo" else "fine-tune"]
-    for name, value in recipe.items():
-        if getattr(args, name) is None:
-            setattr(args, name, value)
-    resolve_parallel(args, problems, gpus)
-    if args.layer_decay < 1 and args.zero_stage and args.pp_size > 1:
-        problems.append(
-            f"--layer_decay {args.layer_decay}: the library's ZeRO wants a part of every "
-            "parameter group on each pipeline stage; use --zero_stage 0 or PP_SIZE=1"
-        )
-    if args.auto_augment and not args.augment:
-        problems.append(f"--auto_augment {args.auto_augment}: follows the random crop; add --augment")
-    fold = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", args.fold or "1/2")
-    if not fold or not 2 <= int(fold[2]) <= 100 or int(fold[1]) > int(fold[2]):
-        problems.append(f"--fold {args.fold}: must be K/N, part K of N from 2 to 100, such as 1/5")
-    check_model(args, problems)
-    check_data(args, problems)
-    check_hub(args, problems)
-    check_push(args, problems)
-    check_output(args, problems)
-    finish(args, problems)
-    return args
-
-
-def finish(args, problems: list[str]) -> None:
-    """Report all problems, or stop here after a mere check."""
-    if problems:
-        exit_with_errors(*problems)
-    if args.check:
-        raise SystemExit(0)
-
-
-def resolve_parallel(args, problems: list[str], gpus: int) -> None:
-    """Fill in what the preset decides and refuse what the plugin, the layout or the device cannot do."""
-    launched = "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if launched else (args.world_size or 1)
-    on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if gpus and on_this_machine > gpus:
-        problems.append(
-            f"{on_this_machine} processes on a machine with {gpus} GPU(s): set GPUNUM to at most {gpus}"
-        )
-    if args.preset is None:
-        args.preset = "published" if gpus else "cpu"
-    hybrid = args.plugin == "hybrid_parallel"
-    if not hybrid and args.tp_size * args.pp_size > 1:
-        args.notes.append(
-            f"TP_SIZE and PP_SIZE are for hybrid_parallel; {args.plugin} runs data parallel on all {world}"
-        )
-        args.tp_size = args.pp_size = 1
-    args.layout = ParallelLayout(world, args.tp_size, args.pp_size, int(os.environ.get("RANK", 0)))
-    problems += args.layout.problems()
-
-    allowed = PLUGIN_PRECISIONS[args.plugin]
-    if args.precision is None:
-        has_bf16 = gpus and gpu_has_bf16()
-        wanted = {"published": allowed[0], "cpu": "fp32", "fast": "bf16" if has_bf16 or not gpus else "fp16"}[
-            args.preset
-        ]
-        if args.preset == "cpu" and args.plugin == "gemini":
-            wanted = "bf16"  # gemini has no fp32; CPUs add bf16 faster than fp16
-        args.precision = wanted if wanted in allowed else allowed[0]
-    elif args.precision not in allowed:
-        mend = "use torch_ddp for it" if args.plugin == "torch_ddp_fp16" else f"choose {' or '.join(allowed)}"
-        if args.plugin == "torch_ddp":
-            mend = "use torch_ddp_fp16 for it"
-        problems.append(f"--precision {args.precision}: {args.plugin} trains in {', '.join(allowed)}; {mend}")
-    if args.precision == "bf16" and gpus and not gpu_has_bf16():
-        problems.append(
-            "--precision bf16: this GPU has no bf16 units (they came with Ampere); use --precision fp16"
-        )
-
-    if args.zero_stage is None:
-        args.zero_stage = 1 if args.plugin == "low_level_zero" else 0
-    elif args.plugin == "low_level_zero" and args.zero_stage == 0:
-        problems.append(
-            "--zero_stage 0: low_level_zero shards something by definition; use 1 or 2, or torch_ddp"
-        )
-    elif args.plugin not in ("low_level_zero", "hybrid_parallel"):
-        args.notes.append(f"--zero_stage is for low_level_zero and hybrid_parallel; {args.plugin} ignores it")
-        args.zero_stage = 0
-    if hybrid and args.zero_stage and args.layout.dp == 1:
-        args.notes.append("--zero_stage: nothing to shard with one data-parallel group; ZeRO is off")
-        args.zero_stage = 0
-    if hybrid and args.zero_stage and args.precision == "fp32":
-        problems.append(
-            "--zero_stage with --precision fp32: hybrid_parallel shards 16-bit training only; "
-            "use bf16 or fp16"
-        )
-
-    if args.grad_checkpoint is None:
-        args.grad_checkpoint = args.preset == "published"
-    if args.offload_optim_frac is None:
-        args.offload_optim_frac = (
-            1.0 if args.preset == "published" and args.plugin == "gemini" and gpus else 0.0
-        )
-    for flag in ("offload_optim_frac", "offload_param_frac"):
-        if getattr(args, flag) and not gpus:
-            problems.append(f"--{flag} {getattr(args, flag)}: there is no GPU to offload from; set it to 0")
-    if args.offload_param_frac and args.plugin != "gemini":
-        problems.append(f"--offload_param_frac {args.offload_param_frac}: only gemini offloads parameters")
-    if args.offload_optim_frac and args.plugin in ("torch_ddp", "torch_ddp_fp16", "none"):
-        problems.append(
-            f"--offload_optim_frac {args.offload_optim_frac}: {args.plugin} keeps all its states; "
-            "use low_level_zero or gemini"
-        )
-    if hybrid and args.offload_optim_frac and not args.zero_stage:
-        problems.append(
-            f"--offload_optim_frac {args.offload_optim_frac}: hybrid_parallel offloads with "
-            "--zero_stage 1 or 2 only"
-        )
-    if args.placement_policy == "auto" and (args.plugin != "gemini" or not gpus):
-        problems.append("--placement_policy auto: is gemini's, on a GPU")
-    if args.optimizer == "hybrid_adam":
-        if not gpus:
-            problems.append("--optimizer hybrid_adam: its kernels need a GPU; use adamw")
-        elif (
-            args.plugin == "gemini" and args.precision == "bf16" and args.max_norm and args.offload_optim_frac
-        ):
-            problems.append(
-                "--max_norm with --optimizer hybrid_adam, bf16 and offload: the library skips the "
-                "clipping; use --optimizer adamw"
-            )
-    if vars(args).get("tensorboard") and not find_spec("tensorboard"):
-        problems.append("--tensorboard: it is not installed; `pip install tensorboard`, or leave it out")
-    if args.cuda_graphs and args.optimizer == "hybrid_adam" and args.plugin in ("torch_ddp", "none"):
-        problems.append("--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded; use adamw")
-    if args.cuda_graphs:
-        if not gpus:
-            problems.append("--cuda_graphs: needs a GPU; leave it out")
-        if args.gradient_accumulation_steps > 1 or args.pp_size > 1 or args.grad_checkpoint:
-            problems.append(
-                "--cuda_graphs: a graph runs a whole batch at once; without accumulation, pipeline "
-                "and --grad_checkpoint (PRESET=fast)"
-            )
-    if args.compile or args.cuda_graphs:
-        flag = "--cuda_graphs" if args.cuda_graphs else "--compile"
-        if args.plugin == "gemini":
-            problems.append(f"{flag}: gemini swaps parameter storage under the compiler; use another plugin")
-        elif args.tp_size > 1:
-            problems.append(f"{flag}: tensor parallelism is not proved with it; use TP_SIZE=1")
-        elif args.pp_size > 1 and args.compile:
-            problems.append(f"{flag}: pipeline parallelism is not proved with it; use PP_SIZE=1")
-
-    if args.pp_size > 1:
-        if args.num_microbatches is None:
-            fits = [n for n in range(args.pp_size, 4 * args.pp_size + 1) if args.batch_size % n == 0]
-            args.num_microbatches = max(fits, default=0)
-            if not fits:
-                problems.append(
-                    f"--batch_size {args.batch_size}: does not divide into {args.pp_size} or more "
-                    "micro-batches for "
-                    f"--pp_size {args.pp_size}; use a multiple of {args.pp_size}"
-                )
-        else:
-            if args.num_microbatches < args.pp_size:
-                problems.append(
-                    f"--num_microbatches {args.num_microbatches}: fewer than the {args.pp_size} stages "
-                    f"would leave some idle; use {args.pp_size} or more"
-                )
-            if args.batch_size % args.num_microbatches:
-                problems.append(
-                    f"--num_microbatches {args.num_microbatches}: does not divide --batch_size "
-                    f"{args.batch_size}; leave it out for the best fit"
-                )
-    else:
-        args.num_microbatches = 1
-
-
-def benchmark_parser() -> Parser:
-    parser = Parser(
-        prog="vit_benchmark.py",
-        description="Measure a plugin's training speed and memory on synthetic images.",
-    )
-    parser.text(
-        "--model_name_or_path",
-        auto=True,
-        help="known ViT name or preset; random weights, no hub (default: "
-        "google/vit-base-patch16-224 with a GPU, vit-demo without)",
-    )
-    parser.choice("--plugin", tuple(PLUGIN_PRECISIONS), default="gemini", help="none: plain PyTorch")
+    parser.group("parallelism, precision and memory")
     add_parallel_flags(parser)
-    parser.numbers(
-        "--batch_size",
-        int,
-        low=1,
-        default=[8, 32],
-        help="one or more; images per data-parallel group and step",
+
+    parser.group("output")
+    add("--checkpoint_steps", Number(int, low=0), "also save every this many steps; 0: only after each epoch")
+    add(
+        "--keep_checkpoints",
+        Number(int, low=0),
+        "newest checkpoints kept, beside the best epoch's; 0: none once the run is complete",
     )
-    parser.number("--image_size", int, low=8, help="pixels (default: the model's)")
-    parser.number("--num_labels", int, low=2, default=1000, help="size of the classifier")
-    parser.number("--learning_rate", float, above=0, default=1e-4, help="constant, used")
-    parser.number("--weight_decay", float, low=0, default=0.05, help="used")
-    parser.number(
-        "--warmup_steps",
-        int,
-        low=1,
-        auto=True,
-        help="steps before the clock starts (default: 10; 2 without a GPU)",
+    add("--overwrite_output", bool, "replace a finished or interrupted run in the output folder")
+    add("--tensorboard", bool, "write event files to OUTPUT_PATH/tensorboard")
+    add(
+        "--push_to_hub",
+        str,
+        "upload the result to this model repository of the HuggingFace hub",
+        metavar="OWNER/NAME",
     )
-    parser.number(
-        "--window_steps", int, low=1, auto=True, help="steps per timed window (default: 10; 3 without a GPU)"
-    )
-    parser.number(
-        "--windows",
-        int,
-        low=1,
-        auto=True,
-        help="timed windows; the median is reported (default: 5; 7 without a GPU, where others "
-        "compute on the same cores)",
-    )
-    parser.number("--mem_cap", float, above=0, help="GiB of each GPU that may be used (default: all)")
-    parser.number("--seed", int, low=0, high=2**31 - 1, default=42, help="of weights and images")
-    parser.text(
-        "--results", default="./benchmark_results/rows.jsonl", help="file to append one JSON row per case to"
-    )
-    parser.switch("--remeasure", default=False, help="measure cases again that the results hold already")
-    parser.switch(
-        "--check_settings",
-        default=False,
-        help="stop if these are wrong, else do nothing (run_benchmark.sh's own)",
-    )
-    parser.number(
-        "--known_from",
-        int,
-        low=0,
-        help="rows of the results from this one on count as measured, whatever became of them "
-        "(run_benchmark.sh's own, for a second launch)",
-    )
-    parser.text(
-        "--record_failure",
-        help="write a row that the first case without one failed, for this reason, and stop "
-        "(run_benchmark.sh's own, for processes that were killed)",
-    )
+    add("--eval_only", bool, "evaluate the model on validation and test, and stop")
+    add("--dry_run", bool, "print the plan and stop")
+
+    parser.group("advanced")
+    add_launch_flags(parser)
     return parser
 
 
-def parse_benchmark(argv: list[str] | None = None) -> argparse.Namespace:
-    """The settings of vit_benchmark.py.
+# ---- defaults that follow from the machine and from other flags
 
-    A wrong flag ends the program, as everywhere. A case that is well said but impossible here (a layout, a
-    precision) is a result: it is returned in ``args.impossible``, batch size -> reason.
-    """
-    parser = benchmark_parser()
-    args = parser.parse(argv)
-    problems = parser.problems
-    gpus = gpu_count()
-    if args.model_name_or_path is None:
-        args.model_name_or_path = "google/vit-base-patch16-224" if gpus else "vit-demo"
-    architecture = known_architecture(args.model_name_or_path)
-    if architecture and args.image_size == architecture.image_size:
-        args.image_size = None  # the model's own
-    if architecture is None:
-        problems.append(
-            f"--model_name_or_path {args.model_name_or_path}: unknown; known are the presets "
-            f"{', '.join(PRESETS)}, also with an owner as on the hub"
+
+def world_size_of(args: argparse.Namespace) -> int:
+    return int(os.environ.get("WORLD_SIZE", args.world_size or 1))
+
+
+def default_precision(plugin: str, preset: str, machine: Machine) -> str:
+    allowed = PLUGINS[plugin].precisions
+    half = "bf16" if machine.has_bf16 or not machine.gpus else "fp16"
+    # where a plugin has no fp32, CPUs add bf16 faster than fp16
+    wanted = {"published": allowed[:1], "fast": (half,), "cpu": ("fp32", "bf16")}[preset]
+    return next((precision for precision in wanted if precision in allowed), allowed[0])
+
+
+def resolve_plugin(values: dict, machine: Machine, world_size: int) -> list[str]:
+    """Fill in what preset and plugin decide, in place. -> notes: one line for each flag that has no effect"""
+    notes, name = [], values["plugin"]
+    plugin = PLUGINS[name]
+    values["preset"] = values["preset"] or ("published" if machine.gpus else "cpu")
+    published = values["preset"] == "published"
+    if not plugin.model_parallel and values["tp_size"] * values["pp_size"] > 1:
+        notes.append(
+            f"TP_SIZE and PP_SIZE are for hybrid_parallel; {name} runs data parallel on all {world_size}"
         )
-    for name, with_gpu, without in (("warmup_steps", 10, 2), ("window_steps", 10, 3), ("windows", 5, 7)):
-        if getattr(args, name) is None:
-            setattr(args, name, with_gpu if gpus else without)
+        values["tp_size"] = values["pp_size"] = 1
+    rank = int(os.environ.get("RANK", 0))
+    layout = values["layout"] = ParallelLayout(world_size, values["tp_size"], values["pp_size"], rank)
+    values["precision"] = values["precision"] or default_precision(name, values["preset"], machine)
+    if values["zero_stage"] is None:
+        values["zero_stage"] = plugin.zero_stages[0] if plugin.zero_stages else 0
+    elif not plugin.zero_stages:
+        notes.append(f"--zero_stage is for low_level_zero and hybrid_parallel; {name} ignores it")
+        values["zero_stage"] = 0
+    if plugin.model_parallel and values["zero_stage"] and layout.data_parallel_size == 1:
+        notes.append("--zero_stage: nothing to shard with one data-parallel rank; ZeRO is off")
+        values["zero_stage"] = 0
+    if values["grad_checkpoint"] is None:
+        values["grad_checkpoint"] = published
+    if values["offload_optim_frac"] is None:
+        values["offload_optim_frac"] = plugin.published_offload if published and machine.gpus else 0.0
+    if values["pp_size"] == 1:
+        values["num_microbatches"] = 1
+    elif values["num_microbatches"] is None:
+        counts = range(values["pp_size"], 4 * values["pp_size"] + 1)
+        values["num_microbatches"] = max((n for n in counts if values["batch_size"] % n == 0), default=0)
+    return notes
+
+
+def settings_from(values: dict, notes: list[str]) -> Settings:
+    return Settings(**{name: value for name, value in values.items() if name in DEFAULTS}, notes=tuple(notes))
+
+
+def resolve_finetune(args: argparse.Namespace, machine: Machine) -> Settings:
+    """The settings that the flags and this machine give."""
+    values, notes = vars(args), []
+    model = values["model_name_or_path"] = args.model_name_or_path or (
+        BASE_MODEL if machine.gpus else DEMO_MODEL
+    )
+    is_demo = model == DEMO_MODEL
+    values["dataset"] = args.dataset or (DEMO_DATASET if is_demo else BASE_DATASET)
+    if not machine.gpus and is_demo and values["dataset"] == DEMO_DATASET:
+        text = (
+            "no GPU: training the small embedded model on synthetic leaf images (MODEL and "
+            "DATASET choose others)"
+        )
+        notes.append(text)
+    values["plugin"] = args.plugin or ("gemini" if machine.gpus else "torch_ddp")
+    for name, value in (DEMO_DEFAULTS if is_demo else TRAINING_DEFAULTS).items():
+        if values[name] is None:
+            values[name] = value
+    notes += resolve_plugin(values, machine, world_size_of(args))
+    return settings_from(values, notes)
+
+
+# ---- one function a program
+
+
+def finetune_settings(argv: list[str] | None = None) -> tuple[Settings, list[str], bool]:
+    """-> (settings of vit_train_demo.py, everything that is wrong with them, whether they are only checked)"""
+    parser, machine = finetune_parser(), this_machine()
+    args = parser.parse(argv)
+    settings = resolve_finetune(args, machine)
+    problems = parser.problems + finetune_problems(settings, machine)
+    if not problems and names_on_hub(settings) and not hub.is_online():
+        note = "the HuggingFace hub does not answer: using the cached copies"
+        settings = replace(settings, notes=(*settings.notes, note))
+    return settings, problems, args.check
+
+
+def parse_finetune(argv: list[str] | None = None) -> Settings:
+    """The settings of vit_train_demo.py, resolved and checked; ends the program with every problem otherwise."""
+    settings, problems, only_check = finetune_settings(argv)
+    end_after_checks(problems, only_check)
+    hub.go_offline_if_possible(names_on_hub(settings), uploads=bool(settings.push_to_hub))
+    return settings
+
+
+def end_after_checks(problems: list[str], only_check: bool) -> None:
     if problems:
         exit_with_errors(*problems)
-    if args.check_settings:
+    if only_check:
         raise SystemExit(0)
-    args.cases, args.impossible = [], {}
-    for batch_size in dict.fromkeys(args.batch_size):
-        case, reasons = argparse.Namespace(**vars(args) | {"batch_size": batch_size, "notes": []}), []
-        resolve_parallel(case, reasons, gpus)
-        check_model(case, reasons)
-        args.cases.append(case)
-        if reasons:
-            args.impossible[batch_size] = "; ".join(reasons)
-    return args
 
 
-def parse_scratch(argv: list[str] | None = None) -> Namespace:
-    """The settings and the config, resolved and checked; ends the program with every problem otherwise."""
+def scratch_parser() -> Parser:
     parser = Parser(
         prog="train.py",
         description="Train a ViT from scratch by a config file. DATA (environment) is the data set.",
     )
-    parser.text(
+    add = parser.add
+    add(
         "--config",
-        help="a Python file, such as configs/cifar10/vit_lite_7_4_vanilla.py; config.py lists the names",
+        str,
+        "a Python file, such as configs/cifar10/vit_lite_7_4_vanilla.py; vit/config.py lists the names",
+        default=None,
     )
     parser.add_argument(
         "--set",
@@ -680,37 +454,44 @@ def parse_scratch(argv: list[str] | None = None) -> Namespace:
         metavar="NAME=VALUE",
         help="override values of the config",
     )
-    parser.text(
+    add(
         "--output_path",
+        str,
+        "folder of the result (default: the config's LOG_PATH, or ./runs/<its name>)",
         auto=True,
-        help="folder of the result (default: the config's LOG_PATH, or ./runs/<its name>)",
+        default=None,
     )
-    parser.text(
-        "--resume", help="`auto` (the newest checkpoint in the output folder, if any) or a checkpoint's path"
+    add(
+        "--resume",
+        str,
+        "`auto` (the newest checkpoint in the output folder, if any) or the path of a checkpoint",
     )
-    parser.switch(
-        "--overwrite_output", default=False, help="replace a finished or interrupted run in the output folder"
-    )
-    parser.switch("--skip_bad_images", default=False, help="leave out unreadable images, named and counted")
+    add("--overwrite_output", bool, "replace a finished or interrupted run in the output folder")
+    add("--skip_bad_images", bool, "leave out unreadable images, named and counted")
     parser.add_argument(
         "--check", action="store_true", help="check the settings and stop (used before a launch)"
     )
+    parser.group("one process at a time, where no launcher says so")
     for flag, what in (
         ("--world_size", "processes in all"),
-        ("--rank", "this one's number"),
-        ("--local_rank", "its number on its machine"),
+        ("--rank", "this one's rank"),
+        ("--local_rank", "its rank on its machine"),
     ):
-        parser.number(flag, int, low=0, help=f"{what}, where no launcher says so")
-    parser.text("--host", help="machine of rank 0, where no launcher says so")
-    parser.number("--port", int, low=1, high=65535, help="a port that is free there")
+        add(flag, Number(int, low=0), what, default=None)
+    add("--host", str, "machine of rank 0", default=None)
+    add("--port", Number(int, low=1, high=65535), "a port that is free there", default=None)
+    return parser
+
+
+def parse_scratch(argv: list[str] | None = None) -> Settings:
+    """The settings of train.py, resolved and checked; ends the program with every problem otherwise."""
+    parser, machine = scratch_parser(), this_machine()
     args = parser.parse(argv)
-    problems = parser.problems
     launched = "WORLD_SIZE" in os.environ
-    set_rank_environment(args, problems)
-    world = int(os.environ.get("WORLD_SIZE", args.world_size or 1))
-    gpus = gpu_count()
-    if launched and gpus and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > gpus:
-        problems.append(f"{os.environ['LOCAL_WORLD_SIZE']} processes on a machine with {gpus} GPU(s)")
+    problems = parser.problems + set_rank_environment(args, machine)
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if launched and machine.gpus and local_ranks > machine.gpus:
+        problems.append(f"{local_ranks} processes on a machine with {machine.gpus} GPU(s)")
     if args.config is None:
         exit_with_errors(
             *problems, "--config: name a config file, such as configs/cifar10/vit_lite_7_4_vanilla.py"
@@ -719,63 +500,39 @@ def parse_scratch(argv: list[str] | None = None) -> Namespace:
         config, found = load_config(args.config, args.set)
     except ConfigError as error:
         exit_with_errors(*problems, str(error))
-    problems += found + config_problems(config, world)
-    args.dataset = os.environ.get("DATA")
-    if not args.dataset:
+    world_size = world_size_of(args)
+    problems += found + config_problems(config, world_size, machine)
+    output_path = args.output_path or config["LOG_PATH"] or f"./runs/{Path(args.config).stem}"
+    settings = to_settings(
+        config,
+        args.config,
+        ParallelLayout(world_size, config["tp"], config["pp"], rank()),
+        dataset=os.environ.get("DATA"),
+        output_path=output_path,
+        resume=args.resume,
+        overwrite_output=args.overwrite_output,
+        skip_bad_images=args.skip_bad_images,
+    )
+    if not settings.dataset:
         problems.append(
             "DATA: set this environment variable to the data set: cifar-10-batches-py, an image "
-            "folder, a prepared folder, a parquet copy, or synthetic"
+            "folder, a prepared "
+            "folder, a parquet copy, or synthetic"
         )
     else:
-        from data import find_scratch_source
-
-        try:
-            args.dataset_kind = find_scratch_source(args.dataset, config["NUM_CLASSES"], config["IMG_SIZE"])
-            args.model_name_or_path, args.notes = Path(args.config).stem, []
-            check_hub(args, problems)
-            if args.dataset_kind == CIFAR10_FOLDER and config["RANDOM_RESIZED_CROP"] is not None:
-                problems.append(
-                    f"RANDOM_RESIZED_CROP {config['RANDOM_RESIZED_CROP']}: is for image files; "
-                    f"DATA={args.dataset} has pixels of one size: use RANDOM_CROP_PADDING"
-                )
-        except DataError as error:
-            problems.append(str(error))
-    args.output_path = args.output_path or config["LOG_PATH"] or f"./runs/{Path(args.config).stem}"
-    args.eval_only = args.dry_run = False
-    check_output(args, problems, sources=("dataset",))
-    if problems:
-        exit_with_errors(*problems)
-    if args.check:
-        raise SystemExit(0)
+        problems += data_problems(settings) + hub_problems(settings)
+    end_after_checks(problems + output_problems(settings), args.check)
+    hub.go_offline_if_possible(names_on_hub(settings), uploads=False)
     if not launched and args.world_size:
         print(
             f"rank {rank()} of {args.world_size}: waiting for the others at {args.host}:{args.port}",
             flush=True,
         )
-
-    # the names that plugins.py and checkpoint.py know
-    args.layout = config_layout(config, world, rank())
-    args.precision, args.max_norm = config["precision"], config["clip_grad_norm"]
-    if config["mode"] in MESH_MODES:
-        args.plugin = config["mode"]
-    elif config["tp"] * config["pp"] > 1:
-        args.plugin = "hybrid_parallel"
-    else:
-        args.plugin = "torch_ddp_fp16" if args.precision == "fp16" else "torch_ddp"
-    args.learning_rate, args.weight_decay = config["LEARNING_RATE"], config["WEIGHT_DECAY"]
-    args.gradient_accumulation_steps = config["gradient_accumulation"]
-    args.num_microbatches = config["NUM_MICRO_BATCHES"] if config["pp"] > 1 else 1
-    args.optimizer, args.zero_stage, args.offload_optim_frac = "adamw", 0, 0.0
-    args.grad_checkpoint, args.compile, args.cuda_graphs = False, config["COMPILE"], config["CUDA_GRAPHS"]
-    args.values = config
-    args.settings = {"dataset": args.dataset} | recorded_settings(config)
-    return args
+    return settings
 
 
-def set_rank_environment(args, problems: list[str]) -> None:
-    """--world_size, --rank, --local_rank, --host and --port as the environment that torchrun would have
-    set.
-    """
+def set_rank_environment(args: argparse.Namespace, machine: Machine) -> list[str]:
+    """--world_size, --rank, --local_rank, --host and --port as the environment that torchrun would have set. -> problems"""
     given = {
         "WORLD_SIZE": args.world_size,
         "RANK": args.rank,
@@ -783,28 +540,135 @@ def set_rank_environment(args, problems: list[str]) -> None:
         "MASTER_ADDR": args.host,
         "MASTER_PORT": args.port,
     }
-    by_hand = any(value is not None for name, value in given.items() if name != "WORLD_SIZE")
-    if args.check or "WORLD_SIZE" in os.environ:
-        return
-    if args.world_size is None and not by_hand:
-        return  # one process
-    if missing := [
-        name for name in ("world_size", "rank", "local_rank", "host", "port") if getattr(args, name) is None
-    ]:
-        problems.append(
-            f"{', '.join('--' + name for name in missing)}: missing; one process at a time needs "
-            "--world_size, --rank, --local_rank, --host and --port"
-        )
-    elif args.world_size < 1 or args.rank >= args.world_size or args.local_rank > args.rank:
-        problems.append(
-            f"--rank {args.rank} --local_rank {args.local_rank}: must be below --world_size "
-            f"{args.world_size}, the local rank at most the rank"
-        )
-    elif (gpus := gpu_count()) and args.local_rank >= gpus:
-        problems.append(f"--local_rank {args.local_rank}: this machine has {gpus} GPU(s), numbered from 0")
-    elif not resolves(args.host):
-        problems.append(
-            f"--host {args.host}: there is no machine of that name; give rank 0's name or address"
-        )
-    else:
-        os.environ.update({name: str(value) for name, value in given.items()})
+    by_hand = any(value is not None for value in given.values())
+    if args.check or "WORLD_SIZE" in os.environ or not by_hand:
+        return []
+    names = ("world_size", "rank", "local_rank", "host", "port")
+    if missing := [f"--{name}" for name in names if getattr(args, name) is None]:
+        flags = "--world_size, --rank, --local_rank, --host and --port"
+        return [f"{', '.join(missing)}: missing; one process at a time needs {flags}"]
+    if args.world_size < 1 or args.rank >= args.world_size or args.local_rank > args.rank:
+        ranks = f"--rank {args.rank} --local_rank {args.local_rank}"
+        return [f"{ranks}: must be below --world_size {args.world_size}, the local rank at most the rank"]
+    if machine.gpus and args.local_rank >= machine.gpus:
+        return [f"--local_rank {args.local_rank}: this machine has {machine.gpus} GPU(s), numbered from 0"]
+    if not host_exists(args.host):
+        return [f"--host {args.host}: there is no machine of that name; give rank 0's name or address"]
+    os.environ.update({name: str(value) for name, value in given.items()})
+    return []
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of the benchmark: settings with a batch size, and how it is measured.
+
+    ``problem``: why the plugin, the layout or the device cannot do it; a result like others, recorded as a row.
+    """
+
+    settings: Settings
+    num_labels: int
+    warmup_steps: int
+    window_steps: int
+    windows: int
+    mem_cap: float | None
+    problem: str
+
+    def get(self, name: str):
+        """A setting of the case, by its name in a row."""
+        return getattr(self, name) if name in CASE_FIELDS else getattr(self.settings, name)
+
+
+CASE_FIELDS = {field.name for field in fields(Case)}
+# how much is measured: (with a GPU, without one, where others compute on the same cores)
+METHOD_DEFAULTS = {"warmup_steps": (10, 2), "window_steps": (10, 3), "windows": (5, 7)}
+
+
+def benchmark_parser() -> Parser:
+    description = "Measure a plugin's training speed and memory on synthetic images."
+    parser = Parser(prog="vit_benchmark.py", description=description)
+    add = parser.add
+    parser.group("what is measured")
+    add(
+        "--model_name_or_path",
+        str,
+        f"known ViT name or preset; random weights, no hub (default: {BASE_MODEL} with a GPU, "
+        f"{DEMO_MODEL} without)",
+        auto=True,
+    )
+    add_plugin_flags(add)
+    add(
+        "--batch_size",
+        positive(),
+        "one or more; images per data-parallel rank and step",
+        nargs="+",
+        default=[8, 32],
+    )
+    add("--image_size", Number(int, low=8), "pixels (default: the model's)")
+    add("--num_labels", Number(int, low=2), "size of the classifier", default=1000)
+    add("--learning_rate", positive(float), "constant learning rate of the timed steps", default=1e-4)
+    add("--weight_decay", Number(float, low=0), "weight decay of the timed steps", default=0.05)
+    add_optimizer_flags(parser)
+    parser.group("parallelism, precision and memory")
+    add_parallel_flags(parser)
+    parser.group("how it is measured")
+    add(
+        "--warmup_steps",
+        positive(),
+        "steps before the clock starts (default: 10; 2 without a GPU)",
+        auto=True,
+        default=None,
+    )
+    add(
+        "--window_steps",
+        positive(),
+        "steps per timed window (default: 10; 3 without a GPU)",
+        auto=True,
+        default=None,
+    )
+    add(
+        "--windows",
+        positive(),
+        "timed windows; the median is reported (default: 5; 7 without a GPU)",
+        auto=True,
+        default=None,
+    )
+    add("--mem_cap", positive(float), "GiB of each GPU that may be used (default: all)", default=None)
+    add("--seed", SEED, "of weights and images")
+    add("--results", str, "file to append one JSON row per case to", default="./benchmark_results/rows.jsonl")
+    add("--remeasure", bool, "measure cases again that the results hold already", default=False)
+    parser.group("advanced")
+    add_launch_flags(parser)
+    return parser
+
+
+def benchmark_cases(argv: list[str] | None = None) -> tuple[list[Case], argparse.Namespace, list[str]]:
+    """-> (a case for each batch size, the flags, what is wrong with these)"""
+    parser, machine = benchmark_parser(), this_machine()
+    args = parser.parse(argv)
+    args.model_name_or_path = args.model_name_or_path or (BASE_MODEL if machine.gpus else DEMO_MODEL)
+    args.plugin = args.plugin or "gemini"
+    architecture = known_architecture(args.model_name_or_path)
+    if architecture is None:
+        known = f"known are the presets {', '.join(PRESETS)}, also with an owner as on the hub"
+        parser.problems.append(f"--model_name_or_path {args.model_name_or_path}: unknown; {known}")
+    elif args.image_size == architecture.image_size:
+        args.image_size = None  # the model's own
+    for name, (with_gpu, without) in METHOD_DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, with_gpu if machine.gpus else without)
+    cases = []
+    for batch_size in dict.fromkeys(args.batch_size):
+        values = vars(args) | {"batch_size": batch_size or 1}
+        notes = resolve_plugin(values, machine, world_size_of(args))
+        settings = settings_from(values, notes)
+        problem = "; ".join(plugin_problems(settings, machine) + model_problems(settings))
+        method = {name: getattr(args, name) for name in CASE_FIELDS - {"settings", "problem"}}
+        cases.append(Case(settings, problem=problem, **method))
+    return cases, args, parser.problems
+
+
+def parse_benchmark(argv: list[str] | None = None) -> tuple[list[Case], argparse.Namespace]:
+    """The cases of vit_benchmark.py, and its flags; ends the program with every wrong flag otherwise."""
+    cases, args, problems = benchmark_cases(argv)
+    end_after_checks(problems, args.check)
+    return cases, args

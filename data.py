@@ -1,319 +1,219 @@
-"""Images in, batches out: from the hub, a folder, parquet or arrow files, or the drawn leaves.
+"""The data of a run: from a name to batches. This is the file to edit for another kind of data set.
 
-Every image becomes RGB uint8. Its size, and for training its random crop and flip, are settled here on the
-CPU;
-conversion to floats happens on the device (engine.Normalize).
+To add a source:
+
+1. Write a function that returns {"train": Split, ...} and the class names. A `Split` (vit/data/dataset.py) holds
+   paths, bytes, PIL images or uint8 arrays, and int64 labels.
+2. Call it in `read_splits` for a name of your choice.
+3. Raise `DataError(problem, name)` for what a user has to fix.
+4. Run `python vit_train_demo.py --dataset YOUR_NAME --dry_run`: the plan counts what was read.
+5. Add a test beside tests/unit/data/test_sources.py.
+6. Describe it in docs/data.md.
+
+Every image becomes RGB uint8. It is resized, and for training cropped and flipped, on the CPU; conversion to floats
+happens on the device (vit/step.py, Normalize).
 """
 
-from argparse import Namespace
-from dataclasses import dataclass, replace
+from __future__ import annotations
+
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from vit.data.cifar10 import CIFAR10_FOLDER, check_cifar10_size, cifar10_label_names, is_cifar10, read_cifar10
-from vit.data.dataset import (
-    DataError,
-    ImageDataset,
-    Split,
-    check_all_classes,
-    check_class_count,
-    stratified_fold,
-    stratified_split,
-)
+from vit.data.cifar10 import read_cifar10
+from vit.data.dataset import ImageDataset, Split
 from vit.data.decode import decode_dataset
-from vit.data.loaders import SYNTHETIC, DeviceLoader, SyntheticLoader, WorkerLoader, default_num_workers
-from vit.data.prepared import read_index
-from vit.data.sources import DEMO_DATASET, class_folders, find_source, read_hf_dataset, read_imagefolder
-from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop
+from vit.data.gpu_augment import BatchAugment
+from vit.data.hf_datasets import read_hf_dataset
+from vit.data.leaves import write_leaves
+from vit.data.loaders import BatchDataset, DeviceLoader, SyntheticLoader, WorkerLoader, default_num_workers
+from vit.data.prepared import read_prepared
+from vit.data.sources import find_source, read_imagefolder
+from vit.data.splits import finetune_splits, scratch_splits
+from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop, transform_of_processor
 from vit.files import cache_home
+from vit.system import local_world_size
 
-# ---------------------------------------------------------------------------------------------- reading
+EVAL_RESIZE_RATIO = 256 / 224  # shorter side over the size of the centre crop, in evaluation
 
-
-def load_dataset(args, hold_out: bool = True) -> ImageDataset:
-    """Read the data set named by ``args.dataset``: see `locate` for what it may be.
-
-    Args:
-        hold_out: cut a validation split from train where the set has none.
-
-    Raises:
-        DataError: anything that a user has to mend.
-    """
-    name = args.dataset
-    if name == DEMO_DATASET:
-        from vit.data.leaves import write_leaves
-
-        splits, labels = read_imagefolder(write_leaves(cache_folder() / "drawn-leaves"))
-    elif (kind := find_source(name)) == "imagefolder":
-        splits, labels = read_imagefolder(Path(name))
-    elif kind == "prepared":
-        from vit.data.prepared import read_prepared
-
-        splits, labels = read_prepared(Path(name))
-    else:
-        splits, labels = read_hf_dataset(name, kind, args.image_column, args.label_column)
-    notes = []
-    if "train" not in splits:
-        raise DataError(f"--dataset {name} has no train split; it has: {', '.join(splits) or 'nothing'}")
-    if len(labels) < 2:
-        raise DataError(
-            f"--dataset {name} has one class, {labels[0]}: there is nothing to tell apart. An "
-            "image folder holds train/CLASS/IMAGE"
-        )
-    for split in list(splits):
-        if split not in ("train", "validation", "test"):
-            notes.append(f"split {split!r} is not used")
-            del splits[split]
-        elif (splits[split].labels < 0).any():
-            if split == "train":
-                raise DataError(
-                    f"--dataset {name}: {int((splits[split].labels < 0).sum())} training images have no label"
-                )
-            notes.append(f"split {split!r} is not used: its labels are hidden")
-            del splits[split]
-    train = splits["train"]
-    if args.fold:
-        number, count = map(int, args.fold.split("/"))
-        keep, rest = stratified_fold(train.labels, number, count)
-        splits = {"train": train.take(keep), "validation": replace(train.take(rest), name="validation")}
-        notes.append(
-            f"fold {args.fold} of the training split is the validation split; the others are not used"
-        )
-    held_out = hold_out and "validation" not in splits
-    if held_out:
-        keep, rest = stratified_split(train.labels, args.validation_fraction, args.seed)
-        splits["train"], splits["validation"] = train.take(keep), replace(train.take(rest), name="validation")
-        notes.append(
-            f"no validation split: {len(rest)} of {len(train)} training images held out "
-            f"(--validation_fraction {args.validation_fraction}, stratified, seed {args.seed})"
-        )
-    if "validation" in splits and not len(splits["validation"]):
-        raise DataError(
-            f"--dataset {name}: no image falls to the validation split: "
-            + ("use fewer folds" if args.fold else "give a class two images or more")
-        )
-    counts = np.bincount(splits["train"].labels, minlength=len(labels))
-    if empty := [labels[i] for i in np.flatnonzero(counts == 0)]:
-        raise DataError(
-            f"--dataset {name}: no training images of class {', '.join(empty)}: add some, or remove the class"
-        )
-    for split in ("validation", "test"):
-        if split in splits:
-            present = set(splits[split].labels.tolist())
-            if absent := [label for i, label in enumerate(labels) if i not in present]:
-                notes.append(f"the {split} split has no images of class {', '.join(absent)}")
-    for split, limit in (
-        ("train", args.max_train_samples),
-        ("validation", args.max_eval_samples),
-        ("test", args.max_eval_samples),
-    ):
-        if limit and split in splits and len(splits[split]) > limit:
-            chosen = np.sort(np.random.default_rng(args.seed).permutation(len(splits[split]))[:limit])
-            splits[split] = splits[split].take(chosen)
-            notes.append(f"{split}: {limit} images drawn at random (seed {args.seed})")
-    return ImageDataset(
-        splits["train"], splits.get("validation"), splits.get("test"), labels, notes, held_out
-    )
+Loader = DeviceLoader | WorkerLoader
 
 
-def cache_folder() -> Path:
-    """Where drawn images are kept between runs."""
-    return cache_home() / "vit-colossalai"
-
-
-# ---------------------------------------------------------------------------------------------- decoding
-
-
-# ---------------------------------------------------------------------------------------------- batches
-
-
-EVAL_RESIZE_RATIO = 256 / 224  # shorter side before the centre crop, over the size, in evaluation
-
-
-def find_scratch_source(name: str, classes: int, size: int) -> str:
-    """What kind of data set ``name`` is; reads directory entries, and class names where a small file has
-    them.
+def load_dataset(settings) -> ImageDataset:
+    """The images that a run trains on and evaluates. Nothing is decoded yet.
 
     Raises:
-        DataError: it is none, or folders of it are missing, or it has not so many classes, or its images
-            are not of that size.
+        DataError: the name stands for nothing, or a user has to fix the data.
     """
-    if name.partition(":")[0] == SYNTHETIC:
-        count = name.partition(":")[2] or "1"
-        if not (count.isdecimal() and int(count)):
-            raise DataError(
-                f"DATA={name}: must be {SYNTHETIC}, or {SYNTHETIC}:N with a number of training images"
-            )
-        return SYNTHETIC
-    try:
-        if is_cifar10(name):
-            check_cifar10_size(name, size)
-            check_class_count(name, cifar10_label_names(name), classes)
-            return CIFAR10_FOLDER
-        kind = find_source(name)
-        if kind == "prepared":
-            check_class_count(name, read_index(Path(name))["labels"], classes)
-        if kind == "imagefolder":
-            _, folders = class_folders(Path(name))
-            check_class_count(name, folders["train"], classes)
-            for split in ("test", "validation"):
-                if folders.get(split):
-                    check_all_classes(name, split, folders[split], folders["train"])
-        return kind
-    except DataError as error:
-        raise DataError(str(error).replace("--dataset ", "DATA=", 1)) from None
+    splits, labels = read_splits(settings.dataset, settings.image_column, settings.label_column)
+    select = finetune_splits if settings.config is None else scratch_splits
+    return select(splits, labels, settings)
 
 
-def scratch_transforms(values: dict) -> tuple[Resize | ResizeCenterCrop, RandomResizedCrop | None]:
-    """What happens to an image on the CPU: -> (in evaluation, in training)."""
-    size, smallest = values["IMG_SIZE"], values["RANDOM_RESIZED_CROP"]
-    if smallest is None:
-        return Resize(size), None
-    return ResizeCenterCrop(size, round(size * EVAL_RESIZE_RATIO)), RandomResizedCrop(
-        size, values["SEED"], smallest_crop=smallest, flip=values["RANDOM_FLIP"]
-    )
-
-
-def load_scratch_dataset(name: str, values: dict, processes: int = 1, skip_bad: bool = False) -> ImageDataset:
-    """Read ``name``, and decode what can be kept in memory.
-
-    The test split is evaluated; without one the validation split is, and without that a part cut from
-    train. Where one is
-    there, ``VALIDATION_FRACTION`` of train is cut off as ``minival``, to choose by.
-
-    Args:
-        values: of the config.
-        processes: of this launch on this machine; they share its cores and memory.
-        skip_bad: leave out unreadable images, named and counted in the notes.
+def read_splits(
+    name: str, image_column: str | None = None, label_column: str | None = None
+) -> tuple[dict[str, Split], list[str]]:
+    """All splits of the data set ``name``, and its class names. A new source is one more `if` here.
 
     Raises:
-        DataError: anything that a user has to mend.
+        DataError: the name stands for nothing, or a user has to fix the data.
     """
-    resize, augment = scratch_transforms(values)
-    args = Namespace(
-        dataset=name,
-        image_column=None,
-        label_column=None,
-        fold=None,
-        seed=values["SEED"],
-        max_train_samples=None,
-        max_eval_samples=None,
-        data_memory=None,
-        skip_bad_images=skip_bad,
-    )
-    images = (
-        read_cifar10(name, values["IMG_SIZE"]) if is_cifar10(name) else load_dataset(args, hold_out=False)
-    )
-    check_class_count(name, images.label_names, values["NUM_CLASSES"])
-    evaluated = images.test or images.validation
-    if images.test:
-        images = replace(images, validation=None)
-    elif evaluated:
-        images.notes.append(f"no test split: evaluating the validation split ({len(evaluated)} images)")
-    if evaluated:
-        check_all_classes(
-            name,
-            evaluated.name,
-            [images.label_names[i] for i in np.unique(evaluated.labels)],
-            images.label_names,
-        )
-    fraction = values["VALIDATION_FRACTION"] or (0.0 if evaluated else 0.1)
-    if fraction:
-        kept, rest = stratified_split(images.train.labels, fraction, values["SEED"])
-        kind = "minival" if evaluated else "validation"
-        cut = replace(images.train.take(rest), name=kind)
-        images = replace(images, train=images.train.take(kept), held_out=not evaluated, **{kind: cut})
-        why = "" if evaluated else "no test and no validation split: "
-        images.notes.append(
-            f"{why}{kind}: {len(rest)} training images held out (stratified, seed {values['SEED']})"
-        )
-    return decode_dataset(images, resize, augment, args, processes)[0]
+    source = find_source(name)
+    if source == "drawn":
+        return read_imagefolder(write_leaves(cache_home() / "vit-colossalai" / "drawn-leaves"))
+    if source == "imagefolder":
+        return read_imagefolder(Path(name))
+    if source == "cifar10":
+        return read_cifar10(name)
+    if source == "prepared":
+        return read_prepared(Path(name))
+    return read_hf_dataset(name, source, image_column, label_column)
 
 
 @dataclass
 class Loaders:
-    """What a run trains on and is judged by, each a `Resident`, `Synthetic` or `Streamed`."""
+    """The batches of a run, and what the rest of the program must know of its data."""
 
-    train: DeviceLoader | WorkerLoader
-    evaluated: DeviceLoader | WorkerLoader
-    minival: DeviceLoader | WorkerLoader | None
+    train: Loader
+    evaluated: Loader  # after each epoch
     label_names: list[str]
-    normal: tuple[tuple[float, ...], tuple[float, ...]]  # mean and std of each channel, in units of 255
-    processor: object  # transformers': the preprocessing of the evaluation
-    where: str  # the images are, and what is done to them there
-    held_out: bool  # what is evaluated was cut from train
-    notes: list[str]
+    processor: (
+        object  # transformers' image processor: the preprocessing of evaluation, exported with the model
+    )
+    where: str  # the images are kept, for the plan
+    test: Loader | None = None  # evaluated once, at the end
+    minival: Loader | None = None
+    held_out: bool = False  # ``evaluated`` was cut from train
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def labels_text(self) -> str:
+        names = self.label_names
+        return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
 
 
-def build_scratch_loaders(
-    name: str, values: dict, device: torch.device, processes: int = 1, skip_bad: bool = False
-) -> Loaders:
-    """`read`, and each split to where it fits.
+def build_transforms(settings, processor):
+    """What happens to one image on the CPU. -> (transform of evaluation, random crop of training or None)
+
+    Args:
+        processor: of the model to fine-tune; None for a run by a config file.
+    """
+    if settings.config is None:
+        resize = transform_of_processor(processor)
+        if not settings.augment:
+            return resize, None
+        return resize, RandomResizedCrop(
+            resize.size, settings.seed, resize.resample, policy=settings.auto_augment
+        )
+    size, smallest = settings.config["IMG_SIZE"], settings.config["RANDOM_RESIZED_CROP"]
+    if smallest is None:
+        return Resize(size), None
+    crop = RandomResizedCrop(size, settings.seed, smallest_crop=smallest, flip=settings.config["RANDOM_FLIP"])
+    return ResizeCenterCrop(size, round(size * EVAL_RESIZE_RATIO)), crop
+
+
+def build_loaders(dataset: ImageDataset, settings, processor, device) -> Loaders:
+    """Fine-tuning: decode what fits into memory, and serve it by workers.
 
     Raises:
-        DataError: anything that a user has to mend.
+        DataError: unreadable images.
     """
-    size, classes = values["IMG_SIZE"], values["NUM_CLASSES"]
-    resize, augment = scratch_transforms(values)
-    normal, half = (values["MEAN"], values["STD"]) if values["MEAN"] else None, ((0.5,) * 3, (0.5,) * 3)
-    if find_scratch_source(name, classes, size) == SYNTHETIC:
-        train = SyntheticLoader(
-            int(name.partition(":")[2] or 100 * values["TOTAL_BATCH_SIZE"]), size, classes, device
-        )
-        judged = SyntheticLoader(values["TOTAL_BATCH_SIZE"], size, classes, device)
-        notes = [
-            "synthetic images, noise with random labels: they measure speed, and the accuracy means nothing"
-        ]
-        labels, normal = [f"class {i}" for i in range(classes)], normal or half
-        return Loaders(
-            train,
-            judged,
-            None,
-            labels,
-            normal,
-            resize.processor(*normal),
-            f"made on {device.type}",
-            False,
-            notes,
-        )
+    processes = local_world_size()
+    resize, crop = build_transforms(settings, processor)
+    dataset, decoded = decode_dataset(dataset, resize, crop, settings, processes)
+    workers = settings.num_workers
+    if workers is None:
+        workers = default_num_workers(dataset.train, crop, processes)
 
-    images = load_scratch_dataset(name, values, processes, skip_bad)
-    workers = (
-        default_num_workers(images, augment, processes)
-        if values["NUM_WORKERS"] is None
-        else values["NUM_WORKERS"]
+    def loader(split: Split | None, crop=None) -> WorkerLoader | None:
+        if split is None:
+            return None
+        batches = BatchDataset(split, resize, crop, settings.skip_bad_images)
+        copies = crop is None and split.cached_pixels is not None and split.name != "train"
+        return WorkerLoader(batches, 0 if copies else workers, device)
+
+    where = "decoded as they are used (--data_memory)"
+    if decoded:
+        where = f"{decoded / 2**20:.0f} MiB decoded in each process"
+    return Loaders(
+        loader(dataset.train, crop),
+        loader(dataset.validation),
+        dataset.label_names,
+        processor,
+        where,
+        test=loader(dataset.test),
+        held_out=dataset.held_out,
+        notes=dataset.notes,
     )
 
-    def feed(
-        split: Split | None, augment: RandomResizedCrop | None = None
-    ) -> DeviceLoader | WorkerLoader | None:
-        if split is None or augment is None and DeviceLoader.fits(split, device):
-            return split and DeviceLoader(split, device)
-        return WorkerLoader(
-            split, resize, augment, skip_bad, workers if augment or split.resized is None else 0, device
-        )
 
-    train = feed(images.train, augment)
-    if normal is None and isinstance(train, DeviceLoader):
-        normal = train.mean_and_std()
-    elif normal is None:
-        normal = half
-        images.notes.append("MEAN and STD: 0.5, for a set that does not lie on the device is not measured")
-    where = (
-        f"on {device.type}"
-        if isinstance(train, DeviceLoader)
-        else f"read by {workers} worker(s) of each process"
+def build_scratch_loaders(settings, device) -> Loaders:
+    """Training from scratch: each split on the device if it fits there, else by workers.
+
+    Raises:
+        DataError: anything that a user has to fix.
+    """
+    config, (resize, crop) = settings.config, build_transforms(settings, None)
+    mean_std = (config["MEAN"], config["STD"]) if config["MEAN"] else None
+    half = ((0.5,) * 3, (0.5,) * 3)
+    if find_source(settings.dataset) == "synthetic":
+        return build_synthetic_loaders(settings, resize.processor(*(mean_std or half)), device)
+
+    processes = local_world_size()
+    dataset, _ = decode_dataset(load_dataset(settings), resize, crop, settings, processes)
+    workers = settings.num_workers
+    if workers is None:
+        workers = default_num_workers(dataset.train, crop, processes)
+    flip = config["RANDOM_FLIP"] and not crop  # which flips on the CPU
+    augment = BatchAugment(
+        settings.seed,
+        config["IMG_SIZE"],
+        config["RANDOM_CROP_PADDING"],
+        flip,
+        config["AUTO_AUGMENT"],
+        config["RAND_AUGMENT"],
     )
+
+    def loader(split: Split | None, crop=None, augment=None) -> Loader | None:
+        if split is None:
+            return None
+        if crop is None and DeviceLoader.fits(split, device):
+            return DeviceLoader(split, device, augment)
+        batches = BatchDataset(split, resize, crop, settings.skip_bad_images)
+        return WorkerLoader(batches, workers if crop or split.cached_pixels is None else 0, device, augment)
+
+    train, notes = loader(dataset.train, crop, augment), dataset.notes
+    where = f"read by {workers} worker(s) of each process"
+    if isinstance(train, DeviceLoader):
+        where = f"on {device.type}"
+        mean_std = mean_std or train.mean_and_std()
+    elif mean_std is None:
+        notes.append("MEAN and STD: 0.5, for a set that does not lie on the device is not measured")
+    mean_std = mean_std or half
+    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in mean_std)
     return Loaders(
         train,
-        feed(images.test or images.validation),
-        feed(images.minival),
-        images.label_names,
-        normal,
-        resize.processor(*normal),
-        where,
-        images.held_out,
-        images.notes,
+        loader(dataset.test or dataset.validation),
+        dataset.label_names,
+        resize.processor(*mean_std),
+        f"{where}; mean {mean}, std {std}",
+        minival=loader(dataset.minival),
+        held_out=dataset.held_out,
+        notes=notes,
+    )
+
+
+def build_synthetic_loaders(settings, processor, device) -> Loaders:
+    """Noise made on the device, for `DATA=synthetic` or `DATA=synthetic:N`."""
+    size, classes = settings.config["IMG_SIZE"], settings.config["NUM_CLASSES"]
+    step = settings.config["TOTAL_BATCH_SIZE"]
+    images = int(settings.dataset.partition(":")[2] or 100 * step)
+    return Loaders(
+        SyntheticLoader("train", images, size, classes, device),
+        SyntheticLoader("synthetic", step, size, classes, device),
+        [f"class {i}" for i in range(classes)],
+        processor,
+        f"made on {device.type}",
+        notes=[
+            "synthetic images, noise with random labels: they measure speed, and the accuracy means nothing"
+        ],
     )

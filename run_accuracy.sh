@@ -11,7 +11,7 @@ DATA=${DATA:-}                                            # cifar-10-batches-py,
 OUTPUT_PATH=${OUTPUT_PATH:-auto}                          # the trained model and its report; auto: runs/ and the config's name
 GPUNUM=${GPUNUM:-auto}                                    # processes, one a GPU; all: every GPU; auto: 1, or 2 without GPUs
 
-source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh" # which documents INSTALL, LAUNCHER, HOSTFILE and the rest
+source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh" # which documents INSTALL, LAUNCHER, HOSTFILE and the rest
 
 [ -e "$CONFIG" ] || [ ! -e "$HERE/$CONFIG" ] || CONFIG=$HERE/$CONFIG # called from another folder
 export DATA

@@ -21,7 +21,7 @@ WEIGHT_DECAY=${WEIGHT_DECAY:-0.05}         # pull of the weights towards zero
 WARMUP_RATIO=${WARMUP_RATIO:-0.3}          # share of the steps over which the learning rate rises
 SEED=${SEED:-42}                           # same seed, same run
 
-source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh" # which documents INSTALL, LAUNCHER, HOSTFILE and the rest
+source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh" # which documents INSTALL, LAUNCHER, HOSTFILE and the rest
 
 install_environment
 launch "$HERE/vit_train_demo.py" \

@@ -26,7 +26,7 @@ GPUNUM=${GPUNUM:-1}                               # processes of each run, one a
 PARALLEL_RUNS=${PARALLEL_RUNS:-auto}              # runs side by side, each on its own GPU; more than GPUs: they share; all: one a GPU; auto: 1 | up to 4
 RESULTS=${RESULTS:-./finetuning_results}          # a folder for each run, logs, table.md, table.csv and charts
 
-source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh" # which documents INSTALL and LAUNCHER
+source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh" # which documents INSTALL and LAUNCHER
 
 [ -z "${HOSTFILE:-}" ] || die "the runs of a sweep stay on this machine: leave HOSTFILE out"
 [ -z "${TP_SIZE:-}${PP_SIZE:-}${OUTPUT_PATH:-}" ] ||

@@ -3,7 +3,7 @@
 #
 #   bash test_ci.sh            arguments go to pytest: bash test_ci.sh -k launch
 
-source "$(dirname -- "${BASH_SOURCE[0]}")/launch.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
 
 export CUDA_VISIBLE_DEVICES='' # two processes, whatever GPUs there are
 NEEDED=pytest install_environment

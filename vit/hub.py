@@ -43,6 +43,25 @@ def reachable(seconds: float = 6) -> bool:
     return bool(heard)
 
 
+def is_online() -> bool:
+    """Whether the hub may be used and answers."""
+    return os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0", "false") and reachable()
+
+
+def go_offline_if_possible(names: list, uploads: bool) -> None:
+    """Keep the libraries from looking for updates, which takes minutes of retries where the hub does not answer.
+
+    Call before transformers or datasets is imported.
+
+    Args:
+        names: what has to come from the hub. uploads: whether the result goes there.
+    """
+    if names and not is_online():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    elif not names and not uploads:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
 def is_cached(name: str, kind: str) -> bool:
     """Whether a hub repository has a local copy (the layout of huggingface_hub's and datasets' caches)."""
     home = Path(os.environ.get("HF_HOME") or cache_home() / "huggingface")

@@ -1,57 +1,62 @@
 """Parallel layouts: how many processes there are and what each one does. Arithmetic only, no torch."""
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """``world`` processes as dp data-parallel groups of tp x pp processes each.
+    """``world_size`` processes as data-parallel groups of tensor x pipeline parallel processes.
 
-    Ranks are laid out as Colossal-AI's hybrid_parallel does: dp outermost, then pp, then tp, so that the
-    processes of one tensor-parallel group are neighbours.
+    Ranks are laid out as Colossal-AI's hybrid_parallel does: data parallel outermost, then pipeline, then tensor, so
+    that the processes of one tensor-parallel group are neighbours.
     """
 
-    world: int
-    tp: int = 1
-    pp: int = 1
+    world_size: int
+    tensor_size: int = 1
+    pipeline_size: int = 1
     rank: int = 0
 
     @property
-    def dp(self) -> int:
-        """Number of data-parallel groups: each sees other images."""
-        return self.world // (self.tp * self.pp)
+    def data_parallel_size(self) -> int:
+        """Number of data-parallel groups; each sees other images."""
+        return self.world_size // (self.tensor_size * self.pipeline_size)
 
     @property
-    def tp_rank(self) -> int:
-        return self.rank % self.tp
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_size
 
     @property
-    def pp_rank(self) -> int:
-        return self.rank // self.tp % self.pp
+    def pipeline_rank(self) -> int:
+        return self.rank // self.tensor_size % self.pipeline_size
 
     @property
-    def dp_rank(self) -> int:
-        return self.rank // (self.tp * self.pp)
+    def data_parallel_rank(self) -> int:
+        return self.rank // (self.tensor_size * self.pipeline_size)
 
     @property
-    def is_reporter(self) -> bool:
-        """One process of each data-parallel group holds the outputs and speaks for the group in sums."""
-        return self.tp_rank == 0 and self.pp_rank == self.pp - 1
+    def reports_loss(self) -> bool:
+        """Whether this rank adds its group's loss to global sums: tensor rank 0 of the last stage has the logits."""
+        return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline_size - 1
 
     def problems(self) -> list[str]:
-        """What makes this layout impossible, each with its mend; empty when it is possible."""
-        if self.world % (self.tp * self.pp):
-            return [
-                f"--tp_size {self.tp} x --pp_size {self.pp} = {self.tp * self.pp} does not divide the "
-                f"{self.world} "
-                f"process(es): set GPUNUM to a multiple of {self.tp * self.pp}, or lower TP_SIZE or PP_SIZE"
-            ]
-        return []
+        """What makes this layout impossible, and how to fix it; empty when it is possible."""
+        group = self.tensor_size * self.pipeline_size
+        if self.world_size % group == 0:
+            return []
+        return [
+            f"--tp_size {self.tensor_size} x --pp_size {self.pipeline_size} = {group} does not divide the "
+            f"{self.world_size} process(es): set GPUNUM to a multiple of {group}, or lower TP_SIZE or PP_SIZE"
+        ]
 
     def __str__(self) -> str:
-        return f"{self.world} process{'es' * (self.world > 1)} = dp {self.dp} x tp {self.tp} x pp {self.pp}"
+        processes = f"{self.world_size} process{'es' * (self.world_size > 1)}"
+        return f"{processes} = dp {self.data_parallel_size} x tp {self.tensor_size} x pp {self.pipeline_size}"
 
 
 @dataclass(frozen=True)

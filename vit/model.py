@@ -7,70 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from vit.data.dataset import DataError
 from vit.data.transforms import set_processor_size
-
-
-@dataclass(frozen=True)
-class VitPreset:
-    """Architecture of a ViT (Dosovitskiy et al., 2021). Sizes in pixels and channels."""
-
-    image_size: int
-    patch_size: int
-    hidden_size: int
-    layers: int
-    heads: int
-    mlp_size: int
-
-    def config(self, num_labels: int, **overrides):
-        """The HuggingFace config; dropout off, as fine-tuning uses it."""
-        from transformers import ViTConfig
-
-        return ViTConfig(
-            image_size=self.image_size,
-            patch_size=self.patch_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            intermediate_size=self.mlp_size,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-            num_labels=num_labels,
-            **overrides,
-        )
-
-
-PRESETS = {
-    "vit-demo": VitPreset(64, 8, 96, 4, 4, 192),
-    "vit-lite-7-4": VitPreset(32, 4, 256, 7, 4, 512),  # Hassani et al., 2021
-    **{
-        f"vit-{name}-patch16-{size}": VitPreset(size, 16, *shape)
-        for size in (224, 384)
-        for name, shape in {
-            "tiny": (192, 12, 3, 768),
-            "small": (384, 12, 6, 1536),
-            "base": (768, 12, 12, 3072),
-            "large": (1024, 24, 16, 4096),
-        }.items()
-    },
-}
-
-
-# model_type of a HuggingFace config: a ViT with a class token, and one whose patches are averaged
-# (`mean_pooled`)
-FAMILIES = ("vit", "ijepa")
-
-
-def known_architecture(name: str) -> VitPreset | None:
-    """The preset behind a name, with or without its hub owner.
-
-    ``google/vit-base-patch16-224-in21k`` -> ViT-B/16.
-    """
-    return PRESETS.get(preset_name(name))
-
-
-def preset_name(name: str) -> str:
-    """The key in `PRESETS` that a hub name stands for, if it is there."""
-    return name.split("/")[-1].removesuffix("-in21k")
+from vit.presets import FAMILIES, PRESETS
 
 
 def read_config(folder: Path) -> dict:
@@ -83,94 +22,87 @@ def read_config(folder: Path) -> dict:
 
 @dataclass
 class LoadedModel:
-    """A model for training and what the rest must know of it."""
+    """A model to train and what the rest must know of it."""
 
     model: nn.Module
-    processor: object  # ViTImageProcessor: size, mean, std, interpolation
-    untrained: bool  # the classifier has random weights
+    processor: object  # transformers' image processor: size, mean, std, interpolation
+    new_classifier: bool  # the classifier has random weights
     notes: list[str]  # what was changed, one line each
 
 
-def load_model(name: str, labels: list[str], tp: int = 1, image_size: int | None = None) -> LoadedModel:
+def load_model(name: str, labels: list[str], image_size: int | None = None) -> LoadedModel:
     """Build the ViT ``name`` with one logit per entry of ``labels``.
 
     Args:
-        name: hub name, local folder, or a key of `PRESETS` (random initial weights from torch's current
-            seed).
-        tp: the classifier is padded with unused rows to a multiple of this (tensor parallelism cuts it
-            evenly).
+        name: hub name, local folder, or a key of `PRESETS` (random initial weights from torch's current seed).
         image_size: pixels; position embeddings are interpolated when it differs from the model's.
 
     Raises:
-        ValueError: the folder or hub model is not a ViT, or ``image_size`` is no multiple of the patch size.
+        DataError: the model is no ViT, is damaged, or ``image_size`` is no multiple of its patch size.
     """
-    from safetensors import SafetensorError
-    from transformers import (
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModelForImageClassification,
-        ViTForImageClassification,
-        ViTImageProcessor,
-    )
-
-    notes = []
-    id2label = dict(enumerate(labels))
-    label2id = {label: i for i, label in id2label.items()}
+    label_maps = {
+        "id2label": dict(enumerate(labels)),
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
     if name in PRESETS and not Path(name).exists():
-        size = PRESETS[name].image_size
-        model = ViTForImageClassification(
-            PRESETS[name].config(len(labels), id2label=id2label, label2id=label2id)
-        )
-        processor = ViTImageProcessor(
-            size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
-        )
-        untrained = True
-        notes.append(f"{name}: random initial weights")
+        loaded = _random_model(name, len(labels), label_maps)
     else:
-        config = AutoConfig.from_pretrained(name)
-        if config.model_type not in FAMILIES:
-            raise ValueError(
-                f"--model_name_or_path {name} is a {config.model_type!r} model; this example trains ViTs"
-            )
-        trained = [config.id2label[i] for i in range(config.num_labels)]
-        try:
-            model, loading = AutoModelForImageClassification.from_pretrained(
-                name,
-                num_labels=len(labels),
-                id2label=id2label,
-                label2id=label2id,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"--model_name_or_path {name}: model.safetensors is damaged ({error}): copy it again"
-            ) from None
-        mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
-        fresh = set(loading["missing_keys"]) | mismatched
-        if strangers := [key for key in fresh if not key.startswith("classifier.")]:
-            raise ValueError(
-                f"--model_name_or_path {name} lacks {len(strangers)} weights of a ViT, e.g. {strangers[0]}"
-            )
-        untrained = bool(fresh)
-        if fresh:
-            notes.append(f"fresh classifier for {len(labels)} labels (the checkpoint's does not fit)")
-        elif sorted(trained) == sorted(labels):
-            rows = [trained.index(label) for label in labels]  # the data set may have them in another order
-            with torch.no_grad():
-                model.classifier.weight.copy_(model.classifier.weight[rows].clone())
-                model.classifier.bias.copy_(model.classifier.bias[rows].clone())
-        else:
-            untrained = True
-            model.classifier.reset_parameters()
-            notes.append(f"fresh classifier: the checkpoint's {len(labels)} labels have other names")
-        processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
+        loaded = _pretrained_model(name, labels, label_maps)
+    model = loaded.model
     if image_size and image_size != model.config.image_size:
-        notes.append(f"position embeddings interpolated from {model.config.image_size} to {image_size} px")
+        loaded.notes.append(
+            f"position embeddings interpolated from {model.config.image_size} to {image_size} px"
+        )
         resize_position_embeddings(model, image_size)
-        set_processor_size(processor, image_size)
-    pad_classifier(model, tp)
-    return LoadedModel(model, processor, untrained, notes)
+        set_processor_size(loaded.processor, image_size)
+    return loaded
+
+
+def _random_model(name: str, labels: int, label_maps: dict) -> LoadedModel:
+    from transformers import ViTForImageClassification, ViTImageProcessor
+
+    size = PRESETS[name].image_size
+    model = ViTForImageClassification(PRESETS[name].config(labels, **label_maps))
+    processor = ViTImageProcessor(
+        size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
+    )
+    return LoadedModel(model, processor, True, [f"{name}: random initial weights"])
+
+
+def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedModel:
+    from safetensors import SafetensorError
+    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type not in FAMILIES:
+        raise DataError(
+            f"--model_name_or_path {name} is a {config.model_type!r} model; this example trains ViTs"
+        )
+    trained = [config.id2label[i] for i in range(config.num_labels)]
+    options = {"num_labels": len(labels), "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, loading = AutoModelForImageClassification.from_pretrained(name, **label_maps, **options)
+    except SafetensorError as error:
+        problem = f"model.safetensors is damaged ({error}): copy it again"
+        raise DataError(f"--model_name_or_path {name}: {problem}") from None
+    mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
+    new = set(loading["missing_keys"]) | mismatched
+    if missing := [key for key in new if not key.startswith("classifier.")]:
+        problem = f"lacks {len(missing)} weights of a ViT, e.g. {missing[0]}"
+        raise DataError(f"--model_name_or_path {name} {problem}")
+    notes = []
+    if new:
+        notes.append(f"new classifier with {len(labels)} outputs (checkpoint has {len(trained)})")
+    elif sorted(trained) == sorted(labels):
+        order = [trained.index(label) for label in labels]  # the data set may have them in another order
+        with torch.no_grad():
+            model.classifier.weight.copy_(model.classifier.weight[order].clone())
+            model.classifier.bias.copy_(model.classifier.bias[order].clone())
+    else:
+        model.classifier.reset_parameters()
+        notes.append(f"new classifier: the checkpoint's {len(labels)} labels have other names")
+    processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
+    return LoadedModel(model, processor, bool(notes), notes)
 
 
 @torch.no_grad()
@@ -181,7 +113,7 @@ def resize_position_embeddings(model: nn.Module, image_size: int) -> None:
     """
     embeddings, patch = model.base_model.embeddings, model.config.patch_size
     if image_size % patch:
-        raise ValueError(f"--image_size {image_size} is no multiple of the model's patch size {patch}")
+        raise DataError(f"--image_size {image_size} is no multiple of the model's patch size {patch}")
     old = embeddings.position_embeddings  # (1, [1 +] patches, hidden)
     grid = int(old.shape[1] ** 0.5)
     extra = old.shape[1] - grid * grid  # the class token, where there is one

@@ -93,3 +93,11 @@ def mimetic_init(model: nn.Module) -> None:
     learned = positions.requires_grad
     sincos_position_embeddings_(model)
     positions.requires_grad_(learned)
+
+
+def initialise(model: nn.Module, positions: str = "learned", weights: str = "usual") -> None:
+    """The position embeddings and initial weights that a config file names, in place."""
+    if positions == "sincos":
+        sincos_position_embeddings_(model)
+    if weights == "mimetic":
+        mimetic_init(model)

@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vit.console import print_rank0
+from vit.parallel.plugins import plugin_named
 
 
 class GeminiAdamW(torch.optim.Optimizer):
@@ -59,10 +60,7 @@ class GeminiAdamW(torch.optim.Optimizer):
 
 
 def _chunks_by_size(params: list[torch.Tensor], elements: int = 2**23):
-    """Split into lists on one device of about ``elements`` each.
-
-    Few kernels, and few gradients in fp32 at a time.
-    """
+    """Lists on one device of about ``elements`` each: few kernels, and few gradients in fp32 at a time."""
     batch, size = [], 0
     for param in params:
         if batch and (size + param.numel() > elements or param.device != batch[0].device):
@@ -75,17 +73,14 @@ def _chunks_by_size(params: list[torch.Tensor], elements: int = 2**23):
 
 
 class WeightEMA:
-    """Averages what this process holds of the weights: all of them, its tensor-parallel slices, or its
-    pipeline stage's.
+    """Exponential moving average of this rank's part of the weights, in fp32.
 
-    The average of a slice is the slice of the average, so no process asks another for anything. Kept in
-    fp32, beside
-    the weights.
+    The average of a slice is the slice of the average, so ranks need not communicate. (torch's AveragedModel copies
+    the whole module, which sharded plugins cannot; its averaging function is used here.)
 
     Args:
-        tensors: -> (the tensors that the forward pass reads, their fp32 originals or the same again),
-            always in one order.
-            Asked anew each time, for a plugin may move them.
+        tensors: returns (model weights, fp32 master weights) in a fixed order; the same list twice if there are no
+            separate master weights. Called on every update, because Gemini may reallocate its chunks.
         decay: the average after a step is ``decay`` of itself and ``1 - decay`` of the new weights.
     """
 
@@ -123,30 +118,27 @@ class WeightEMA:
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Biases, LayerNorms and embeddings are not decayed; matrices are.
+    """Matrices are decayed; biases, LayerNorms and embeddings are not.
 
-    ``layer_decay``: learning rates fall by this factor a layer, from the head (1) down to the embeddings,
-    as ``lr_scale``
-    of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
+    ``layer_decay``: learning rates fall by this factor per layer, from the head (1) down to the embeddings, as the
+    ``lr_scale`` of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
     """
-    layers = model.config.num_hidden_layers
-    groups = {}
+    layers, groups = model.config.num_hidden_layers, {}
     for name, param in model.named_parameters():
         is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings", "pos_embed"))
         layer = re.search(r"\.layer\.(\d+)\.", name)
-        below = layers - int(layer[1]) if layer else layers + 1 if ".embeddings." in name else 0
-        scale = layer_decay**below
-        group = groups.setdefault(
-            (scale, is_matrix), {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale}
-        )
-        group["params"].append(param)
+        depth = layers - int(layer[1]) if layer else layers + 1 if ".embeddings." in name else 0
+        scale = layer_decay**depth
+        group = {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale}
+        groups.setdefault((scale, is_matrix), group)["params"].append(param)
     return [groups[key] for key in sorted(groups, reverse=True)]  # fastest first, matrices before the rest
 
 
-def build_optimizer(model: nn.Module, args, layer_decay: float = 1.0) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, settings) -> torch.optim.Optimizer:
     """AdamW: torch's fused kernel, or Colossal-AI's HybridAdam by ``--optimizer hybrid_adam``."""
-    groups, lr = param_groups(model, args.weight_decay, layer_decay), args.learning_rate
-    if args.optimizer == "hybrid_adam":
+    groups = param_groups(model, settings.weight_decay, settings.layer_decay)
+    lr = settings.learning_rate
+    if settings.optimizer == "hybrid_adam":
         from colossalai.nn.optimizer import HybridAdam
 
         try:
@@ -155,9 +147,10 @@ def build_optimizer(model: nn.Module, args, layer_decay: float = 1.0) -> torch.o
             reason = str(error).strip().splitlines()[0]
             print_rank0(
                 f"  note      HybridAdam's kernels cannot be built here ({reason}): using torch's "
-                "fused AdamW, the same update"
+                "fused AdamW, the "
+                "same update"
             )
-    if args.plugin == "gemini":
+    if plugin_named(settings.plugin).own_adam:
         from colossalai.zero.gemini import gemini_optimizer
 
         gemini_optimizer._AVAIL_OPTIM_LIST.add(GeminiAdamW)

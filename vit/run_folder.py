@@ -1,159 +1,246 @@
-"""The output folder of a run: its files, rows, model card and chart."""
+"""The output folder of a run: its rows, chart, model card and exported model."""
 
-import os
-import platform
-import shlex
-import sys
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from __future__ import annotations
+
+import time
 from pathlib import Path
 
-from vit.console import print_rank0
+from vit.checkpoint import CheckpointError, CheckpointFolder, find_checkpoint
+from vit.console import exit_with_errors, print_rank0, rank
 from vit.data.dataset import shorten_list
 from vit.distributed import all_gather_objects
-from vit.files import remove_folder
-from vit.report.tables import plural
+from vit.environment import environment, predict_command, recorded_command
+from vit.files import remove_folder, write_atomically, write_jsonl
+from vit.model import export_model
+from vit.report.card import model_card
+from vit.report.charts import epoch_chart
+from vit.report.tables import ranking_key
+from vit.schedule import BatchPlan, CosineWithWarmup
+from vit.settings import augmentation_flags
 
 # What a run writes into its output folder, and --overwrite_output removes.
 RUN_FILES = (
-    "checkpoints",
-    "tensorboard",
-    "model.safetensors",
-    "config.json",
-    "preprocessor_config.json",
-    "metrics.jsonl",
-    "metrics.png",
-    "README.md",
-)
+    "checkpoints tensorboard model.safetensors config.json preprocessor_config.json "
+    "metrics.jsonl metrics.png README.md"
+).split()
 
 
-def recorded_command(without: str | None = None) -> str:
-    """This run's command, for the records; ``without`` a flag and its value."""
-    import shlex
-
-    words = sys.argv[1:]
-    if without in words:
-        at = words.index(without)
-        del words[at : at + 2]
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    by_hand = "TORCHELASTIC_RUN_ID" not in os.environ  # the words have all of it
-    start = (
-        ["python"]
-        if processes == 1 or by_hand
-        else ["torchrun", *[f"--nnodes={processes // here}"] * (processes > here), f"--nproc_per_node={here}"]
-    )
-    return shlex.join([*start, os.path.basename(sys.argv[0]), *words])
-
-
-def empty_run_folder(output: Path) -> None:
-    """Remove what a run of this example writes into its output folder, and nothing else."""
-    for path in (output / name for name in RUN_FILES):
-        if path.is_dir():
-            remove_folder(path)
-        else:
-            path.unlink(missing_ok=True)
-
-
-def open_run_folder(output: Path, overwrite: bool) -> None:
-    """Make the output folder, without an earlier run's files where ``overwrite`` allows. Rank 0 only."""
-    if overwrite and output.exists():
-        empty_run_folder(output)
-    output.mkdir(parents=True, exist_ok=True)
-
-
-def predict_command(output) -> str:
-    """How to use what a run left in ``output``, from where it was started, with the Python that it was
-    installed for.
-    """
-    here = Path(__file__).resolve().parent.parent
-    python = os.path.relpath(here / ".venv/bin/python") if Path(sys.prefix) == here / ".venv" else "python"
-    return (
-        f"{shlex.join([python, os.path.relpath(here / 'vit_predict.py'), '--model', str(output)])} "
-        "IMAGE_OR_FOLDER"
-    )
-
-
-def count_skipped(row: dict, skipped: list[str], missing: list[str]) -> None:
-    """Note in an epoch's row how many training images could not be read, and say which are new. Collective.
+class RunFolder:
+    """Everything that a run leaves in ``settings.output_path``. Only rank 0 writes.
 
     Args:
-        skipped: those that this process met in the epoch.
+        loaders: the data of the run, see data.py.
+        started: time.perf_counter() after the imports.
+
+    Attributes:
+        rows: of metrics.jsonl, from "run" to "end".
+    """
+
+    def __init__(self, settings, loaders, started: float):
+        self.settings, self.loaders, self.started = settings, loaders, started
+        self.path = Path(settings.output_path)
+        self.writer = None
+        first = {
+            "kind": "run",
+            **environment(),
+            "layout": str(settings.layout),
+            "command": recorded_command(),
+        }
+        self.rows = [first | {"settings": settings.record, "held_out": loaders.held_out}]
+
+    @property
+    def best(self) -> dict | None:
+        """The row of the epoch that is tested and exported, so far."""
+        return next((row for row in self.rows if row["kind"] == "epoch" and row["best"]), None)
+
+    @property
+    def data_identity(self) -> list:
+        """What differs when the data set has changed."""
+        return [len(self.loaders.train), self.loaders.label_names]
+
+    def print_plan(self, plan: BatchPlan, learning_rate: CosineWithWarmup, model) -> None:
+        """What this run will do, before it does it."""
+        settings, layout, loaders = self.settings, self.settings.layout, self.loaders
+        splits = (loaders.train, loaders.evaluated, loaders.test, loaders.minival)
+        counts = ", ".join(f"{loader.name} {len(loader)}" for loader in splits if loader is not None)
+        classes = f"{len(loaders.label_names)} classes, {model.config.image_size} px"
+        scaled = ""
+        if settings.scale_lr and layout.data_parallel_size > 1:
+            factor = f"{settings.learning_rate:.3g} x dp {layout.data_parallel_size}"
+            scaled = f" ({factor}; --no-scale_lr keeps it)"
+        print_rank0(f"\n{settings.config_path or settings.model_name_or_path} on {settings.dataset}")
+        print_rank0(f"  layout    {layout}; {settings.strategy}")
+        print_rank0(f"  data      {counts} images of {classes}; {loaders.where}")
+        steps = f"{settings.num_epoch} epochs x {plan.steps_per_epoch} steps of {plan.images_per_step} images"
+        print_rank0(f"  schedule  {steps}")
+        batch = f"batch {plan.batch_size} x accumulation {plan.accumulation} x dp {layout.data_parallel_size}"
+        print_rank0(f"            = {batch}")
+        print_rank0(
+            f"  learning  rate {learning_rate.peak:.3g}{scaled}, warm-up {learning_rate.warmup_steps} steps, "
+            f"weight decay {settings.weight_decay:g}, seed {settings.seed}"
+        )
+        if (recipe := augmentation_flags(settings.record)) != "none" and settings.config is None:
+            print_rank0(f"  recipe    {recipe}")
+        print_rank0(f"  model     {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        for note in (*settings.notes, *loaders.notes):
+            print_rank0(f"  note      {note}")
+
+    # ---- resume and start
+
+    def find_checkpoint(self, checkpoints: CheckpointFolder) -> Path | None:
+        """The checkpoint to resume, None to start from the beginning; ends the program if it is of another run."""
+        try:
+            return find_checkpoint(checkpoints, self.settings, self.data_identity)
+        except CheckpointError as error:
+            exit_with_errors(str(error))
+
+    def restore_rows(self, meta: dict) -> None:
+        self.rows += meta["rows"]
+
+    def open(self) -> None:
+        """Make the folder, without an earlier run's files if --overwrite_output allows, and write the first row."""
+        if rank() != 0:
+            return
+        if self.settings.overwrite_output and self.path.exists():
+            self.remove_run_files()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write()
+        if self.settings.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.path / "tensorboard"))
+
+    def remove_run_files(self) -> None:
+        """Remove what a run writes into its output folder, and nothing else."""
+        for path in (self.path / name for name in RUN_FILES):
+            if path.is_dir():
+                remove_folder(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    # ---- rows
+
+    def add_epoch(
+        self,
+        epoch: int,
+        result: dict,
+        progress,
+        learning_rate: float,
+        evaluation_seconds: float,
+        peak_memory_gib: float,
+        skipped,
+    ) -> None:
+        """Add an epoch's row and select the epoch to export. Collective.
+
+        Args:
+            result: of `evaluate`. progress: the epoch's `EpochProgress`.
+            skipped: the training loader, which names the images that it could not read.
+        """
+        row = {
+            "kind": "epoch",
+            "epoch": epoch,
+            **result,
+            "train_loss": progress.loss_sum / progress.images,
+            "learning_rate": learning_rate,
+            "seconds": progress.seconds,
+            "steps_per_second": progress.steps / progress.seconds,
+            "images_per_second": progress.images / progress.seconds,
+            "evaluation_seconds": evaluation_seconds,
+            "peak_memory_gib": peak_memory_gib,
+        }
+        if self.settings.skip_bad_images:
+            row["skipped_images"] = count_skipped(skipped.take_skipped(), skipped.missing)
+        best = self.best
+        row["best"] = best is None or self.settings.keep == "last" or ranking_key(row) > ranking_key(best)
+        if row["best"] and best is not None:
+            best["best"] = False
+        self.rows.append(row)
+
+    def report_epoch(self) -> None:
+        """Write the rows and print the line of the last epoch."""
+        row = self.rows[-1]
+        self.write()
+        if self.writer is not None:
+            columns = "train_loss average_loss accuracy learning_rate images_per_second peak_memory_gib"
+            for name in columns.split():
+                self.writer.add_scalar(name, row[name], row["epoch"])
+            self.writer.flush()
+        minival = f", minival accuracy {row['minival_accuracy']:.4f}" if "minival_accuracy" in row else ""
+        # the published form, then what it leaves out
+        print_rank0(
+            f"Evaluation result for epoch {row['epoch']}: {result_text(row)}."
+            f"  (train loss {row['train_loss']:.4f}, {row['steps_per_second']:.2f} it/s, "
+            f"{row['images_per_second']:.0f} images/s, {row['seconds']:.1f} s, "
+            f"peak memory {row['peak_memory_gib']:.2f} GiB{minival})"
+        )
+
+    def add_test(self, result: dict) -> None:
+        """The result of the test split for the selected epoch."""
+        epoch = self.best["epoch"]
+        self.rows.append({"kind": "test", "epoch": epoch, **result})
+        print_rank0(f"Test result of epoch {epoch}: {result_text(result)} ({result['images']} images)")
+
+    def checkpoint_meta(self, position, plan: BatchPlan) -> dict:
+        """meta.json of a checkpoint at ``position``."""
+        return {
+            "step": position.global_step(plan),
+            "epoch": position.epoch,
+            "progress": vars(position.progress),
+            "rows": self.rows[1:],
+            "best_epoch": self.best and self.best["epoch"],
+            "processes": self.settings.layout.world_size,
+            "settings": self.settings.record,
+            "data": self.data_identity,
+        }
+
+    def write(self) -> None:
+        if rank() == 0:
+            write_jsonl(self.path / "metrics.jsonl", self.rows)
+
+    # ---- end
+
+    def export(self, boosted, config) -> None:
+        """Write the model of the selected epoch, the chart and the model card. Collective.
+
+        Args:
+            config: the HuggingFace config of the model.
+        """
+        weights = boosted.gather_state_dict(self.path)
+        seconds = time.perf_counter() - self.started
+        training = sum(row["seconds"] for row in self.rows if row["kind"] == "epoch")
+        self.rows.append({"kind": "end", "seconds": seconds, "training_seconds": training})
+        settings, loaders = self.settings, self.loaders
+        if rank() == 0:
+            export_model(weights, config, loaders.processor, self.path)
+            self.write()
+            split = loaders.evaluated.name
+            epoch_chart(self.rows, self.path / "metrics.png", settings.title, split)
+            from_scratch = split if settings.config is not None else None
+            card = model_card(self.rows, settings.card, loaders.label_names, from_scratch)
+            write_atomically(self.path / "README.md", card)
+            if settings.keep_checkpoints == 0:
+                remove_folder(self.path / "checkpoints")
+            if self.writer is not None:
+                self.writer.close()
+        print_rank0(
+            f"\n{settings.keep} epoch {self.best['epoch']} is in {self.path}/ ({seconds:.0f} s "
+            "since the imports): "
+            f"{predict_command(self.path)}"
+        )
+
+
+def result_text(result: dict) -> str:
+    return f"average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f}"
+
+
+def count_skipped(skipped: list[str], missing: tuple[str, ...]) -> int:
+    """Training images that could not be read, over all ranks; says which are new. Collective.
+
+    Args:
+        skipped: those that this rank met in the epoch.
         missing: those left out from the start.
     """
     found = sorted(set().union(*all_gather_objects(list(skipped))))
-    row["skipped_images"] = len(found) + len(missing)
     if found:
         print_rank0(f"  note      {len(found)} unreadable training image(s) skipped: {shorten_list(found)}")
-
-
-def environment(processes: int | None = None) -> dict:
-    """Date, hardware and versions: what a measured number means nothing without.
-
-    ``processes``: of the launch, one a GPU; those of this one by default.
-    """
-    import torch
-
-    packages = {}
-    for name in ("torch", "colossalai", "transformers", "torchvision", "datasets"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = "not installed"
-    packages["torch"] = torch.__version__  # with its CUDA build
-    if torch.cuda.is_available():
-        hardware = f"{processes or os.environ.get('WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
-    else:
-        own, cores = len(os.sched_getaffinity(0)), os.cpu_count()  # of runs side by side, each has a part
-        hardware = (
-            f"CPU, {own} of {plural(cores, 'core')}" if own < cores else f"CPU, {plural(cores, 'core')}"
-        )
-    return {
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "hardware": hardware,
-        "python": platform.python_version(),
-        "versions": packages,
-    }
-
-
-def epoch_row(
-    epoch: int, result: dict, progress, learning_rate: float, evaluation_seconds: float, peak_memory: float
-) -> dict:
-    """An epoch's row of metrics.jsonl.
-
-    ``result`` is Engine.evaluate's, ``progress`` the epoch's EpochProgress.
-    """
-    return {
-        "kind": "epoch",
-        "epoch": epoch,
-        **result,
-        "train_loss": progress.loss_sum / progress.images,
-        "learning_rate": learning_rate,
-        "seconds": progress.seconds,
-        "steps_per_second": progress.steps / progress.seconds,
-        "images_per_second": progress.images / progress.seconds,
-        "evaluation_seconds": evaluation_seconds,
-        "peak_memory_gib": peak_memory,
-    }
-
-
-def tensorboard_writer(folder: Path):
-    """Event files in ``folder``/tensorboard."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder / "tensorboard"))
-
-
-def log_epoch(writer, row: dict) -> None:
-    """One epoch's numbers as TensorBoard scalars; nothing without a writer."""
-    if writer is not None:
-        for name in (
-            "train_loss",
-            "average_loss",
-            "accuracy",
-            "learning_rate",
-            "images_per_second",
-            "peak_memory_gib",
-        ):
-            writer.add_scalar(name, row[name], row["epoch"])
-        writer.flush()
+    return len(found) + len(missing)

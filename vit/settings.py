@@ -1,80 +1,160 @@
-"""The settings of a run: their names, defaults and the values that a plugin allows."""
+"""The settings of a run: one frozen record that both programs make once and never write to."""
 
-PLUGIN_PRECISIONS = {  # plugin -> the precisions it can do, its published one first
-    "torch_ddp": ("fp32", "bf16"),
-    "torch_ddp_fp16": ("fp16",),
-    "low_level_zero": ("fp16", "bf16", "fp32"),
-    "gemini": ("fp16", "bf16"),
-    "hybrid_parallel": ("fp16", "bf16", "fp32"),
-    "none": ("fp32", "fp16", "bf16"),  # plain PyTorch, the reference
-}
+from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import PurePath
+
+from vit.layout import ParallelLayout
+
+MESH_MODES = ("2d", "2.5d", "3d")  # tensor parallelism over a mesh of processes: vit/parallel/mesh.py
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides a run. The defaults are those of the flags; None follows the machine or the model.
+
+    Make a changed copy with `dataclasses.replace`.
+    """
+
+    # model and data
+    model_name_or_path: str | None = None
+    dataset: str | None = None
+    image_size: int | None = None  # pixels; None: the model's
+    image_column: str | None = None
+    label_column: str | None = None
+    validation_fraction: float = 0.1
+    fold: str | None = None
+    max_train_samples: int | None = None
+    max_eval_samples: int | None = None
+    skip_bad_images: bool = False
+    data_memory: float | None = None  # GiB
+    num_workers: int | None = None
+    # optimisation
+    batch_size: int | None = None  # images per data-parallel rank and micro-step
+    learning_rate: float | None = None  # peak, before scaling
+    scale_lr: bool = True
+    num_epoch: int | None = None
+    weight_decay: float | None = None
+    warmup_ratio: float | None = None
+    max_norm: float = 0.0
+    gradient_accumulation_steps: int = 1
+    seed: int = 42
+    # augmentation and regularisation; off by default
+    augment: bool | None = None
+    auto_augment: str | None = None
+    label_smoothing: float = 0.0
+    layer_decay: float = 1.0
+    drop_path: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema: float = 0.0
+    mix_epochs: int | None = None  # mix the first epochs only; None: all
+    keep: str = "best"
+    # parallelism, precision and memory
+    plugin: str | None = None
+    preset: str | None = None
+    precision: str | None = None
+    tp_size: int = 1
+    pp_size: int = 1
+    tp_depth: int = 1  # of 2.5d
+    num_microbatches: int | None = None
+    zero_stage: int | None = None
+    placement_policy: str = "static"
+    offload_optim_frac: float | None = None
+    offload_param_frac: float = 0.0
+    optimizer: str = "adamw"
+    grad_checkpoint: bool | None = None
+    compile: bool = False
+    cuda_graphs: bool = False
+    layout: ParallelLayout = ParallelLayout(1)
+    # output
+    output_path: str = "./output_model"
+    resume: str | None = None
+    checkpoint_steps: int = 0
+    checkpoint_epochs: int = 1
+    keep_checkpoints: int = 1
+    overwrite_output: bool = False
+    tensorboard: bool = False
+    push_to_hub: str | None = None
+    eval_only: bool = False
+    dry_run: bool = False
+    # a run by a config file: its values, see vit/config.py
+    config: Mapping | None = None
+    config_path: str | None = None
+    notes: tuple[str, ...] = ()  # what the user should know, one line each
+
+    @property
+    def record(self) -> dict:
+        """What must be equal for a resumed run to be the same run; stored in rows and checkpoints."""
+        if self.config is not None:
+            return {"dataset": self.dataset} | dict(self.config["record"])
+        return {name: getattr(self, name) for name in RECORDED_SETTINGS}
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """After scaling by the data-parallel size."""
+        return self.learning_rate * (self.layout.data_parallel_size if self.scale_lr else 1)
+
+    @property
+    def strategy(self) -> str:
+        """How the model is trained, for the plan: plugin, precision, and what saves memory."""
+        parts = [f"plugin {self.plugin}" if self.config is None else f"{self.config['mode']}", self.precision]
+        parts += [f"preset {self.preset}"] if self.preset else []
+        parts += [f"depth {self.tp_depth}"] * (self.tp_depth > 1)
+        parts += ["gradient checkpointing"] * bool(self.grad_checkpoint)
+        offloaded = self.offload_optim_frac or 0.0
+        parts += [f"{offloaded:.0%} of optimizer states offloaded"] * (offloaded > 0)
+        parts += [f"{self.num_microbatches} micro-batches"] * (self.pp_size > 1)
+        return ", ".join(parts)
+
+    @property
+    def title(self) -> str:
+        """Of a run's chart."""
+        strategy = self.plugin if self.config is None else self.config["mode"]
+        model, dataset = PurePath(self.model_name_or_path).name, PurePath(self.dataset).name
+        return f"{model} on {dataset}, {strategy} {self.precision}"
+
+    @property
+    def card(self) -> dict:
+        """The settings that a model card lists."""
+        if self.config is None:
+            return self.record | {"preset": self.preset}
+        return {"model_name_or_path": self.model_name_or_path} | self.record
+
+    @property
+    def advice_on_divergence(self) -> str:
+        """What could keep the loss finite and is not set yet, by the names that this program has for it."""
+        lower, clip = "--learning_rate", "--max_norm 1"
+        if self.config is not None:
+            lower, clip = "LEARNING_RATE", "clip_grad_norm = 1"
+        ways = [f"lower {lower}"] + [f"set {clip}"] * (not self.max_norm)
+        return ", or ".join(ways + ["use bf16 or fp32"] * (self.precision == "fp16"))
+
+
+DEFAULTS = {field.name: field.default for field in fields(Settings)}
+
+# Sizes that depend on the number of processes are not recorded: they are computed again.
+RECORDED_SETTINGS = (
+    "model_name_or_path dataset image_size plugin precision optimizer tp_size pp_size zero_stage batch_size "
+    "gradient_accumulation_steps learning_rate scale_lr num_epoch weight_decay warmup_ratio max_norm augment "
+    "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep fold seed max_train_samples "
+    "max_eval_samples validation_fraction image_column label_column skip_bad_images"
+).split()
 
 # What the published setting leaves out, with the value that means so.
-AUGMENTATION_DEFAULTS = dict(
-    augment=False,
-    auto_augment=None,
-    label_smoothing=0.0,
-    layer_decay=1.0,
-    drop_path=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    ema=0.0,
-    keep="best",
-)
+AUGMENTATION_DEFAULTS = {
+    name: DEFAULTS[name]
+    for name in "augment auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep".split()
+} | {"augment": False}
 
 
-def augmentation_flags(settings: dict) -> str:
-    """The recipe's flags as they are typed: `--augment --mixup 0.2`; `none` of the published setting."""
-    flags = {name: settings.get(name, off) for name, off in AUGMENTATION_DEFAULTS.items()}
+def augmentation_flags(settings: Mapping) -> str:
+    """The flags that differ from the published setting, as typed: `--augment --mixup 0.2`, or `none`."""
+    values = {name: settings.get(name, off) for name, off in AUGMENTATION_DEFAULTS.items()}
+    changed = {name: value for name, value in values.items() if value != AUGMENTATION_DEFAULTS[name]}
     return (
-        " ".join(
-            f"--{name}" if value is True else f"--{name} {value}"
-            for name, value in flags.items()
-            if value != AUGMENTATION_DEFAULTS[name]
-        )
+        " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changed.items())
         or "none"
     )
-
-
-# What must be equal for a resumed run to be the same run. Sizes that depend on the number of processes
-# are not
-# among them: they are worked out again.
-RECORDED_SETTINGS = (
-    "model_name_or_path",
-    "dataset",
-    "image_size",
-    "plugin",
-    "precision",
-    "optimizer",
-    "tp_size",
-    "pp_size",
-    "zero_stage",
-    "batch_size",
-    "gradient_accumulation_steps",
-    "learning_rate",
-    "scale_lr",
-    "num_epoch",
-    "weight_decay",
-    "warmup_ratio",
-    "max_norm",
-    "augment",
-    "auto_augment",
-    "label_smoothing",
-    "layer_decay",
-    "drop_path",
-    "mixup",
-    "cutmix",
-    "ema",
-    "keep",
-    "fold",
-    "seed",
-    "max_train_samples",
-    "max_eval_samples",
-    "validation_fraction",
-    "image_column",
-    "label_column",
-    "skip_bad_images",
-)
-
-MESH_MODES = ("2d", "2.5d", "3d")  # built by vit/parallel/mesh.py; the rest by Booster plugins

@@ -1,131 +1,254 @@
 """One train step and one evaluation, the same for every plugin and layout."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
+from vit.data.dataset import IGNORE_INDEX
 from vit.data.transforms import fork_rng_for
+from vit.distributed import all_reduce_sum, device
+from vit.parallel.boosted import BoostedModel
+from vit.step_graph import StepGraph
 
 
 @dataclass
 class Normalize:
-    """uint8 pixels (N, 3, H, W) to the model's floats, on the device: (x / 255 - mean) / std."""
+    """uint8 pixels (N, 3, H, W) to floats: (x / 255 - mean) / std of each channel, on the device."""
 
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean, std = (_channel_tensor(values, pixels.device) for values in (self.mean, self.std))
+        mean, std = (_channel_tensor(tuple(values), pixels.device) for values in (self.mean, self.std))
         return (pixels - mean).div_(std)  # one float copy of the batch
 
 
 @cache
-def _channel_tensor(values: tuple[float, float, float], device: torch.device) -> torch.Tensor:
-    """(1, 3, 1, 1) on the device, in units of 1.
-
-    Kept, for sending it makes the CPU wait until the GPU has caught up.
-    """
+def _channel_tensor(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(1, 3, 1, 1) in units of 1/255. Cached: sending it again makes the CPU wait for the GPU."""
     return 255 * torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 class Mixup:
-    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by
-    torchvision.
+    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by torchvision.
 
     Args:
         mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0: never.
         num_labels: true number of classes.
         seed: with the step it decides every draw.
-        group: number of the data-parallel group; others draw otherwise.
+        group: data-parallel rank; others draw differently.
+        until_step: later steps are not mixed; None: all are.
     """
 
-    def __init__(self, mixup: float, cutmix: float, num_labels: int, seed: int, group: int):
+    def __init__(
+        self,
+        mixup: float,
+        cutmix: float,
+        num_labels: int,
+        seed: int,
+        group: int,
+        until_step: int | None = None,
+    ):
         from torchvision.transforms import v2
 
         kinds = {v2.MixUp: mixup, v2.CutMix: cutmix}
-        self.transform = v2.RandomChoice(
-            [kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds.items() if alpha]
-        )
-        self.seed, self.group = seed, group
+        chosen = [kind(alpha=alpha, num_classes=num_labels) for kind, alpha in kinds.items() if alpha]
+        self.transform = v2.RandomChoice(chosen)
+        self.seed, self.group, self.until_step = seed, group, until_step
 
-    def __call__(
-        self, pixels: torch.Tensor, labels: torch.Tensor, step: int, micro_step: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Floats (N, 3, H, W) and labels (N,) -> mixed floats, and a probability for each class (N,
-        num_labels).
-        """
+    def __call__(self, pixels: torch.Tensor, labels: torch.Tensor, step: int, micro_step: int) -> tuple:
+        """Floats (N, 3, H, W) and labels (N,) -> mixed floats, and probabilities (N, num_labels)."""
+        if self.until_step is not None and step >= self.until_step:
+            return pixels, labels
         with fork_rng_for(self.seed, step, micro_step, self.group):
             return self.transform(pixels, labels)
 
 
-class StepGraph:
-    """Replays ``update``: forward, backward, the reduction over the processes, clipping and the optimizer's
-    step.
+class TrainStep:
+    """One optimizer step, the same for every plugin and layout.
 
-    After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel").
-    Steps of other
-    shapes, kinds or scale have a graph of their own; the last one of an epoch, which has padding, is run as
-    it is.
+    Gradients are the mean over exactly the real images of the step, whatever the layout, the accumulation and the
+    padding of an epoch's last batch: the loss is a sum over images, scaled by data-parallel size / images, because
+    plugins average gradients over data-parallel ranks.
 
     Args:
-        update: (batches, scale) -> a device scalar. Reads nothing back from the device, and draws from
-            torch's own
-            generator only.
-        optimizer: whose ``param_groups`` have the learning rates; its step must be capturable.
-        stream: where the model was made parallel; a recording cannot be made on the default stream.
+        boosted: what `boost` returned.
+        num_labels: true number of classes; logits beyond it are padding and never count.
+        normalize: turns a uint8 batch into the model's input.
+        label_smoothing: of the training loss (Szegedy et al., 2016); evaluation has none.
+        mixup: mixes the images of a training batch.
     """
 
-    # steps that are not recorded: the first set things up, and DistributedDataParallel's timers run in
-    # ten
-    WARM_UP = 11
+    def __init__(
+        self,
+        boosted: BoostedModel,
+        num_labels: int,
+        normalize: Normalize,
+        label_smoothing: float = 0.0,
+        mixup: Mixup | None = None,
+    ):
+        self.boosted, self.booster = boosted, boosted.booster
+        self.model, self.optimizer, self.layout = boosted.model, boosted.optimizer, boosted.layout
+        self.num_labels, self.normalize = num_labels, normalize
+        self.label_smoothing, self.mixup = label_smoothing, mixup
+        stream = boosted.graph_stream
+        self.graph = StepGraph(self.forward_backward_update, self.optimizer, stream) if stream else None
 
-    def __init__(self, update: Callable, optimizer, stream: torch.cuda.Stream):
-        self.update, self.optimizer, self.stream = update, optimizer, stream
-        self.steps = 0
-        self.recorded = {}  # kind of step -> (graph, its inputs, its result)
-        # what the recorded optimizer reads its learning rates from
-        self.rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
+    @classmethod
+    def of(cls, boosted: BoostedModel, settings, num_labels: int, normalize: Normalize, steps_per_epoch: int):
+        """The step that ``settings`` describe."""
+        mixup = None
+        if settings.mixup or settings.cutmix:
+            until = None if settings.mix_epochs is None else settings.mix_epochs * steps_per_epoch
+            rank = settings.layout.data_parallel_rank
+            mixup = Mixup(settings.mixup, settings.cutmix, num_labels, settings.seed, rank, until)
+        return cls(boosted, num_labels, normalize, settings.label_smoothing, mixup)
 
-    def __call__(self, batch: dict[str, torch.Tensor], scale: float, regular: bool) -> torch.Tensor:
-        """``update`` of one batch. ``regular``: a step as most are, worth recording."""
-        self.steps += 1
-        if not regular or self.steps <= self.WARM_UP:
-            return self._aside(lambda: self.update([batch], scale))
-        kind = (scale, *((tensor.shape, tensor.dtype) for tensor in batch.values()))
-        if kind not in self.recorded:
-            self.recorded[kind] = self._record(batch, scale)
-        graph, inputs, result = self.recorded[kind]
-        torch._foreach_copy_(list(inputs.values()), list(batch.values()))
-        for rate, group in zip(self.rates, self.optimizer.param_groups):
-            rate.fill_(group["lr"])
-        graph.replay()
-        return result.clone()  # the next replay writes over it
+    def __call__(
+        self, batches: list[dict], images: int, learning_rate: float, global_step: int = 0
+    ) -> torch.Tensor:
+        """Train on one step's batches.
 
-    def _aside(self, work: Callable) -> torch.Tensor:
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            result = work()
-        torch.cuda.current_stream().wait_stream(self.stream)
-        return result
+        Args:
+            batches: micro-batches of this rank: uint8 ``pixel_values`` (N, 3, H, W) and ``labels`` (N,).
+            images: real images in this step, over all data-parallel ranks.
 
-    def _record(
-        self, batch: dict[str, torch.Tensor], scale: float
-    ) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
-        inputs, graph, groups = (
-            {name: tensor.clone() for name, tensor in batch.items()},
-            torch.cuda.CUDAGraph(),
-            self.optimizer.param_groups,
+        Returns:
+            This rank's share of the step's mean loss, a scalar on the device: the shares of all ranks add up to it.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        scale = self.layout.data_parallel_size / images
+        is_full = images == self.layout.data_parallel_size * sum(len(batch["labels"]) for batch in batches)
+        prepared = (self.prepare_batch(batch, global_step, i, is_full) for i, batch in enumerate(batches))
+        if self.graph:
+            loss = self.graph(next(prepared), scale, replayable=is_full)
+        else:
+            loss = self.forward_backward_update(prepared, scale, len(batches))
+        if self.boosted.ema:
+            self.boosted.ema.update()
+        return loss / self.layout.data_parallel_size if self.layout.reports_loss else torch.zeros_like(loss)
+
+    def prepare_batch(self, batch: dict, step: int, micro_step: int, is_full: bool) -> dict:
+        """The batch on the device, normalized and mixed. Padding cannot be mixed, so a padded step is not."""
+        batch = self.to_device(batch)
+        if self.mixup and is_full:
+            pixels, labels = self.mixup(batch["pixel_values"], batch["labels"], step, micro_step)
+            return {"pixel_values": pixels, "labels": labels}
+        return batch
+
+    def to_device(self, batch: dict) -> dict:
+        pixels = batch["pixel_values"].to(device(), non_blocking=True)
+        return {
+            "pixel_values": self.normalize(pixels),
+            "labels": batch["labels"].to(device(), non_blocking=True),
+        }
+
+    def forward_backward_update(self, batches: Iterable[dict], scale: float, count: int = 1) -> torch.Tensor:
+        """Forward and backward pass of ``count`` batches, then the optimizer's step. -> sum of the losses x ``scale``"""
+        loss = torch.zeros((), device=device())
+        for i, batch in enumerate(batches):
+            if self.layout.pipeline_size > 1:
+                loss += self.pipeline_batch(batch, scale)
+            else:
+                loss += self.micro_batch(batch, scale, is_last=i + 1 == count)
+        if self.boosted.clip_norm > 0:
+            self.optimizer.clip_grad_by_norm(self.boosted.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def micro_batch(self, batch: dict, scale: float, is_last: bool) -> torch.Tensor:
+        """Forward and backward pass of one batch; gradients are reduced over the ranks with the last one."""
+        with nullcontext() if is_last else self.boosted.no_sync():
+            logits = self.model(pixel_values=batch["pixel_values"]).logits
+            loss = self.sum_cross_entropy(logits, batch["labels"], self.label_smoothing) * scale
+            self.booster.backward(loss, self.optimizer)
+        return loss.detach()
+
+    def pipeline_batch(self, batch: dict, scale: float) -> torch.Tensor:
+        """The same through the pipeline, which cuts the batch and divides each part's loss by their number."""
+        parts = self.booster.plugin.scheduler.num_microbatches
+        # not given to the model, which would compute a loss of its own; the last stage asks for them in order
+        labels = iter(batch.pop("labels").chunk(parts))
+
+        def criterion(outputs, _):
+            return self.sum_cross_entropy(outputs.logits, next(labels), self.label_smoothing) * (
+                scale * parts
+            )
+
+        result = self.booster.execute_pipeline(
+            iter([batch]), self.model, criterion, self.optimizer, return_loss=True
         )
-        usual = [(group["lr"], group["capturable"]) for group in groups]
-        for group, rate in zip(groups, self.rates):
-            group["lr"], group["capturable"] = rate, True
-        try:
-            # the threads of NCCL go on asking for its events meanwhile
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                result = self.update([dict(inputs)], scale)
-        finally:
-            for group, (rate, capturable) in zip(groups, usual):
-                group["lr"], group["capturable"] = rate, capturable
-        return graph, inputs, result
+        loss = result["loss"]
+        return torch.zeros((), device=device()) if loss is None else loss.detach()
+
+    def sum_cross_entropy(
+        self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+    ) -> torch.Tensor:
+        """Cross-entropy summed over the real images of a batch, in fp32. ``labels``: (N,), or probabilities (N, C)."""
+        return F.cross_entropy(
+            logits[:, : self.num_labels].float(),
+            labels,
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=label_smoothing,
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    step: TrainStep, batches: Iterable[dict], images: int, check_interrupt: Callable[[], None] | None = None
+) -> dict:
+    """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights if there are any.
+
+    Args:
+        batches: of this data-parallel rank, all of the training batch size; padding has the label `IGNORE_INDEX`.
+        images: number of images in the split.
+        check_interrupt: called every 20 batches; may raise.
+
+    Returns:
+        ``average_loss``, ``accuracy`` and ``images``; the same on every rank.
+
+    Raises:
+        RuntimeError: another number of images was counted; the sums would be wrong.
+    """
+    step.model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device())  # loss, correct, images
+    with step.boosted.ema_weights():
+        for i, batch in enumerate(batches):
+            if check_interrupt and i % 20 == 0:
+                check_interrupt()
+            batch = step.to_device(batch)
+            labels = batch.pop("labels")
+            logits = _evaluation_logits(step, batch)
+            if step.layout.reports_loss:
+                correct = logits[:, : step.num_labels].argmax(-1) == labels
+                real = labels != IGNORE_INDEX
+                sums += torch.stack(
+                    [step.sum_cross_entropy(logits, labels).double(), correct.sum(), real.sum()]
+                )
+    loss, correct, counted = all_reduce_sum(sums).tolist()
+    if counted != images:
+        raise RuntimeError(f"evaluation counted {counted:.0f} images instead of {images}")
+    return {"average_loss": loss / counted, "accuracy": correct / counted, "images": int(counted)}
+
+
+def _evaluation_logits(step: TrainStep, batch: dict) -> torch.Tensor | None:
+    """Logits (N, C) of a batch; None on ranks of a pipeline that do not have them."""
+    if step.layout.pipeline_size == 1:
+        return step.model(pixel_values=batch["pixel_values"]).logits
+
+    def no_loss(outputs, _):  # the schedule calls a criterion even if its value is not used
+        return torch.zeros((), device=device())
+
+    result = step.booster.execute_pipeline(
+        iter([batch]), step.model, no_loss, return_loss=False, return_outputs=True
+    )
+    return result["outputs"]["logits"] if step.layout.reports_loss else None

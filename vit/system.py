@@ -1,41 +1,49 @@
-"""What this machine has: GPUs, memory, free ports."""
+"""What this machine has: GPUs, memory, free ports.
 
+The launcher uses it before anything is installed: the standard library only, at import.
+"""
+
+import ctypes
 import os
 import socket
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 
-def gpu_count() -> int:
+@dataclass(frozen=True)
+class Machine:
+    """GPUs that this process may use, and whether they have 16-bit brain floats (since Ampere)."""
+
+    gpus: int = 0
+    has_bf16: bool = False
+
+
+def this_machine() -> Machine:
     import torch
 
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not torch.cuda.is_available():
+        return Machine()
+    return Machine(torch.cuda.device_count(), torch.cuda.get_device_capability()[0] >= 8)
 
 
-def gpu_has_bf16() -> bool:
-    import torch
+def count_gpus() -> int:
+    """GPUs that the NVIDIA driver shows this process: exact for CUDA_VISIBLE_DEVICES, and no torch to import."""
+    count = ctypes.c_int()
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:  # no driver
+        return 0
+    found = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if found else 0
 
-    return torch.cuda.get_device_capability()[0] >= 8
 
-
-def memory_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes.
-
-    The machine's memory, or what a container or a batch system leaves this process of it (Linux's control
-    groups).
-    """
-    import psutil
-
-    limits = [psutil.virtual_memory().total]
-    groups = proc.read_text().splitlines() if proc.exists() else []
-    for controllers, path in (line.split(":", 2)[1:] for line in groups):
-        if controllers in ("", "memory"):  # version 2, version 1
-            base, file = (root / controllers, "memory.limit_in_bytes" if controllers else "memory.max")
-            own = base / path.lstrip("/")
-            for folder in (own, *own.parents):  # a group has its parents' limits, too
-                with suppress(OSError, ValueError):  # not there; "max"
-                    limits.append(int((folder / file).read_text()))
-    return min(limits)
+def host_exists(host: str) -> bool:
+    """Whether this machine knows an address of ``host``."""
+    try:
+        return bool(socket.getaddrinfo(host, None))
+    except (OSError, UnicodeError):  # UnicodeError: no name at all, such as one with two dots
+        return False
 
 
 def free_port() -> int:
@@ -47,3 +55,20 @@ def free_port() -> int:
 def local_world_size() -> int:
     """Processes of this launch on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def memory_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that this process may use: the machine's memory, or the limit of its container (Linux cgroups)."""
+    import psutil
+
+    limits = [psutil.virtual_memory().total]
+    groups = proc.read_text().splitlines() if proc.exists() else []
+    for controllers, path in (line.split(":", 2)[1:] for line in groups):
+        if controllers in ("", "memory"):  # version 2, version 1
+            base = root / controllers
+            file = "memory.limit_in_bytes" if controllers else "memory.max"
+            own = base / path.lstrip("/")
+            for folder in (own, *own.parents):  # the limits of the parents hold too
+                with suppress(OSError, ValueError):  # not there; "max"
+                    limits.append(int((folder / file).read_text()))
+    return min(limits)

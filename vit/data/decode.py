@@ -1,8 +1,11 @@
 """Decoding image files to RGB, and keeping a data set decoded in memory."""
 
+from __future__ import annotations
+
 import io
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -10,17 +13,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from vit.data.dataset import DataError, ImageDataset, Split, shorten_list
-from vit.data.transforms import RandomResizedCrop, Resize
 from vit.system import memory_limit
 
-MAX_CACHED_TRAIN_IMAGES = (
-    200_000  # images; a training split of more is not read whole before training: that would take minutes
-)
-
-
-FAST_DECODE_SECONDS = (
-    1e-3  # seconds to decode an image; below it threads wait for each other in Python longer than they save
-)
+# A larger training split is not read completely before the training: that would take minutes.
+MAX_CACHED_TRAIN_IMAGES = 200_000
+# Images that take less time are decoded by one thread: several wait for each other in Python longer than they save.
+FAST_DECODE_SECONDS = 1e-3
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -41,10 +39,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(encoded) -> Image.Image:
-    """An RGB image from what a `Split` holds.
-
-    A path, the bytes of an image file, a PIL image, or uint8 (H, W, 3).
-    """
+    """An RGB image from an entry of `Split.images`: a path, bytes of a file, a PIL image, or uint8 (H, W, 3)."""
     if isinstance(encoded, np.ndarray):
         return Image.fromarray(encoded)
     if isinstance(encoded, Image.Image):
@@ -55,87 +50,100 @@ def open_image(encoded) -> Image.Image:
         return to_rgb(image)
 
 
-def decode_dataset(
-    images: ImageDataset, resize: Resize, augment: RandomResizedCrop | None, args, processes: int
-) -> tuple[ImageDataset, int]:
-    """Decode every split once and keep it as uint8, as far as the memory budget of a process allows.
+def decode_dataset(dataset: ImageDataset, resize, crop, settings, processes: int) -> tuple[ImageDataset, int]:
+    """Decode every split once and keep it as uint8, as far as the memory budget of this process allows.
 
     Args:
-        processes: processes on this machine; they share ``args.data_memory`` GiB (default: a quarter of its
-            memory).
+        resize: the transform of evaluation. crop: the random crop of training, or None.
+        processes: on this machine; they share ``settings.data_memory`` GiB (default: a quarter of its memory).
 
     Returns:
-        The data, without unreadable images where ``--skip_bad_images`` allows, and the bytes kept.
+        The data, without unreadable images where --skip_bad_images allows it, and the bytes kept.
 
     Raises:
-        DataError: unreadable images, all named, unless ``--skip_bad_images``.
+        DataError: unreadable images, all named, unless --skip_bad_images.
     """
-    budget = (args.data_memory * 2**30 if args.data_memory else memory_limit() / 4) / processes
-    threads = max(1, min(16, len(os.sched_getaffinity(0)) // processes))
-    kept, notes, total = {}, [], 0
-    for split in images.splits():
-        keep, slot = (augment.keep, "sources") if augment and split.name == "train" else (resize, "resized")
-        # a large training split is not read twice; what is evaluated must be whole before it counts
-        if (split.name != "train" or len(split) <= MAX_CACHED_TRAIN_IMAGES) and getattr(split, slot) is None:
+    limit = settings.data_memory * 2**30 if settings.data_memory else memory_limit() / 4
+    budget, threads = limit / processes, max(1, min(16, len(os.sched_getaffinity(0)) // processes))
+    decoded, notes, total = {}, [], 0
+    for split in dataset.splits():
+        if crop and split.name == "train":
+            decode, column = crop.keep, "cached_images"
+        else:
+            decode, column = resize, "cached_pixels"
+            if split.cached_pixels is not None and split.cached_pixels[0].shape[-1] != resize.size:
+                split = replace(split, cached_pixels=None)  # CIFAR-10 comes with pixels of its own size
+        is_huge = split.name == "train" and len(split) > MAX_CACHED_TRAIN_IMAGES
+        if getattr(split, column) is None and not is_huge:
             split, size, skipped = _decode_split(
-                split, keep, slot, budget - total, threads, args.skip_bad_images
+                split, decode, column, budget - total, threads, settings.skip_bad_images
             )
             total += size
             notes += skipped
-        kept[split.name] = split
-    return replace(images, notes=images.notes + notes, **kept), total
+        decoded[split.name] = split
+    return replace(dataset, notes=dataset.notes + notes, **decoded), total
 
 
 def _decode_split(
-    split: Split, keep, slot: str, budget: float, threads: int, skip_bad: bool
+    split: Split, decode: Callable, column: str, budget: float, threads: int, skip_bad: bool
 ) -> tuple[Split, int, list[str]]:
-    """`decode` of one split; ``keep`` makes the array that is kept in the field ``slot``.
+    """`decode_dataset` for one split. -> (split, bytes kept in ``column``, notes)
 
-    -> (split, bytes kept, notes)
+    Beyond the budget, images are read once all the same, to find the bad ones: every count is exact from the start,
+    and no epoch is trained to fail in its evaluation.
     """
 
-    def decode_one(i: int):
+    def decode_one(i: int) -> np.ndarray | str:
         try:
-            return keep(open_image(split.images[i]))
+            return decode(open_image(split.images[i]))
         except Exception as error:  # PIL raises many kinds on a damaged file
             return f"{split.describe(i)} ({error})"
 
-    sample, seconds = [], []
-    for i in range(0, len(split), max(1, len(split) // 32)):
-        started = time.perf_counter()
-        sample.append(decode_one(i))
-        seconds.append(time.perf_counter() - started)
-    sizes = [item.nbytes for item in sample if not isinstance(item, str)]
-    kept = not sizes or np.mean(sizes) * len(split) <= budget
-    if not kept and not skip_bad and split.name == "train":
+    fits, is_fast = _measure(split, decode_one, budget)
+    if not fits and not skip_bad and split.name == "train":
         return split, 0, []
 
-    def decode_or_check(i: int):
-        # beyond the budget, images are read once to find the bad ones: every count and batch is exact
-        # from the start,
-        # and no epoch is trained to fail in its evaluation
+    def decode_or_check(i: int) -> np.ndarray | str | None:
         result = decode_one(i)
-        return result if kept or isinstance(result, str) else None
+        return result if fits or isinstance(result, str) else None
 
-    if np.median(seconds) < FAST_DECODE_SECONDS:
+    if is_fast:
         results = list(map(decode_or_check, range(len(split))))
     else:
         with ThreadPoolExecutor(threads) as pool:
             results = list(pool.map(decode_or_check, range(len(split))))
-    bad = [i for i, item in enumerate(results) if isinstance(item, str)]
+    bad, notes = [i for i, item in enumerate(results) if isinstance(item, str)], []
     if bad:
-        named = shorten_list([results[i] for i in bad])
-        if not skip_bad:
-            raise DataError(
-                f"{len(bad)} unreadable image(s) in {split.name}: {named}. Mend or remove them, or "
-                "use --skip_bad_images"
-            )
-        if len(bad) == len(split):
-            raise DataError(f"no readable image in {split.name}: {named}")
-        good = np.setdiff1d(np.arange(len(split)), bad)
-        names = tuple(results[i] for i in bad)
-        split, results = replace(split.take(good), unreadable=names), [results[i] for i in good]
-    notes = [f"{split.name}: {len(bad)} unreadable image(s) skipped: {named}"] if bad else []
-    if not kept:
+        split, notes = _without(split, bad, [results[i] for i in bad], skip_bad)
+        results = [item for item in results if not isinstance(item, str)]
+    if not fits:
         return split, 0, notes
-    return replace(split, **{slot: results}), sum(array.nbytes for array in results), notes
+    return replace(split, **{column: results}), sum(array.nbytes for array in results), notes
+
+
+def _measure(split: Split, decode_one: Callable, budget: float) -> tuple[bool, bool]:
+    """Whether the split fits into ``budget`` bytes, and whether its images decode fast; from a sample of 32."""
+    sizes, seconds = [], []
+    for i in range(0, len(split), max(1, len(split) // 32)):
+        started = time.perf_counter()
+        item = decode_one(i)
+        seconds.append(time.perf_counter() - started)
+        if not isinstance(item, str):
+            sizes.append(item.nbytes)
+    fits = not sizes or np.mean(sizes) * len(split) <= budget
+    return bool(fits), bool(np.median(seconds) < FAST_DECODE_SECONDS)
+
+
+def _without(split: Split, bad: list[int], names: list[str], skip_bad: bool) -> tuple[Split, list[str]]:
+    """The split without its unreadable images, and a note that names them."""
+    shown = shorten_list(names)
+    if not skip_bad:
+        raise DataError(
+            f"{len(bad)} unreadable image(s) in {split.name}: {shown}. Repair or delete them, or "
+            "pass --skip_bad_images"
+        )
+    if len(bad) == len(split):
+        raise DataError(f"no readable image in {split.name}: {shown}")
+    good = np.setdiff1d(np.arange(len(split)), bad)
+    notes = [f"{split.name}: {len(bad)} unreadable image(s) skipped: {shown}"]
+    return replace(split.take(good), unreadable=tuple(names)), notes

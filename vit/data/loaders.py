@@ -1,4 +1,10 @@
-"""Batches of a data set: from device memory, from loader workers, or synthetic."""
+"""Batches of a split: from device memory, from loader workers, or synthetic.
+
+A loader has a ``name``, a length in images, ``batches(order)`` for the batches of `vit.schedule.BatchPlan`, and for
+--skip_bad_images ``missing``, the names of images left out from the start, and ``take_skipped()``, those met since.
+"""
+
+from __future__ import annotations
 
 import itertools
 import os
@@ -8,33 +14,26 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from vit.data.dataset import IGNORE_INDEX, DataError, ImageDataset, Split
+from vit.data.dataset import IGNORE_INDEX, DataError, Split
 from vit.data.decode import open_image
 from vit.data.gpu_augment import BatchAugment
-from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop
-from vit.layout import ParallelLayout
+
+AUGMENT_BYTES = 2**25  # of pixels that are augmented together
 
 
 class BatchDataset(torch.utils.data.Dataset):
-    """(epoch, image) pairs to a batch: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,),
-    ``skipped`` names.
+    """Batches of (epoch, image) pairs: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,), ``skipped`` names.
 
-    torch's DataLoader hands a whole batch to ``__getitems__``.
+    torch's DataLoader gives a whole batch of indices to ``__getitems__``.
 
     Args:
-        skip_bad: an unreadable image is named in ``skipped``, and, in training, the next one of the split
-            takes its
-            place, so that a batch stays whole; in evaluation its row stays padding.
+        resize: the transform of evaluation. crop: the random crop of training, or None.
+        skip_bad: name an unreadable image in ``skipped`` instead of raising `DataError`. In training the next image
+            of the split takes its place, so that a batch stays full; in evaluation it becomes padding.
     """
 
-    def __init__(
-        self,
-        split: Split,
-        resize: Resize | ResizeCenterCrop,
-        augment: RandomResizedCrop | None,
-        skip_bad: bool,
-    ):
-        self.split, self.resize, self.augment, self.skip_bad = split, resize, augment, skip_bad
+    def __init__(self, split: Split, resize, crop=None, skip_bad: bool = False):
+        self.split, self.resize, self.crop, self.skip_bad = split, resize, crop, skip_bad
 
     def __len__(self) -> int:
         return len(self.split)
@@ -43,7 +42,7 @@ class BatchDataset(torch.utils.data.Dataset):
         size = self.resize.size
         pixels = torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8)
         labels = torch.full((len(pairs),), IGNORE_INDEX)
-        skipped = []
+        skipped: list[str] = []
         for slot, (epoch, image) in enumerate(pairs):
             while image >= 0:
                 try:
@@ -53,24 +52,20 @@ class BatchDataset(torch.utils.data.Dataset):
                 except Exception as error:
                     named = f"{self.split.describe(image)} ({error})"
                     if not self.skip_bad or len(skipped) >= len(self):
-                        raise DataError(
-                            f"unreadable image: {named}" + "; or use --skip_bad_images" * (not self.skip_bad)
-                        ) from None
+                        hint = "" if self.skip_bad else "; or use --skip_bad_images"
+                        raise DataError(f"unreadable image: {named}{hint}") from None
                     skipped.append(named)
                     image = (image + 1) % len(self) if self.split.name == "train" else -1
         return {"pixel_values": pixels, "labels": labels, "skipped": skipped}
 
     def _pixels(self, epoch: int, image: int) -> torch.Tensor:
         split = self.split
-        if self.augment:
-            source = (
-                self.augment.shrink(open_image(split.images[image]))
-                if split.sources is None
-                else split.sources[image]
-            )
-            return self.augment(source, epoch, image)
-        if split.resized is not None:
-            return torch.from_numpy(split.resized[image])
+        if self.crop:
+            if split.cached_images is not None:
+                return self.crop(split.cached_images[image], epoch, image)
+            return self.crop(self.crop.shrink(open_image(split.images[image])), epoch, image)
+        if split.cached_pixels is not None:
+            return torch.from_numpy(split.cached_pixels[image])
         return torch.from_numpy(self.resize(open_image(split.images[image])))
 
 
@@ -85,22 +80,19 @@ class _BatchOrder:
 
 
 def _identity(batch: dict) -> dict:
-    """DataLoader's collate_fn: a batch comes collated."""
+    """DataLoader's collate_fn: `BatchDataset` returns whole batches."""
     return batch
 
 
 def _leave_process_group(worker: int) -> None:
-    """Ctrl-C and torchrun signal a whole group.
-
-    The step that the training finishes before it saves needs its workers.
-    """
+    """Ctrl-C and torchrun signal a whole group, but the step that is finished before saving needs its workers."""
     os.setpgrp()
 
 
-def make_loader(batches: BatchDataset, order, workers: int) -> DataLoader:
-    """A torch DataLoader over ``order`` (lists of (epoch, image) pairs, one per batch)."""
+def make_loader(dataset: BatchDataset, order: Iterable, workers: int) -> DataLoader:
+    """A torch DataLoader over ``order``: lists of (epoch, image) pairs, one per batch."""
     return DataLoader(
-        batches,
+        dataset,
         batch_sampler=_BatchOrder(order),
         collate_fn=_identity,
         worker_init_fn=_leave_process_group,
@@ -110,145 +102,121 @@ def make_loader(batches: BatchDataset, order, workers: int) -> DataLoader:
     )
 
 
-def eval_batches(images: int, batch_size: int, layout: ParallelLayout) -> list[list[tuple[int, int]]]:
-    """This process's evaluation batches.
-
-    Each image once over all groups, padded to whole, equally many batches.
-    """
-    per_round = batch_size * layout.dp
-    rounds = -(-images // per_round)
-    order = list(range(images)) + [-1] * (rounds * per_round - images)
-    start = layout.dp_rank * batch_size
-    return [[(0, image) for image in order[r * per_round + start :][:batch_size]] for r in range(rounds)]
-
-
-def default_num_workers(images: ImageDataset, augment: RandomResizedCrop | None, processes: int) -> int:
-    """Data-loading processes of one process.
-
-    None where batches are mere copies, else its share of the cores, at most 16.
-    """
-    if images.train.resized is not None and not augment:
+def default_num_workers(split: Split, crop, processes: int) -> int:
+    """Workers of one process: none if batches are mere copies, else its share of the cores, at most 16."""
+    if split.cached_pixels is not None and not crop:
         return 0
     return max(0, min(16, len(os.sched_getaffinity(0)) // processes - 1))
 
 
-SYNTHETIC = "synthetic"
+class WorkerLoader:
+    """Batches decoded, cropped and resized ahead of the training, by worker processes.
 
+    Args:
+        augment: what happens to whole batches on the device, or None.
+    """
 
-AUGMENT_BYTES = 2**25  # bytes of pixels that are augmented at once
+    def __init__(
+        self, dataset: BatchDataset, workers: int, device: torch.device, augment: BatchAugment | None = None
+    ):
+        self.dataset, self.workers, self.device, self.augment = dataset, workers, device, augment
+        self.name, self.missing = dataset.split.name, dataset.split.unreadable
+        self.skipped: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def take_skipped(self) -> list[str]:
+        """Names of unreadable images met since the last call."""
+        skipped, self.skipped = self.skipped, []
+        return skipped
+
+    def batches(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[dict]:
+        order, ahead = itertools.tee(order)
+        for pairs, batch in zip(order, make_loader(self.dataset, ahead, self.workers), strict=False):
+            self.skipped += batch["skipped"]
+            pixels = batch["pixel_values"].to(self.device, non_blocking=True)
+            if self.augment is not None:
+                pixels = self.augment(pixels, pairs[0][0], torch.tensor([image for _, image in pairs]))
+            yield {"pixel_values": pixels, "labels": batch["labels"].to(self.device, non_blocking=True)}
 
 
 class DeviceLoader:
-    """A split whose images and labels lie on the device."""
+    """Batches of a split that lies in the memory of the device.
 
-    skipped = ()  # all have been read
+    Args:
+        split: with ``cached_pixels`` of one size.
+        augment: what happens to whole batches, or None.
+    """
 
-    def __init__(self, split: Split, device: torch.device):
-        self.name, self.missing = split.name, split.unreadable
-        self.pixels = torch.from_numpy(np.stack(split.resized)).to(device)  # uint8 (N, 3, S, S)
+    def __init__(self, split: Split, device: torch.device, augment: BatchAugment | None = None):
+        self.name, self.missing, self.augment = split.name, split.unreadable, augment
+        self.pixels = torch.from_numpy(np.stack(split.cached_pixels)).to(device)  # uint8 (N, 3, S, S)
         self.labels = torch.from_numpy(split.labels).to(device)
 
     @staticmethod
     def fits(split: Split, device: torch.device) -> bool:
-        """Whether the split is decoded to one size, and small beside the device's memory."""
-        if split.resized is None:
+        """Whether the split is decoded to one size, and takes at most a quarter of the device's free memory."""
+        if split.cached_pixels is None:
             return False
-        return (
-            device.type == "cpu"
-            or len(split) * split.resized[0].nbytes <= torch.cuda.mem_get_info(device)[0] / 4
-        )
+        size = len(split) * split.cached_pixels[0].nbytes
+        return device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] / 4
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take_skipped(self) -> list[str]:
+        return []  # all were read at the start
+
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Of all pixels of each channel, in units of 255."""
+        channels = self.pixels.unbind(1)
         counts = torch.stack(
-            [torch.bincount(channel.flatten().int(), minlength=256) for channel in self.pixels.unbind(1)]
+            [torch.bincount(channel.flatten().int(), minlength=256) for channel in channels]
         ).double()
         levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
         weights = counts / counts.sum(1, keepdim=True)
         mean = (weights * levels).sum(1)
         std = ((weights * levels**2).sum(1) - mean**2).clamp(min=0).sqrt()
-        # a grey or one-coloured set would be divided by 0
-        return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
+        return tuple(mean.tolist()), tuple(
+            std.clamp(min=1 / 255).tolist()
+        )  # a one-coloured set has a std of 0
 
-    def pixels_of(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.pixels[rows]
+    def pixels_of(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.pixels[indices]
 
-    def batch(self, pairs: list[tuple[int, int]], augment: BatchAugment | None = None) -> dict:
-        """(epoch, image) pairs of one epoch, as data.Schedule deals them, to a batch for the engine."""
+    def batch(self, pairs: list[tuple[int, int]]) -> dict:
+        """The batch of (epoch, image) pairs of one epoch."""
         index = torch.tensor([image for _, image in pairs])
-        there = index.to(self.labels.device, non_blocking=True)
-        rows = there.clamp(min=0)
-        pixels, labels = self.pixels_of(rows), self.labels[rows]
-        if augment is not None:
-            pixels = augment(pixels, pairs[0][0], index)
-        return {"pixel_values": pixels, "labels": labels.masked_fill(there < 0, IGNORE_INDEX)}
+        on_device = index.to(self.labels.device, non_blocking=True)
+        real = on_device.clamp(min=0)
+        pixels, labels = self.pixels_of(real), self.labels[real]
+        if self.augment is not None:
+            pixels = self.augment(pixels, pairs[0][0], index)
+        return {"pixel_values": pixels, "labels": labels.masked_fill(on_device < 0, IGNORE_INDEX)}
 
-    def batches(
-        self, order: Iterable[list[tuple[int, int]]], augment: BatchAugment | None = None
-    ) -> Iterator[dict]:
-        """The batches of ``order``.
-
-        Several are made together, since small ones cost a GPU's time to start kernels, not to run them.
-        """
+    def batches(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[dict]:
+        """Small batches are augmented several at once: starting kernels takes longer than running them."""
         for _, epoch in itertools.groupby(order, key=lambda pairs: pairs[0][0]):
             for first in epoch:
-                together = AUGMENT_BYTES // (len(first) * self.pixels[0].nbytes) if augment else 0
+                together = AUGMENT_BYTES // (len(first) * self.pixels[0].nbytes) if self.augment else 0
                 taken = [first, *itertools.islice(epoch, max(0, together - 1))]
-                whole = self.batch(list(itertools.chain(*taken)), augment)
-                for parts in zip(*(whole[name].split(len(first)) for name in whole)):
-                    yield dict(zip(whole, parts))
+                joined = self.batch(list(itertools.chain(*taken)))
+                for parts in zip(*(joined[name].split(len(first)) for name in joined), strict=True):
+                    yield dict(zip(joined, parts, strict=True))
 
 
 class SyntheticLoader(DeviceLoader):
-    """Noise with random labels, to see how fast training is when images cost nothing."""
+    """Noise with random labels, to measure the speed of training when images cost nothing."""
 
     POOL = 1024  # images; they repeat
-    name, missing = SYNTHETIC, ()
 
-    def __init__(self, images: int, size: int, classes: int, device: torch.device):
+    def __init__(self, name: str, images: int, size: int, classes: int, device: torch.device):
+        self.name, self.missing, self.augment = name, (), None
         generator = torch.Generator().manual_seed(0)
-        self.pixels = torch.randint(
-            0, 256, (min(images, self.POOL), 3, size, size), generator=generator, dtype=torch.uint8
-        ).to(device)
+        shape = (min(images, self.POOL), 3, size, size)
+        self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
         self.labels = torch.randint(0, classes, (images,), generator=generator).to(device)
 
-    def pixels_of(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.pixels[rows % len(self.pixels)]
-
-
-class WorkerLoader:
-    """A split that is too large to lie on the device: processes of its own decode, crop and resize ahead of
-    the training.
-
-    ``skipped`` names the unreadable images met so far, ``missing`` those left out from the start.
-    """
-
-    def __init__(
-        self,
-        split: Split,
-        resize,
-        augment: RandomResizedCrop | None,
-        skip_bad: bool,
-        workers: int,
-        device: torch.device,
-    ):
-        self.read = BatchDataset(split, resize, augment, skip_bad)
-        self.name, self.missing, self.workers, self.device = split.name, split.unreadable, workers, device
-        self.skipped: list[str] = []
-
-    def __len__(self) -> int:
-        return len(self.read)
-
-    def batches(
-        self, order: Iterable[list[tuple[int, int]]], augment: BatchAugment | None = None
-    ) -> Iterator[dict]:
-        order, ahead = itertools.tee(order)
-        for pairs, batch in zip(order, make_loader(self.read, ahead, self.workers)):
-            self.skipped += batch["skipped"]
-            pixels = batch["pixel_values"].to(self.device, non_blocking=True)
-            if augment is not None:
-                pixels = augment(pixels, pairs[0][0], torch.tensor([image for _, image in pairs]))
-            yield {"pixel_values": pixels, "labels": batch["labels"].to(self.device, non_blocking=True)}
+    def pixels_of(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.pixels[indices % len(self.pixels)]

@@ -113,23 +113,22 @@ def read_index(folder: Path) -> dict:
             return about
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise DataError(
-        f"--dataset {folder}: {PREPARED_INDEX} is damaged or of another version: run "
-        "prepare_images.py again, into a new folder"
+    problem = (
+        f"{PREPARED_INDEX} is damaged or of another version: run prepare_images.py again, into a new folder"
     )
+    raise DataError(problem, folder)
 
 
 def read_complete_index(folder: Path) -> dict:
-    """`read_about` of a folder that can be trained on.
+    """`read_index` of a folder that can be trained on.
 
     Raises:
         DataError: it cannot.
     """
     about = read_index(folder)
     if not about["complete"]:
-        raise DataError(
-            f"--dataset {folder}: prepare_images.py was interrupted: run the same command again, it goes on"
-        )
+        problem = "prepare_images.py was interrupted: run the same command again, it continues"
+        raise DataError(problem, folder)
     return about
 
 
@@ -144,16 +143,12 @@ def read_prepared(folder: Path) -> tuple[dict[str, Split], list[str]]:
         try:
             index = dict(np.load(folder / f"{split}.npz"))
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(
-                f"--dataset {folder}: {split}.npz cannot be read ({error}): copy the folder again"
-            ) from None
+            raise DataError(f"{split}.npz cannot be read ({error}): copy the folder again", folder) from None
         ends = index["offset"] + index["length"]
         for part in np.unique(index["part"]):
             path = shard_path(folder, split, part)
             if not path.exists() or path.stat().st_size != ends[index["part"] == part].max():
-                raise DataError(
-                    f"--dataset {folder}: {path.name} is missing or cut short: copy the folder again"
-                )
+                raise DataError(f"{path.name} is missing or cut short: copy the folder again", folder)
         images = PreparedImages(folder, split, index, about["format"] == "raw")
-        splits[split] = Split(split, images, index["label"], sources=images if images.raw else None)
+        splits[split] = Split(split, images, index["label"], cached_images=images if images.raw else None)
     return splits, about["labels"]

@@ -1,4 +1,6 @@
-"""Where images come from: folders, parquet or arrow files, saved data sets, the hub."""
+"""Where images come from: what a name stands for, and image folders."""
+
+from __future__ import annotations
 
 import itertools
 import os
@@ -7,26 +9,26 @@ from pathlib import Path
 
 import numpy as np
 
+from vit.data.cifar10 import is_cifar10
 from vit.data.dataset import IMAGE_SUFFIXES, DataError, PathArray, Split
-from vit.data.prepared import PREPARED_INDEX
+from vit.data.prepared import PREPARED_INDEX, read_complete_index
 
 SPLIT_ALIASES = {
-    "train": "train",
-    "training": "train",
-    "validation": "validation",
-    "val": "validation",
-    "valid": "validation",
-    "dev": "validation",
-    "test": "test",
-    "testing": "test",
+    alias: split
+    for split, aliases in {
+        "train": "train training",
+        "validation": "validation val valid dev",
+        "test": "test testing",
+    }.items()
+    for alias in aliases.split()
 }
-
-
-DEMO_DATASET = "drawn"  # the name of the embedded data set (leaves.py)
+DEMO_DATASET = "drawn"  # synthetic leaf images: vit/data/leaves.py
+SYNTHETIC = "synthetic"  # noise with random labels, made on the device: vit/data/loaders.py
+TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
 def find_source(name: str) -> str:
-    """What kind of data set ``name`` is: drawn, imagefolder, prepared, saved, parquet, arrow, or hub.
+    """What ``name`` is: drawn, synthetic, imagefolder, cifar10, prepared, saved, parquet, arrow, or hub.
 
     A local path wins over a hub name. Reads directory entries only.
 
@@ -36,86 +38,93 @@ def find_source(name: str) -> str:
     path = Path(name)
     if name == DEMO_DATASET:
         return "drawn"
-    if path.is_file() and path.suffix in (".parquet", ".arrow"):
+    if name.partition(":")[0] == SYNTHETIC:
+        count = name.partition(":")[2] or "1"
+        if not (count.isdecimal() and int(count)):
+            raise DataError(f"must be {SYNTHETIC}, or {SYNTHETIC}:N with a number of training images", name)
+        return "synthetic"
+    if path.is_file() and path.suffix in TABLE_SUFFIXES:
         return path.suffix[1:]
     if path.is_dir():
-        if (path / PREPARED_INDEX).exists():
-            from vit.data.prepared import read_complete_index
-
-            read_complete_index(path)
-            return "prepared"
-        if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-            return "saved"
-        folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-        if any(_first_image(folder) for folder in folders):
-            return "imagefolder"  # found before a million image files are searched for tables
-        for suffix in ("parquet", "arrow"):
-            if next(path.rglob(f"*.{suffix}"), None) is not None:
-                return suffix
-        if folders:
-            return "imagefolder"
-        raise DataError(
-            f"--dataset {name}: the folder holds no data set. Expected {name}/train/<class>/*.jpg "
-            "(and validation/, "
-            f"test/), or {name}/<class>/*.jpg, or parquet or arrow files, or a saved `datasets` directory"
-        )
+        return _source_of_folder(path, name)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(f"--dataset {name}: no such folder or file (a hub name has the form owner/name)")
+        raise DataError("no such folder or file (a hub name has the form owner/name)", name)
     return "hub"
 
 
+def _source_of_folder(path: Path, name: str) -> str:
+    if (path / PREPARED_INDEX).exists():
+        read_complete_index(path)
+        return "prepared"
+    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        return "saved"
+    if is_cifar10(name):
+        return "cifar10"
+    folders = [entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    if any(next(_image_paths(folder), None) for folder in folders):
+        return "imagefolder"  # found before a million image files are searched for tables
+    for suffix in TABLE_SUFFIXES:
+        if next(path.rglob(f"*{suffix}"), None) is not None:
+            return suffix[1:]
+    if folders:
+        return "imagefolder"
+    raise DataError(
+        f"the folder holds no data set. Expected {name}/train/<class>/*.jpg (and validation/, test/), or "
+        f"{name}/<class>/*.jpg, or parquet or arrow files, or a saved `datasets` directory",
+        name,
+    )
+
+
 def class_folders(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """Of ``root/<split>/<class>/**/image``, or ``root/<class>/**/image``: -> (split -> its folder, split ->
-    its classes).
+    """The folders of splits, and the class names of each: ``root/<split>/<class>/**/image`` or ``root/<class>/**/image``.
 
     Raises:
         DataError: there is no train split, it has no classes, or another split has classes that it lacks.
     """
-    folders = {
-        SPLIT_ALIASES[d.name.lower()]: d
-        for d in sorted(root.iterdir())
-        if d.is_dir() and d.name.lower() in SPLIT_ALIASES
-    }
-    if not folders:
-        folders = {"train": root}
-    classes = {split: _subfolders(folder) for split, folder in folders.items()}
+    entries = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    folders = {SPLIT_ALIASES[d.name.lower()]: d for d in entries if d.name.lower() in SPLIT_ALIASES}
+    folders = folders or {"train": root}
+    classes = {split: _class_names(folder) for split, folder in folders.items()}
     if "train" not in classes:
-        raise DataError(f"--dataset {root} has no train folder; it has: {', '.join(folders)}")
+        raise DataError(f"has no train folder; it has: {', '.join(folders)}", root)
+    train = folders["train"]
     if not classes["train"]:
-        raise DataError(
-            f"--dataset {root}: {folders['train']} holds no class folders (expected <class>/*.jpg)"
-        )
+        raise DataError(f"{train} holds no class folders (expected <class>/*.jpg)", root)
     for split, folder in folders.items():
-        if strangers := sorted(set(classes[split]) - set(classes["train"])):
+        if unknown := sorted(set(classes[split]) - set(classes["train"])):
             raise DataError(
-                f"--dataset {root}: class {', '.join(strangers)} is in {folder.name}/ but not in "
-                f"{folders['train'].name}/: "
-                "rename or remove the folder, or add training images of it"
+                f"class {', '.join(unknown)} is in {folder.name}/ but not in {train.name}/: rename or "
+                "remove the "
+                "folder, or add training images of it",
+                root,
             )
     return folders, classes
 
 
 def read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
+    """-> (splits, class names). Reads names of files, not the images.
+
+    Raises:
+        DataError: a split has no images in class folders.
+    """
     folders, classes = class_folders(root)
     splits, labels = {}, classes["train"]
     for split, folder in folders.items():
         found = [sorted(_image_paths(folder / name)) for name in labels]
-        if not any(found):
-            flat = sorted(entry.path for entry in os.scandir(folder) if _is_image(entry.name))
-            if flat and split == "test":  # ImageNet's, for one: its labels are not given away
-                paths = PathArray(folder, flat)
-                splits[split] = Split(split, paths, np.full(len(flat), -1), where=paths)
-                continue
-            mend = (
-                "the images lie beside each other: move each into the folder of its class"
-                if flat
-                else ", ".join(sorted(IMAGE_SUFFIXES))
-            )
-            raise DataError(f"--dataset {root}: no images under {folder}/<class>/ ({mend})")
-        paths = PathArray(folder, list(itertools.chain.from_iterable(found)))
-        splits[split] = Split(
-            split, paths, np.repeat(np.arange(len(labels)), [len(names) for names in found]), where=paths
-        )
+        if any(found):
+            paths = PathArray(folder, list(itertools.chain.from_iterable(found)))
+            label_ids = np.repeat(np.arange(len(labels)), [len(names) for names in found])
+            splits[split] = Split(split, paths, label_ids, names=paths)
+            continue
+        flat = sorted(entry.path for entry in os.scandir(folder) if _is_image(entry.name))
+        if flat and split == "test":  # such as ImageNet's, whose labels are not published
+            paths = PathArray(folder, flat)
+            splits[split] = Split(split, paths, np.full(len(flat), -1), names=paths)
+            continue
+        fix = ", ".join(sorted(IMAGE_SUFFIXES))
+        if flat:
+            fix = "the images lie beside each other: move each into the folder of its class"
+        raise DataError(f"no images under {folder}/<class>/ ({fix})", root)
     return splits, labels
 
 
@@ -124,148 +133,14 @@ def _is_image(name: str) -> bool:
 
 
 def _image_paths(folder: Path) -> Iterator[str]:
-    """Of all image files under ``folder``, which may be missing. Reads directory entries alone.
-
-    A look at each file takes minutes.
-    """
+    """All image files under ``folder``, which may be missing. Reads directory entries only: opening each takes minutes."""
     return (
-        os.path.join(where, name) for where, _, names in os.walk(folder) for name in names if _is_image(name)
+        os.path.join(path, name) for path, _, names in os.walk(folder) for name in names if _is_image(name)
     )
 
 
-def _first_image(folder: Path) -> str | None:
-    return next(_image_paths(folder), None)
-
-
-def _subfolders(folder: Path) -> list[str]:
-    """Class folders: not the hidden ones, and not what a run or prepare_images.py left in there."""
+def _class_names(folder: Path) -> list[str]:
+    """Class folders: not hidden ones, and not what a run or prepare_images.py wrote there."""
     ours = ("metrics.jsonl", PREPARED_INDEX)
-    return sorted(
-        d.name
-        for d in folder.iterdir()
-        if d.is_dir() and not d.name.startswith(".") and not any((d / name).exists() for name in ours)
-    )
-
-
-def read_hf_dataset(name: str, kind: str, image_column: str | None, label_column: str | None):
-    """The `datasets` library: hub, saved directory, parquet or arrow files."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    if kind == "saved":
-        loaded = datasets.load_from_disk(name)
-    elif kind == "hub":
-        loaded = datasets.load_dataset(name)
-    elif Path(name).is_file():
-        loaded = datasets.load_dataset(kind, data_files={"train": name})
-    else:
-        # files are named or foldered by split (train-00000-of-00002.parquet, test/0.parquet), as on the hub
-        files: dict[str, list[str]] = {}
-        for path in sorted(Path(name).rglob(f"*.{kind}")):
-            words = (
-                str(path.relative_to(name))
-                .replace("-", "/")
-                .replace(".", "/")
-                .replace("_", "/")
-                .lower()
-                .split("/")
-            )
-            split = next((SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES), "train")
-            files.setdefault(split, []).append(str(path))
-        try:
-            loaded = datasets.load_dataset(kind, data_files=files)
-        except datasets.exceptions.DatasetsError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise DataError(
-                f"--dataset {name}: its {kind} files do not make one table ({reason}); give every "
-                "split the same columns"
-            ) from None
-    if isinstance(loaded, datasets.Dataset):
-        loaded = datasets.DatasetDict(train=loaded)
-    features = next(iter(loaded.values())).features
-    image_column = image_column or find_image_column(name, features)
-    label_column = label_column or find_label_column(name, features, image_column)
-    for column in (image_column, label_column):
-        if column not in features:
-            raise DataError(f"--dataset {name} has no column {column!r}; it has: {', '.join(features)}")
-        if lacking := [split for split in loaded if column not in loaded[split].features]:
-            raise DataError(
-                f"--dataset {name}: split {', '.join(lacking)} has no column {column!r}; add it, or "
-                "leave the split out"
-            )
-    if isinstance(features[label_column], datasets.ClassLabel):
-        labels = features[label_column].names
-        used = [split for split in loaded if split in SPLIT_ALIASES]
-        if odd := [
-            split
-            for split in used
-            if getattr(loaded[split].features[label_column], "names", labels) != labels
-        ]:
-            raise DataError(
-                f"--dataset {name}: split {', '.join(odd)} has other class names, or another order of "
-                f"them, than {next(iter(loaded))}: give all splits one ClassLabel"
-            )
-    else:
-        values = sorted(set().union(*(split.unique(label_column) for split in loaded.values())) - {None})
-        labels = [str(value) for value in values]
-        index = {value: i for i, value in enumerate(values)}
-    splits = {}
-    for split_name, split in loaded.items():
-        column = split[label_column]
-        if not isinstance(features[label_column], datasets.ClassLabel):
-            column = [index.get(value) for value in column]
-        label_ids = np.array([-1 if label is None else label for label in column], dtype=np.int64)
-        # undecoded: the bytes of the file, read from the memory-mapped table when asked for
-        images = split.select_columns([image_column]).cast_column(image_column, datasets.Image(decode=False))
-        key = SPLIT_ALIASES.get(split_name, split_name)
-        splits[key] = Split(key, _ImageColumn(images, image_column), label_ids)
-    return splits, labels
-
-
-class _ImageColumn:
-    """One image column of a `datasets` table as a sequence of paths or bytes."""
-
-    def __init__(self, table, column: str):
-        self.table, self.column = table, column
-
-    def __getitem__(self, i: int):
-        value = self.table[i][self.column]
-        return value["bytes"] if value["bytes"] is not None else value["path"]
-
-
-def find_image_column(name: str, features) -> str:
-    import datasets
-
-    def holds_images(feature) -> bool:
-        plain = isinstance(feature, dict) and set(feature) == {
-            "bytes",
-            "path",
-        }  # parquet without the hub's metadata
-        return isinstance(feature, datasets.Image) or plain
-
-    found = [column for column, feature in features.items() if holds_images(feature)]
-    if len(found) != 1:
-        raise DataError(
-            f"--dataset {name} has {len(found)} image columns among {', '.join(features)}: name "
-            "one with --image_column"
-        )
-    return found[0]
-
-
-def find_label_column(name: str, features, image_column: str) -> str:
-    import datasets
-
-    found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
-    if not found:
-        plain = [
-            c
-            for c, f in features.items()
-            if c != image_column and getattr(f, "dtype", "").startswith(("int", "string"))
-        ]
-        found = [c for c in plain if c in ("label", "labels")] or plain
-    if len(found) != 1:
-        raise DataError(
-            f"--dataset {name} has {len(found)} label columns among {', '.join(features)}: name "
-            "one with --label_column"
-        )
-    return found[0]
+    found = (d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
+    return sorted(d.name for d in found if not any((d / name).exists() for name in ours))

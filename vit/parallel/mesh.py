@@ -30,55 +30,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from vit.distributed import all_reduce_sum
+from vit.distributed import init_distributed
 from vit.layout import MESH_SHARDINGS, MeshLayout, mesh_problems
-from vit.parallel.plain import PlainBooster, PlainModel, PlainOptimizer
 from vit.patches.colossalai_legacy import patch_legacy_layers
 
-
-class MeshOptimizer(PlainOptimizer):
-    """A torch optimizer over the slices of a 2D, 2.5D or 3D tensor-parallel model (tensor_parallel.py)."""
-
-    def __init__(self, optim: torch.optim.Optimizer, fp16: bool, model: nn.Module):
-        super().__init__(optim, fp16)
-        self.model, self.complete = model, False
-
-    def complete_gradients(self) -> None:
-        """Once a step, after the last micro-step."""
-
-        if self.complete:
-            return
-        sync_gradients(self.model)
-        if self.scaler.is_enabled():
-            # what overflowed in one slice must be skipped in all: 0 times a norm is 0, but NaN when it is
-            # not finite
-            grads = [param.grad for param in self.model.parameters() if param.requires_grad]
-            grads[0].add_(all_reduce_sum(0 * torch.stack(torch._foreach_norm(grads, torch.inf)).sum()))
-            self.scaler.unscale_(self.optim)
-        self.complete = True
-
-    def clip_grad_by_norm(self, max_norm: float) -> None:
-
-        self.complete_gradients()
-        clip_grad_norm_(self.model, max_norm)
-
-    def step(self) -> None:
-        self.complete_gradients()
-        super().step()
-        self.complete = False
-
-
-class MeshBooster(PlainBooster):
-    """The Booster calls for such a model."""
-
-    def save_model(self, model: PlainModel, path: str, shard: bool = False) -> None:
-
-        state = gather_state_dict(model.unwrap())
-        if dist.get_rank() == 0:
-            torch.save(state, path)
-
-
-_mesh: MeshLayout | None = None  # that of this process, after `start`
+_mesh: MeshLayout | None = None  # that of this process, after `init_mesh`
 
 
 def process_group(name: str):
@@ -105,8 +61,6 @@ def init_mesh(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
     if found := mesh.problems():
         raise ValueError("; ".join(found))
     if not dist.is_initialized():
-        from vit.distributed import init_distributed
-
         init_distributed(seed)
     rank, world = dist.get_rank(), dist.get_world_size()
     if world % size:
@@ -249,7 +203,7 @@ def _legacy_layers(mode: str) -> tuple[type[nn.Module], ...]:
     )
 
 
-def _sharding_of(mode: str, name: str) -> tuple[str, ...]:
+def sharding_of(mode: str, name: str) -> tuple[str, ...]:
     """By which sides of the mesh each dimension of a parameter is cut ("": whole)."""
     cut, (*_, layer, kind) = MESH_SHARDINGS[mode], name.split(".")
     if layer in ("qkv", "fc1"):
@@ -320,7 +274,7 @@ def load_mesh_vit(config, state_dict: dict[str, torch.Tensor]) -> MeshViT:
         RuntimeError: `start` has not been called.
     """
     if _mesh is None:
-        raise RuntimeError("call tensor_parallel.start before build")
+        raise RuntimeError("call init_mesh before load_mesh_vit")
     if found := mesh_problems(_mesh.mode, _mesh.size, _mesh.depth, config):
         raise ValueError("; ".join(found))
     model, rank = MeshViT(config, _mesh), process_group("TENSOR").rank()
@@ -331,7 +285,7 @@ def load_mesh_vit(config, state_dict: dict[str, torch.Tensor]) -> MeshViT:
         tensors = [state_dict[there].to(param, copy=True).contiguous() for there in huggingface_names(name)]
         for tensor in tensors:
             dist.broadcast(tensor, src=0)
-        piece = _mesh.piece(_to_library(name, tensors, _mesh.side), _sharding_of(_mesh.mode, name), rank)
+        piece = _mesh.piece(_to_library(name, tensors, _mesh.side), sharding_of(_mesh.mode, name), rank)
         if piece.shape != param.shape:
             raise ValueError(
                 f"{name}: the state dict's slice is {tuple(piece.shape)}, config's {tuple(param.shape)}"
@@ -352,7 +306,7 @@ def gather_state_dict(
     mesh, group, whole_model = model.mesh, process_group("TENSOR"), {}
     first = dist.get_rank() == 0
     for name, value in (values or dict(model.named_parameters())).items():
-        cut = _sharding_of(mesh.mode, name)
+        cut = sharding_of(mesh.mode, name)
         pieces = [torch.empty_like(value) for _ in range(mesh.size)]
         dist.all_gather(pieces, value.detach().contiguous(), group=group)
         if not first:
@@ -365,82 +319,3 @@ def gather_state_dict(
         tensors = [t.contiguous() for t in _to_huggingface(name, whole, mesh.side)]
         whole_model.update(zip(huggingface_names(name), tensors))
     return whole_model if first else None
-
-
-def _sum_over(mode: str, name: str) -> str | None:
-    """Process group over which a gradient is still to be summed after the library's backward pass."""
-    if mode == "2.5d":
-        # row 0 has the whole gradient of biases and LayerNorms, the other rows zero; and each layer of
-        # the depth
-        # has that of its own images, which the library never adds up
-        return "PARALLEL_2P5D_XZ" if _sharding_of(mode, name) == ("c",) else "PARALLEL_2P5D_DEP"
-    if mode == "3d" and name == "classifier.weight":
-        return "PARALLEL_3D_INPUT"  # one process has it, the others nothing
-    return None
-
-
-@torch.no_grad()
-def sync_gradients(model: MeshViT) -> None:
-    """Complete the gradients: each becomes the slice of the serial one, averaged over data parallelism.
-    Collective.
-
-    Once a step, after the last backward pass (sums must not be summed again); before it, gradients are
-    partial.
-    """
-    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    for param in params.values():
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
-    buckets = {}
-    for name, param in params.items():
-        buckets.setdefault(_sum_over(model.mesh.mode, name), []).append(param.grad)
-    for group_name, grads in buckets.items():
-        if group_name:
-            _all_reduce(grads, process_group(group_name))
-    _all_reduce([param.grad for param in params.values()], process_group("DATA"), mean=True)
-
-
-def _all_reduce(grads: list[torch.Tensor], group, mean: bool = False) -> None:
-    """Sum, in place, in one message."""
-    if group.size() == 1:
-        return
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat, group=group)
-    if mean:
-        flat /= group.size()
-    for grad, piece in zip(grads, flat.split([grad.numel() for grad in grads])):
-        grad.copy_(piece.view_as(grad))
-
-
-@torch.no_grad()
-def grad_norm(model: MeshViT) -> torch.Tensor:
-    """2-norm of the whole model's gradient, each parameter counted once; a scalar, the same on every process.
-
-    After `sync_gradients`. Infinite or NaN on all processes when it is on one, so that they can skip a step
-    together.
-    """
-    at, mode = model.mesh.coordinates(process_group("TENSOR").rank()), model.mesh.mode
-    counted = []
-    for name, param in model.named_parameters():
-        cut = "".join(_sharding_of(mode, name))
-        if param.grad is not None and all(
-            at[side] == 0 for side in at if side not in cut
-        ):  # the first of its copies
-            counted.append(param.grad)
-    square = torch.zeros((), device=next(model.parameters()).device)
-    if counted:  # in 2.5D only the first layer of the depth counts
-        square += torch.stack(torch._foreach_norm(counted)).square().sum()
-    dist.all_reduce(square, group=process_group("TENSOR"))
-    return square.sqrt()
-
-
-@torch.no_grad()
-def clip_grad_norm_(model: MeshViT, max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to ``max_norm``, as torch.nn.utils.clip_grad_norm_ does.
-
-    Returns the norm before.
-    """
-    norm = grad_norm(model)
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([param.grad for param in model.parameters() if param.grad is not None], factor)
-    return norm

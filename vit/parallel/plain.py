@@ -7,19 +7,11 @@ import torch.distributed as dist
 from torch import nn
 
 from vit.distributed import device
-
-# Loss scale at the first fp16 step. The published runs start at 32 (zero, gemini) and 1 (hybrid_parallel);
-# 1 loses small gradients to underflow, the library's 2**32 skips the first twenty steps, and torch's
-# 2**16 the first on
-# four processes.
-INITIAL_LOSS_SCALE = 2**8
+from vit.parallel.plugins import INITIAL_LOSS_SCALE
 
 
 class PlainOptimizer:
-    """What Booster's optimizer wrappers offer, around a plain torch optimizer.
-
-    The reference the plugins are held against.
-    """
+    """A torch optimizer with the methods of Booster's optimizer wrappers."""
 
     def __init__(self, optim: torch.optim.Optimizer, fp16: bool):
         self.optim = optim
@@ -27,7 +19,7 @@ class PlainOptimizer:
 
     @property
     def param_groups(self) -> list[dict]:
-        return self.optim.param_groups  # load_state_dict makes them anew
+        return self.optim.param_groups  # not stored: load_state_dict makes new ones
 
     def backward(self, loss: torch.Tensor) -> None:
         self.scaler.scale(loss).backward()
@@ -45,14 +37,14 @@ class PlainOptimizer:
 
 
 class PlainModel(nn.Module):
-    """autocast around a model (DistributedDataParallel when there are several processes)."""
+    """Autocast around a model, and DistributedDataParallel if ``parallel``."""
 
     def __init__(self, module: nn.Module, precision: str, parallel: bool):
         super().__init__()
         module = module.to(device())
-        self.module = (
-            nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True) if parallel else module
-        )
+        if parallel:
+            module = nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+        self.module = module
         self.dtype = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
 
     def unwrap(self) -> nn.Module:
@@ -68,7 +60,7 @@ class PlainModel(nn.Module):
 
 
 class PlainBooster:
-    """PyTorch without Colossal-AI (`--plugin none`), behind the two Booster calls that the engine makes."""
+    """The two Booster calls that training and export make."""
 
     plugin = None
 
@@ -78,3 +70,26 @@ class PlainBooster:
     def save_model(self, model: PlainModel, path: str, shard: bool = False) -> None:
         if dist.get_rank() == 0:
             torch.save(model.unwrap().state_dict(), path)
+
+
+def boost_plain(model: nn.Module, optimizer: torch.optim.Optimizer, settings) -> tuple:
+    """-> (booster, model, optimizer), as `Booster.boost` with a plugin would give them."""
+    model = PlainModel(model, settings.precision, parallel=settings.layout.world_size > 1)
+    return PlainBooster(), model, PlainOptimizer(optimizer, fp16=settings.precision == "fp16")
+
+
+def bf16_autocast():
+    """A MixedPrecision for Booster. Its own BF16MixedPrecision is abstract (booster/mixed_precision/bf16.py)."""
+    from colossalai.booster.mixed_precision import MixedPrecision
+    from colossalai.interface import ModelWrapper
+
+    class AutocastModel(ModelWrapper):
+        def forward(self, *args, **kwargs):
+            with torch.autocast(device().type, dtype=torch.bfloat16):
+                return self.module(*args, **kwargs)
+
+    class Autocast(MixedPrecision):
+        def configure(self, model, optimizer=None, criterion=None):
+            return AutocastModel(model), optimizer, criterion
+
+    return Autocast()

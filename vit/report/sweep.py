@@ -1,17 +1,16 @@
 """Tables and charts of a sweep."""
 
 import shlex
-from functools import cache
 from pathlib import Path
 from statistics import mean, stdev
 
-from args import finetune_parser
 from vit.files import write_atomically, write_csv
-from vit.model import PRESETS
+from vit.parallel.plugins import PLUGINS
+from vit.presets import PRESETS
 from vit.report.charts import heat_map, learning_curves, line_looks
 from vit.report.reading import by_section, headed, read_calls, read_runs
 from vit.report.tables import machine_sentences, markdown_table, mean_std, plural, ranking_key, short_float
-from vit.settings import AUGMENTATION_DEFAULTS, PLUGIN_PRECISIONS, augmentation_flags
+from vit.settings import AUGMENTATION_DEFAULTS, DEFAULTS, augmentation_flags
 
 PUBLISHED_MODEL = "google/vit-base-patch16-224"
 
@@ -23,12 +22,6 @@ ON_THE_HUB = {
     "dog_food": "lewtun/dog_food",
     "three_animals": "lewtun/dog_food",
 }
-
-
-@cache
-def flag_defaults() -> dict:
-    """What a run had whose rows lack a setting: the flag came later."""
-    return vars(finetune_parser().parse_args([])) | AUGMENTATION_DEFAULTS
 
 
 def summarize(run: dict) -> dict:
@@ -105,7 +98,7 @@ def sweep_report(folder: Path) -> None:
     from vit.console import exit_with_errors
 
     runs = [
-        run for run in read_runs(folder) if run["settings"].get("plugin") in PLUGIN_PRECISIONS
+        run for run in read_runs(folder) if run["settings"].get("plugin") in PLUGINS
     ]  # and none of train.py
     if not runs:
         exit_with_errors(
@@ -146,7 +139,10 @@ def sweep_parts(runs: list[dict]) -> tuple:
     """Sort ``runs``, complete their settings, and -> (groups, runs that did not finish, the named settings:
     name ->
     heading, function from settings to the cells under these headings)."""
-    names, defaults = dict.fromkeys(name for run in runs for name in run["settings"]), flag_defaults()
+    names, defaults = (
+        dict.fromkeys(name for run in runs for name in run["settings"]),
+        DEFAULTS | AUGMENTATION_DEFAULTS,
+    )
     for run in runs:
         run["settings"] = {name: run["settings"].get(name, defaults.get(name)) for name in names}
         run["settings"]["recipe"] = augmentation_flags(run["settings"])  # one column for its flags
@@ -154,7 +150,7 @@ def sweep_parts(runs: list[dict]) -> tuple:
         s["model_name_or_path"],
         s["dataset"],
         s["image_size"] or 0,
-        list(PLUGIN_PRECISIONS).index(s["plugin"]),
+        list(PLUGINS).index(s["plugin"]),
         s.get("tp_size", 1),
         s.get("pp_size", 1),
         s["batch_size"],

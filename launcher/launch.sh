@@ -22,14 +22,14 @@
 #     MASTER_ADDR=host0 MASTER_PORT=29500 bash run_demo.sh
 
 set -euo pipefail
-HERE=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
+HERE=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) # the project
 
 say() { printf 'launch: %s\n' "$*"; }
 die() {
   printf 'launch: %s\n' "$*" >&2
   return 2
 }
-helper() { "$PYTHON" "$HERE/launch.py" "$@"; }
+helper() { "$PYTHON" "$HERE/launcher/launch.py" "$@"; }
 missing_packages() { helper missing "$HERE/requirements.txt" ${NEEDED:+"$NEEDED"}; }
 
 # --- environment -----------------------------------------------------------------------------------------------------
@@ -133,6 +133,17 @@ count_processes() {
   fi
 }
 
+# Machines of the launch.
+count_nodes() {
+  if [ -n "${NNODES:-}" ]; then
+    echo "$NNODES"
+  elif [ -n "${HOSTFILE:-}" ]; then
+    helper hosts "$HOSTFILE"
+  else
+    echo 1
+  fi
+}
+
 # Returns the script's status; 130 or 143 after Ctrl-C or SIGTERM, once every process has saved and ended.
 launch() {
   local script=$1 launcher=${LAUNCHER:-colossalai} address=${MASTER_ADDR:-} port=${MASTER_PORT:-} nodes=1
@@ -159,15 +170,15 @@ launch() {
   fi
   options+=("--master_port=$port" ${extra[@]+"${extra[@]}"})
 
-  # All settings are checked together, before anything is started.
-  "$PYTHON" "$script" "$@" --check --world_size "$((processes * nodes))" || return
+  # All settings are checked together, before anything is started. CHECKED: the caller has done it.
+  [ -n "${CHECKED:-}" ] || "$PYTHON" "$script" "$@" --check --world_size "$((processes * nodes))" || return
 
   # The processes print through pipes: tell them whether a terminal is at the end, and how wide it is.
   [ -n "${PROGRESS:-}" ] || { [ -t 2 ] && PROGRESS=1 COLUMNS=$(tput cols 2>/dev/null || echo 100); } || PROGRESS=0
   export PROGRESS COLUMNS
 
   # In the background, for bash runs a trap only after a foreground command.
-  "$PYTHON" "$HERE/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
+  "$PYTHON" "$HERE/launcher/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM
   trap 'kill -INT "$pid" 2>/dev/null || true' INT

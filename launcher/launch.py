@@ -21,28 +21,26 @@ closing its standard input: that works through ssh, and also when something abov
 
 import contextlib
 import ctypes
-import functools
 import importlib
 import importlib.metadata
 import io
 import logging
-import multiprocessing
 import os
 import platform
 import re
-import shlex
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
-# What describes one machine or one login, and so must not be copied to another machine.
-NOT_COPIED = re.compile(
-    r"(PATH|LD_LIBRARY_PATH|HOME|HOST|HOSTNAME|PWD|OLDPWD|SHLVL|SHELL|USER|LOGNAME|MAIL|TERM|TMPDIR|TMP|TEMP|"
-    r"LANG|DISPLAY|XAUTHORITY|_|(LC|SSH|XDG|DBUS|SLURM|BASH_FUNC)_.*)"
-)
+import colossalai_run
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from vit.system import count_gpus, host_exists  # noqa: E402
 
 OPTIONAL = {"pytest", "tensorboard"}  # a run goes without them
 SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
@@ -51,17 +49,6 @@ SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
 def fail(message):
     print(f"launch: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-
-def count_gpus():
-    """GPUs the NVIDIA driver shows this process: exact for CUDA_VISIBLE_DEVICES, and no torch to import."""
-    count = ctypes.c_int()
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError:  # no driver
-        return 0
-    found = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
-    return count.value if found else 0
 
 
 def free_port(wanted=0):
@@ -89,17 +76,9 @@ def count_hosts(path):
     for host in hosts:
         if hosts.count(host) > 1:
             fail(f"HOSTFILE={path} names {host} twice")
-        if not resolves(host):
+        if not host_exists(host):
             fail(f"HOSTFILE={path}: there is no machine called {host!r}")
     return len(hosts)
-
-
-def resolves(host):
-    """Whether this machine knows an address of ``host``."""
-    try:
-        return bool(socket.getaddrinfo(host, None))
-    except (OSError, UnicodeError):  # UnicodeError: no name at all, such as one with two dots
-        return False
 
 
 def version_of(requirement):
@@ -144,71 +123,6 @@ def run_torchrun(command, stdin):
     return subprocess.run([sys.executable, __file__, "agent", *command], stdin=stdin).returncode
 
 
-def run_colossalai(options, script, args, stdin, stdin_writer):
-    """`colossalai run`, with what it does to arguments, environment, signals and status put right."""
-    import click
-    import fabric
-    from colossalai.cli import cli
-
-    launcher = importlib.import_module("colossalai.cli.launcher.run")
-    environment = dict(os.environ)
-    failed = multiprocessing.Value("i", 0)
-    pid = os.getpid()
-
-    # It joins the command with blanks for a shell to read: quote every word, and name
-    # the programs and the folder in full, for the PATH of another machine may differ.
-    # Another machine also gets our environment, quoted in the same way.
-    def shell_command(user_script, user_args, _original=launcher.get_launch_command, **kwargs):
-        words = shlex.join(["exec", "env", *copied, sys.executable, __file__, "agent"])
-        line = _original(user_script=shlex.quote(script), user_args=[shlex.quote(a) for a in args], **kwargs)
-        return f"cd {shlex.quote(cwd)} && " + line.replace("torchrun", words, 1)
-
-    cwd = os.getcwd()
-    copied = []
-    if any(option.startswith("--hostfile") for option in options):
-        copied = [f"{name}={value}" for name, value in environment.items() if not NOT_COPIED.fullmatch(name)]
-    launcher.get_launch_command = shell_command
-
-    # It writes `export NAME="VALUE"` for all of os.environ, so a value with $() would run.
-    # Let it see one harmless variable; its children get the true environment by inheritance.
-    def in_child():
-        os.environ.update(environment)
-        os.close(stdin_writer)
-
-    os.environ.clear()
-    os.environ["COLOSSALAI_RUN"] = "1"
-    os.register_at_fork(after_in_child=in_child)
-    os.chdir("/")
-
-    # The agent lives as long as its standard input is open.
-    for method in ("local", "run"):
-        original = getattr(fabric.Connection, method)
-        setattr(fabric.Connection, method, functools.partialmethod(original, in_stream=stdin))
-
-    # It prints tables, and on a failure the whole command. Keep the exit status and real news;
-    # and when one machine fails, stop the others, which would wait for it.
-    def echo(message="", **_):
-        if message.startswith("Error: failed to run"):
-            status = re.findall(r"^Exit code: (\d+)$", message, re.MULTILINE)
-            if status:  # the agent has said why
-                failed.value = failed.value or int(status[-1])
-            else:
-                print("launch:", message.rpartition("exception: ")[2], file=sys.stderr)
-            os.kill(pid, signal.SIGUSR1)
-        elif not re.fullmatch(r"\s*=+ .* =+|\S+: (success|failure|finish)", message):
-            print(message, file=sys.stderr)
-
-    click.echo = echo
-    try:
-        cli(["run", *options, "--", script, *args])
-    except SystemExit as end:
-        if end.code is None:  # how it leaves at its own errors; after a run the status is a number
-            fail("`colossalai run` started nothing")
-        return failed.value or end.code
-    except Exception as error:
-        fail(f"`colossalai run`: {error}")
-
-
 def head(launcher, argv):
     """Start everything, pass a signal on, and return the exit status."""
     split = argv.index("--")
@@ -242,7 +156,7 @@ def head(launcher, argv):
     with os.fdopen(reader) as stdin:
         try:
             if launcher == "colossalai":
-                code = run_colossalai(options, script, args, stdin, writer)
+                code = colossalai_run.run(options, script, args, stdin, writer, agent=__file__)
             else:
                 code = run_torchrun([*options, script, *args], stdin)
         finally:

@@ -1,0 +1,106 @@
+"""From a model and settings to a boosted model: everything that is done to a model before it is trained."""
+
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+
+from vit.model import pad_classifier
+from vit.model_variants import add_drop_path
+from vit.optim import build_optimizer
+from vit.parallel.boosted import BoostedGemini, BoostedModel
+from vit.parallel.mesh_train import boost_mesh
+from vit.parallel.plain import boost_plain
+from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
+from vit.patches.colossalai_zero import avoid_device_syncs
+from vit.patches.torch_kernels import disable_cudnn_sdp_with_dropout, eager_dropout, early_ddp_buckets
+from vit.patches.transformers_vit import fuse_qkv_and_patch_projection
+
+
+def boost(model: nn.Module, settings) -> BoostedModel:
+    """Shard, wrap and cast ``model`` as ``settings.plugin`` does. Collective: every rank calls it.
+
+    Random draws differ between data-parallel ranks afterwards: other images, other dropout masks.
+    """
+    layout = settings.layout
+    disable_cudnn_sdp_with_dropout(model.config)
+    if settings.plugin in MESH_PLUGINS:
+        boosted = boost_mesh(model, settings)  # seeds each rank by itself
+    else:
+        pad_classifier(model, layout.tensor_size)
+        boosted = boost_with_plugin(model, settings)
+        if settings.drop_path:  # after sharding, which replaces modules
+            add_drop_path(boosted.model, settings.drop_path, model.config.num_hidden_layers)
+        torch.manual_seed(settings.seed + layout.data_parallel_rank)
+    if settings.ema:
+        boosted.start_ema(settings.ema)
+    return boosted
+
+
+def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
+    """The model under a Booster plugin, or under plain PyTorch for the plugin `none`."""
+    plugin = PLUGINS[settings.plugin]
+    fuse_qkv_and_patch_projection(model)
+    if settings.grad_checkpoint:
+        # the re-entrant form costs the CPU less, and Gemini's hooks support no other
+        model.gradient_checkpointing_enable({"use_reentrant": True})
+    stream = torch.cuda.Stream() if records_steps(settings) else None
+    compile_model(model, settings, whole=settings.cuda_graphs and stream is None)
+    optimizer = build_optimizer(model, settings)
+    adamw = optimizer
+    # DistributedDataParallel accumulates gradients on the stream on which it was made
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        if plugin.build is None:
+            booster, model, optimizer = boost_plain(model, optimizer, settings)
+        else:
+            booster, model, optimizer = boost_with_booster(model, optimizer, settings)
+    if stream:
+        torch.cuda.current_stream().wait_stream(stream)
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            early_ddp_buckets(module, adamw)
+            if stream:
+                module._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # its timers cannot be recorded
+    kind = BoostedGemini if plugin.shards_weights else BoostedModel
+    return kind(
+        booster,
+        model,
+        optimizer,
+        settings.layout,
+        plugin,
+        zero_stage=settings.zero_stage,
+        clip_norm=settings.max_norm if plugin.replicates_model else 0.0,
+        graph_stream=stream,
+    )
+
+
+def boost_with_booster(model: nn.Module, optimizer: torch.optim.Optimizer, settings) -> tuple:
+    """Colossal-AI's own way: a plugin, a Booster, `Booster.boost`. -> (booster, model, optimizer)"""
+    from colossalai.booster import Booster
+
+    plugin, mixed_precision = PLUGINS[settings.plugin].build(settings)
+    booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
+    model, optimizer, *_ = booster.boost(model, optimizer)
+    avoid_device_syncs(optimizer, clips=settings.max_norm > 0)
+    return booster, model, optimizer
+
+
+def records_steps(settings) -> bool:
+    """Whether whole train steps are recorded as CUDA graphs.
+
+    An fp16 step reads back whether a gradient overflowed, and steps of the sharding plugins wait for the device.
+    """
+    plugin = PLUGINS[settings.plugin]
+    return settings.cuda_graphs and plugin.replicates_model and settings.precision != "fp16"
+
+
+def compile_model(model: nn.Module, settings, whole: bool) -> None:
+    """Compile each layer, or the ``whole`` model into CUDA graphs of its forward and backward pass, in place."""
+    if not (settings.compile or settings.cuda_graphs):
+        return
+    eager_dropout()
+    if whole:  # a graph gains more the less is left between graphs
+        model.compile(mode="reduce-overhead", dynamic=False)
+    else:  # the layers are alike: the kernels of the first one serve all
+        for part in (model.base_model.embeddings, *model.base_model.encoder.layer):
+            part.compile(dynamic=False)
