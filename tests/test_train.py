@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from train_cases import ROOT, Cases, free_port, log_of, rows, run_all, statuses
+from train_cases import ROOT, Cases, free_port, log_of, rows, statuses
 
 import cifar
 import config as configs
@@ -209,8 +209,8 @@ def test_what_is_not_a_python_file_is_one_clear_error(tmp_path, text, said):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_cifar(tmp_path_factory.mktemp("cifar"))
+def folder(cifar_folder) -> Path:
+    return cifar_folder
 
 
 def test_three_formats_hold_the_same_images(folder, tmp_path):
@@ -471,9 +471,9 @@ def run_cases(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(folder) -> Path:
+def runs(train_runs) -> Path:
     """The folder of all runs."""
-    return run_all(__file__, folder.parent)
+    return train_runs
 
 
 @pytest.mark.parametrize("name", list(RUNS))
