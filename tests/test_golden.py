@@ -188,3 +188,57 @@ def test_rows_have_these_keys(demo, one, shared, train_runs, imagenet_runs, tmp_
     rows |= kinds("train.py --skip_bad_images", imagenet_runs / "skipped" / "metrics.jsonl")
     rows |= script("rows.py", tmp_path)
     goldens.check("row_keys.json", "keys", {kind: keys(row) for kind, row in rows.items()})
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+LAUNCHES = (1, 2, 4)
+# Warm-up to a rate that destroys what was learned: on another machine nothing but chaos would be compared.
+UNSTABLE = ("best_first", "best_first_resumed", "pruned", "last_kept", "continued")
+
+
+@pytest.mark.parametrize("processes", LAUNCHES)
+def test_losses_of_every_plugin_and_layout(launched, processes):
+    """Of the cases of parallel_cases.py that train or evaluate within one process group."""
+    results = launched(processes)
+    assert not results.failed, results.failed
+    kinds = ("train", "evaluate", "save", "load", "mixed")
+    cases = {name: result for name, result in results.found.items() if name.split()[0] in kinds}
+    goldens.check("losses.json", f"parallel_cases.py, {processes}", cases, machine=True)
+
+
+def losses(folder: Path) -> dict[str, list]:
+    """{name, precision: rows of epochs and test} of a run; {} if it ended before its first epoch."""
+    first, *rows = rows_of(folder / "metrics.jsonl")
+    rows = [lasting(row) for row in rows if row["kind"] in ("epoch", "test")]
+    return {f"{folder.name}, {first['settings']['precision']}": rows} if rows else {}
+
+
+def test_losses_of_whole_runs_of_the_demo(shared, one, two, four):
+    """Of the cases of parallel_cases.py that start vit_train_demo.py: plugins, recipes, stops and resumes."""
+    assert not (one.failed or two.failed or four.failed)
+    cases = {}
+    for path in sorted(shared.glob("*/metrics.jsonl")):
+        cases |= losses(path.parent)
+    unstable = tuple(case for case in cases if case.split(",")[0] in UNSTABLE)
+    goldens.check("losses.json", "vit_train_demo.py", cases, machine=True, unstable=unstable)
+
+
+@pytest.mark.parametrize("file", ["test_train.py", "test_imagenet.py"])
+def test_losses_of_runs_from_scratch(request, file):
+    """Of the runs of train.py: vanilla, pipeline, 1d, 2d, 2.5d, with and without draws, stopped, resumed."""
+    runs = request.getfixturevalue({"test_train.py": "train_runs", "test_imagenet.py": "imagenet_runs"}[file])
+    cases = {}
+    for path in sorted(runs.glob("*/metrics.jsonl")):
+        cases |= losses(path.parent)
+    assert cases.keys() >= {f"{name}, fp32" for name in ("vanilla", "1d")} or file == "test_imagenet.py"
+    goldens.check("losses.json", file, cases, machine=True)
+
+
+def test_losses_of_the_layers_in_slices(mesh_cases):
+    """Of tensor_parallel_cases.py: 2d, 2.5d with and without depth, 3d, and 2d with data parallelism."""
+    cases = {}
+    for name, seen in mesh_cases.items():
+        cases[name] = {part: seen[part] for part in ("loss", "norm", "logits", "accumulated", "dropout")}
+        cases[f"{name}, bf16"] = seen["bf16"]
+    goldens.check("losses.json", "tensor_parallel_cases.py", cases, machine=True)
