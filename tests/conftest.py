@@ -27,6 +27,7 @@ console.silence_libraries()
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from golden import checkpoints  # noqa: E402
 from helpers import COUNTS, save_tiny_vit, write_folder  # noqa: E402
 
 torch.set_num_threads(1)
@@ -44,6 +45,8 @@ def shared(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shared")
     write_folder(root / "images", COUNTS)
     save_tiny_vit(root / "model")
+    for name, sizes in checkpoints.MODELS.items():
+        save_tiny_vit(root / name, **sizes)
     # a photograph that breaks off, in the training and in the validation part
     for split in COUNTS:
         whole = write_folder(root / "damaged", {split: COUNTS[split]}) / split / "red" / "002.png"

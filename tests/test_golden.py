@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from golden import goldens, programs
+import train_cases
+from golden import checkpoints, goldens, programs
 from helpers import ROOT
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -219,7 +220,8 @@ def test_losses_of_whole_runs_of_the_demo(shared, one, two, four):
     assert not (one.failed or two.failed or four.failed)
     cases = {}
     for path in sorted(shared.glob("*/metrics.jsonl")):
-        cases |= losses(path.parent)
+        if not path.parent.name.startswith("golden"):  # below
+            cases |= losses(path.parent)
     unstable = tuple(case for case in cases if case.split(",")[0] in UNSTABLE)
     goldens.check("losses.json", "vit_train_demo.py", cases, machine=True, unstable=unstable)
 
@@ -242,3 +244,50 @@ def test_losses_of_the_layers_in_slices(mesh_cases):
         cases[name] = {part: seen[part] for part in ("loss", "norm", "logits", "accumulated", "dropout")}
         cases[f"{name}, bf16"] = seen["bf16"]
     goldens.check("losses.json", "tensor_parallel_cases.py", cases, machine=True)
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def check_resumed(name: str, resumed: Path, straight: Path) -> None:
+    """A run from a golden checkpoint has the rows of the run without a stop, and writes such checkpoints.
+
+    ``straight`` is that run; it is there only while recording.
+    """
+    ((case, rows),) = losses(straight if checkpoints.RECORD else resumed).items()
+    precision = case.rpartition(", ")[2]
+    rows = {f"{row['kind']} {row['epoch']}, {precision}": row for row in rows}
+    assert len(rows) >= 2
+    goldens.check("checkpoints.json", name, rows, machine=True)
+    (was,), (*_, now) = (checkpoints.FOLDER / name).iterdir(), sorted((resumed / "checkpoints").iterdir())
+    assert files_of(now) == files_of(was)
+    assert sum(path.stat().st_size for path in was.iterdir()) < 300_000
+    metas = [json.loads((path / "meta.json").read_text()) for path in (was, now)]
+    assert keys(metas[0]["settings"]) == keys(metas[1]["settings"]) and list(metas[0]) == list(metas[1])
+    assert metas[0]["step"] < metas[1]["step"]
+    if checkpoints.RECORD:
+        assert losses(straight).popitem()[1] == losses(resumed).popitem()[1]
+        assert "/" not in "".join(
+            str(value) for value in metas[0]["settings"].values()
+        )  # no path of a machine
+
+
+@pytest.mark.parametrize(
+    "processes, name", [(n, name) for n, cases in checkpoints.CASES.items() for name in cases]
+)
+def test_run_goes_on_from_a_checkpoint_of_an_earlier_program(launched, shared, processes, name):
+    result = launched(processes)[f"golden {name}"]
+    assert result["resumed"]["code"] == 0, result["resumed"]["err"]
+    assert "  resumed   " in result["resumed"]["out"]
+    check_resumed(name, shared / f"golden_{name}", shared / f"golden_{name}_straight")
+
+
+def test_run_of_train_goes_on_from_a_checkpoint_of_an_earlier_program(train_runs):
+    runs = train_runs / "golden"
+    assert train_cases.statuses(runs / "resumed") == [[0]], train_cases.log_of(runs / "resumed")
+    assert "  resumed   " in train_cases.log_of(runs / "resumed")
+    check_resumed("train.py", runs / "resumed", runs / "straight")

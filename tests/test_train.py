@@ -19,6 +19,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import numpy as np
 import pytest
 import torch
+from golden import checkpoints
 from PIL import Image
 from train_cases import ROOT, Cases, free_port, log_of, rows, statuses
 
@@ -468,6 +469,21 @@ def run_cases(root: Path) -> None:
         start(f"{config} resumed", config, processes, overrides, stop_at_step=4)
         start(f"{config} resumed", config, processes, [*overrides, "SEED=1"], "--resume", "auto")  # refused
         start(f"{config} resumed", config, processes, overrides, "--resume", "auto")
+    golden(root)
+
+
+def golden(root: Path) -> None:
+    """A run that goes on from the golden checkpoint of train.py; while recording, the runs that make it before."""
+    config, overrides = "cifar10/vit_lite_7_4_vanilla.py", [*TINY, MIMETIC, *DRAWN]
+    (root / "golden").mkdir()
+    os.chdir(root)  # its settings name the images from here
+    cases, data = Cases(root / "golden"), Path(cifar.FOLDER)
+    if checkpoints.RECORD:
+        cases.start("straight", config, data, 1, overrides)
+        cases.start("stopped", config, data, 1, overrides, stop_at_step=4)
+        (stopped,) = (root / "golden" / "stopped" / "checkpoints").glob("*/meta.json")
+        checkpoints.keep("train.py", stopped.parent)
+    cases.start("resumed", config, data, 1, overrides, "--resume", str(checkpoints.FOLDER / "train.py"))
 
 
 @pytest.fixture(scope="module")

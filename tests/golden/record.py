@@ -17,6 +17,10 @@ When that is allowed:
   changed by one of the reasons above.
 
 Never to make a red test green: a move of code changes no golden.
+
+collected.txt is not recorded here. It is the list of the tests before the code was moved:
+
+    python -m pytest --collect-only -q | grep :: | LC_ALL=C sort | diff tests/golden/collected.txt -
 """
 
 import os
