@@ -37,6 +37,8 @@ silence_libraries()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+from golden import checkpoints  # noqa: E402
 from helpers import COUNTS, save_tiny_vit, write_folder  # noqa: E402
 
 torch.set_num_threads(1)
@@ -62,6 +64,8 @@ def shared(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("shared")
     write_folder(root / "images", COUNTS)
     save_tiny_vit(root / "model")
+    for name, sizes in checkpoints.MODELS.items():
+        save_tiny_vit(root / name, **sizes)
     # a photograph that breaks off, in the training and in the validation part
     for split in COUNTS:
         whole = write_folder(root / "damaged", {split: COUNTS[split]}) / split / "red" / "002.png"
@@ -127,3 +131,50 @@ def four(shared, two) -> Results:
 def launched(request):
     """processes -> the results of that launch."""
     return lambda processes: request.getfixturevalue({1: "one", 2: "two", 4: "four"}[processes])
+
+
+# ---- runs of train.py, which more than one file looks at
+
+
+@pytest.fixture(scope="session")
+def cifar_folder(tmp_path_factory) -> Path:
+    """A few images in torchvision's form of CIFAR-10."""
+    from test_train import write_cifar
+
+    return write_cifar(tmp_path_factory.mktemp("cifar"))
+
+
+@pytest.fixture(scope="session")
+def train_runs(cifar_folder) -> Path:
+    """The folder of all runs of test_train.py."""
+    import test_train
+    from train_cases import run_all
+
+    return run_all(test_train.__file__, cifar_folder.parent)
+
+
+@pytest.fixture(scope="session")
+def imagenet_tree(tmp_path_factory) -> Path:
+    """A small set of ImageNet's shape."""
+    from imagenet_shape import write_set
+
+    root = tmp_path_factory.mktemp("imagenet")
+    write_set(root / "tree", classes=8, train=120, val=24, side=70)
+    return root / "tree"
+
+
+@pytest.fixture(scope="session")
+def imagenet_runs(imagenet_tree) -> Path:
+    """The folder of all runs of test_imagenet.py."""
+    import test_imagenet
+    from train_cases import run_all
+
+    return run_all(test_imagenet.__file__, imagenet_tree.parent)
+
+
+@pytest.fixture(scope="session")
+def mesh_cases(tmp_path_factory) -> dict:
+    """What the cases of tensor_parallel_cases.py saw: 2d, 2.5d and 3d layers."""
+    from test_tensor_parallel import run_cases
+
+    return run_cases(tmp_path_factory.mktemp("cases"), "--steps", "20")

@@ -24,6 +24,7 @@ import helpers
 import torch
 import torch.distributed as dist
 from colossalai.tensor.d_tensor.api import layout_converter
+from golden import checkpoints
 from helpers import (
     EMA,
     LABEL_SMOOTHING,
@@ -221,6 +222,20 @@ def resume(name: str, step: int, *argv) -> dict:
     return {"straight": straight, "resumed": entry(f"{name}_resumed", *RUN, "--resume", path, *argv)}
 
 
+def golden(name: str, step: int, *flags) -> dict:
+    """A run that goes on from a golden checkpoint; while recording, the run that makes it before."""
+    os.chdir(FOLDER)  # its settings name folders from here
+    run = (*RUN, "--dataset", "images", *flags)
+    result = {}
+    if checkpoints.RECORD:
+        every = ("--checkpoint_steps", 2, "--keep_checkpoints", 99)
+        result["straight"] = entry(f"golden_{name}_straight", *run, *every)
+        if RANK == 0:
+            checkpoints.keep(name, checkpoint_of(FOLDER / f"golden_{name}_straight" / "checkpoints", step))
+        dist.barrier()
+    return result | {"resumed": entry(f"golden_{name}", *run, "--resume", checkpoints.FOLDER / name)}
+
+
 def terminated(name: str, at: int = 5, *flags) -> dict:
     """SIGTERM reaches one process in its step ``at``; --resume auto goes on."""
     run = (*RUN, *flags)
@@ -404,6 +419,8 @@ def all_cases() -> dict:
     for name, (step, flags) in RESUMES[WORLD].items():
         words = (f"{name}_{WORLD}".replace(" ", "_"), step, *flags.split())
         cases[f"resume {name}"] = (lambda *a: resume(*a), words)
+    for name, (step, flags) in checkpoints.CASES.get(WORLD, {}).items():
+        cases[f"golden {name}"] = (golden, (name, step, *flags.split()))
     # another number of processes: the same global batch, so the same losses
     for name, case in {"ddp": {}, "zero1": zero(), "zero2 bf16": zero(2, precision="bf16")}.items():
         cases[f"save {name}"] = (train, case | dict(save=FOLDER / f"{name}_{WORLD}_saved"))

@@ -18,9 +18,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "results" / "scri
 import numpy as np
 import pytest
 import torch
-from imagenet_shape import wnid, write_set
+from imagenet_shape import wnid
 from test_train import problems_of, read, refused
-from train_cases import ROOT, Cases, log_of, rows, run_all, statuses
+from train_cases import ROOT, Cases, log_of, rows, statuses
 
 from data import build_scratch_loaders, find_scratch_source
 from vit.config import FIELDS, docstring, load_config, vit_config
@@ -151,10 +151,8 @@ def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(poolin
 
 
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("imagenet")
-    write_set(root / "tree", classes=8, train=120, val=24, side=70)
-    return root / "tree"
+def tree(imagenet_tree) -> Path:
+    return imagenet_tree
 
 
 def streamed(folder, **values):
@@ -320,8 +318,8 @@ def run_cases(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tree) -> Path:
-    return run_all(__file__, tree.parent)
+def runs(imagenet_runs) -> Path:
+    return imagenet_runs
 
 
 @pytest.mark.parametrize(

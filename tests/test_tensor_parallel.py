@@ -42,8 +42,8 @@ def run_cases(folder: Path, *options: str) -> dict:
 
 
 @pytest.fixture(scope="module")
-def seen(tmp_path_factory):
-    return run_cases(tmp_path_factory.mktemp("cases"), "--steps", "20")
+def seen(mesh_cases):
+    return mesh_cases
 
 
 def difference(ours: list[float], serial: list[float]) -> float:

@@ -20,8 +20,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 import numpy as np
 import pytest
 import torch
+from golden import checkpoints
 from PIL import Image
-from train_cases import ROOT, Cases, free_port, log_of, rows, run_all, statuses
+from train_cases import ROOT, Cases, free_port, log_of, rows, statuses
 
 from data import find_scratch_source, load_scratch_dataset
 from vit.config import (
@@ -309,8 +310,8 @@ def test_what_is_not_a_python_file_is_one_clear_error(tmp_path, text, said):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    return write_cifar(tmp_path_factory.mktemp("cifar"))
+def folder(cifar_folder) -> Path:
+    return cifar_folder
 
 
 def test_three_formats_hold_the_same_images(folder, tmp_path):
@@ -626,12 +627,27 @@ def run_cases(root: Path) -> None:
         start(f"{config} resumed", config, processes, overrides, stop_at_step=4)
         start(f"{config} resumed", config, processes, [*overrides, "SEED=1"], "--resume", "auto")  # refused
         start(f"{config} resumed", config, processes, overrides, "--resume", "auto")
+    golden(root)
+
+
+def golden(root: Path) -> None:
+    """A run that goes on from the golden checkpoint of train.py; while recording, the runs that make it before."""
+    config, overrides = "cifar10/vit_lite_7_4_vanilla.py", [*TINY, MIMETIC, *DRAWN]
+    (root / "golden").mkdir()
+    os.chdir(root)  # its settings name the images from here
+    cases, data = Cases(root / "golden"), Path(cifar.FOLDER)
+    if checkpoints.RECORD:
+        cases.start("straight", config, data, 1, overrides)
+        cases.start("stopped", config, data, 1, overrides, stop_at_step=4)
+        (stopped,) = (root / "golden" / "stopped" / "checkpoints").glob("*/meta.json")
+        checkpoints.keep("train.py", stopped.parent)
+    cases.start("resumed", config, data, 1, overrides, "--resume", str(checkpoints.FOLDER / "train.py"))
 
 
 @pytest.fixture(scope="module")
-def runs(folder) -> Path:
+def runs(train_runs) -> Path:
     """The folder of all runs."""
-    return run_all(__file__, folder.parent)
+    return train_runs
 
 
 @pytest.mark.parametrize("name", list(RUNS))
