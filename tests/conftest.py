@@ -10,11 +10,10 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [
-    str(ROOT),
-    str(ROOT / "tests"),
-    str(ROOT / "results" / "scripts"),
-]  # imagenet_shape.py is there
+# for the tests and for the scripts that they start
+_paths = [ROOT, *(ROOT / folder for folder in ("tests", "tests/distributed", "tests/programs", "results/scripts"))]
+sys.path[:0] = map(str, _paths)
+os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _paths), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 VISIBLE_GPUS = os.environ.get(
     "CUDA_VISIBLE_DEVICES"
@@ -91,7 +90,7 @@ class Results:
         self.found, self.failed = {}, {}
         path = folder / f"results_{processes}.jsonl"
         while True:
-            run = torchrun(processes, ROOT / "tests" / "parallel_cases.py", folder)
+            run = torchrun(processes, ROOT / "tests" / "distributed" / "parallel_cases.py", folder)
             lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
             self.found = {line["case"]: line["result"] for line in lines if "result" in line}
             failed = {line["case"]: run.stderr[-4000:] for line in lines if line["case"] not in self.found}

@@ -38,7 +38,7 @@ def gpus() -> int:
 def test_every_plugin_follows_plain_pytorch(processes, tmp_path):
     if gpus() < processes:
         pytest.skip(f"needs {processes} GPU(s)")
-    done = torchrun(processes, ROOT / "tests" / "gpu_cases.py", tmp_path / "losses.json", env=visible())
+    done = torchrun(processes, ROOT / "tests" / "distributed" / "gpu_cases.py", tmp_path / "losses.json", env=visible())
     assert done.returncode == 0, done.stderr[-3000:]
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert losses.pop("attention is finite")

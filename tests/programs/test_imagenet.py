@@ -12,8 +12,6 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE.parent / "results" / "scripts")]
 
 import numpy as np
 import pytest

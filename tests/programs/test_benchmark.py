@@ -18,7 +18,7 @@ from vit.layout import ParallelLayout
 from vit.report.benchmark import CASE_KEYS
 from vit.report.benchmark_charts import scaling_cases
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
 import numpy as np
 import pytest
