@@ -79,7 +79,8 @@ class Parser(argparse.ArgumentParser):
         """
         options.setdefault("default", DEFAULTS.get(flag.lstrip("-")))
         if kind is bool:
-            self.section.add_argument(flag, action=argparse.BooleanOptionalAction, help=help, **options)
+            action = self.section.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+            action.help = help  # given above, Python 3.10 adds "(default: False)" to it
             return
 
         def convert(text: str):

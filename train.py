@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             loaders = build_scratch_loaders(settings, device())
         except DataError as error:
-            exit_with_errors(error.message("DATA="))
+            exit_with_errors(error.with_option("DATA="))
         except OSError as error:
             exit_with_errors(str(error))
         processor, labels = loaders.processor, loaders.label_names

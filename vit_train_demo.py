@@ -45,11 +45,14 @@ def main() -> None:
             dataset.notes.extend(loaded.notes)
             loaders = build_loaders(dataset, settings, loaded.processor, device())
         except DataError as error:
-            exit_with_errors(error.message("--dataset "))
+            exit_with_errors(error.with_option("--dataset "))
         except OSError as error:
             exit_with_errors(str(error))
         model, processor, labels = loaded.model, loaded.processor, len(dataset.label_names)
         plan = BatchPlan.of(settings, len(loaders.train))
+        if len(loaders.train) < plan.images_per_step:
+            few = f"{len(loaders.train)} training images are fewer than a step's {plan.images_per_step}"
+            loaders.notes.append(f"{few}: every step sees all of them")
         total_steps = plan.steps_per_epoch * settings.num_epoch
         warmup_steps = round(total_steps * settings.warmup_ratio)
         learning_rate = CosineWithWarmup(settings.peak_learning_rate, total_steps, warmup_steps)

@@ -36,9 +36,10 @@ import threading
 import time
 from pathlib import Path
 
-import colossalai_run
+# python -I and PYTHONSAFEPATH leave out this folder, too
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import colossalai_run  # noqa: E402
 
 from vit.system import count_gpus, host_exists  # noqa: E402
 

@@ -11,7 +11,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # for the tests and for the scripts that they start
-_paths = [ROOT, *(ROOT / folder for folder in ("tests", "tests/distributed", "tests/programs", "results/scripts"))]
+_paths = [
+    ROOT,
+    *(ROOT / folder for folder in ("tests", "tests/distributed", "tests/programs", "results/scripts")),
+]
 sys.path[:0] = map(str, _paths)
 os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, _paths), *filter(None, [os.environ.get("PYTHONPATH")])])
 
@@ -24,9 +27,8 @@ VISIBLE_GPUS = os.environ.get(
 _caches = tempfile.TemporaryDirectory(prefix="vit-tests-")
 os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HOME=f"{_caches.name}/hf", XDG_CACHE_HOME=f"{_caches.name}/xdg")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "TORCH_WARM_POOL", "0"
-)  # no compiler processes beside the tests: plugins.import_libraries
+# no compiler processes beside the tests: vit.distributed.import_libraries
+os.environ.setdefault("TORCH_WARM_POOL", "0")
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 
@@ -36,7 +38,6 @@ silence_libraries()
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-
 from golden import checkpoints  # noqa: E402
 from helpers import COUNTS, save_tiny_vit, write_folder  # noqa: E402
 
@@ -132,13 +133,55 @@ def launched(request):
     return lambda processes: request.getfixturevalue({1: "one", 2: "two", 4: "four"}[processes])
 
 
+# ---- the command line of vit_train_demo.py, on a machine of one's choice
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path, image_folder, model_folder):
+    """(line, gpus=0, world=1, bf16=True, local=True, without="") -> its settings, checked.
+
+    ``local``: local model and images. ``without``: a package that is not installed.
+    """
+    import importlib.util
+
+    from args import parse_finetune
+    from vit.system import Machine
+
+    monkeypatch.chdir(tmp_path)
+
+    def parse(line="", gpus=0, world=1, bf16=True, local=True, without=""):
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr("vit.checks.find_spec", lambda name: None if name == without else find_spec(name))
+        monkeypatch.setattr("args.this_machine", lambda: Machine(gpus, has_bf16=bool(gpus and bf16)))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        words = ["--model_name_or_path", str(model_folder), "--dataset", str(image_folder)] if local else []
+        return parse_finetune([*words, "--world_size", str(world), *line.split()])
+
+    return parse
+
+
+@pytest.fixture
+def problems(parse, capsys):
+    """The same of a command line that is refused -> the problems that were printed."""
+
+    def problems(line, **machine):
+        with pytest.raises(SystemExit) as end:
+            parse(line, **machine)
+        assert end.value.code == 2
+        lines = capsys.readouterr().err.splitlines()
+        assert lines and all(line.startswith("error: ") for line in lines)
+        return [line.removeprefix("error: ") for line in lines]
+
+    return problems
+
+
 # ---- runs of train.py, which more than one file looks at
 
 
 @pytest.fixture(scope="session")
 def cifar_folder(tmp_path_factory) -> Path:
     """A few images in torchvision's form of CIFAR-10."""
-    from test_train import write_cifar
+    from train_cases import write_cifar
 
     return write_cifar(tmp_path_factory.mktemp("cifar"))
 

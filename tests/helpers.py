@@ -65,23 +65,47 @@ def save_tiny_vit(folder: Path, labels: int = 5, size: int = 16, **overrides) ->
 
 
 def settings(*argv):
-    """The settings of vit_train_demo.py as parsed, unchecked."""
-    from args import finetune_parser
+    """The settings of vit_train_demo.py as resolved on this machine, unchecked."""
+    from args import finetune_parser, resolve_finetune
+    from vit.system import this_machine
 
     parser = finetune_parser()
-    parsed = parser.parse([str(word) for word in argv])
+    args = parser.parse([str(word) for word in argv])
     assert not parser.problems
-    return parsed
+    return resolve_finetune(args, this_machine())
+
+
+# ---- images through data.py, as 16 px without a model
+
+
+def load_images(folder, *flags):
+    """The data set of a folder, split; nothing is decoded."""
+    from data import load_dataset
+
+    return load_dataset(settings("--dataset", folder, *flags))
+
+
+def decode_images(images, *flags, crop=None, size: int = 16):
+    """-> (the data set, decoded as far as --data_memory allows, and the bytes kept)"""
+    from vit.data.decode import decode_dataset
+    from vit.data.transforms import Resize
+
+    return decode_dataset(images, Resize(size), crop, settings(*flags), processes=1)
+
+
+def pixels_of(split, size: int = 16) -> dict:
+    """What training without augmentation sees of every image, in order."""
+    from vit.data.loaders import BatchDataset
+    from vit.data.transforms import Resize
+
+    return BatchDataset(split, Resize(size)).__getitems__([(0, i) for i in range(len(split))])
 
 
 # ---- the training that every plugin repeats: 22 images, 8 a step: two epochs of two whole steps and one of 6
 LEARNING_RATES = [4e-4, 8e-4, 2e-3, 1.6e-3, 1e-3, 3e-4]  # per step, to see that each is used
 WEIGHT_DECAY = 0.5
-LAYER_DECAY, EMA, LABEL_SMOOTHING = (
-    0.6,
-    0.7,
-    0.2,
-)  # of the recipe: far enough from none to be seen in six steps
+# of the recipe: far enough from none to be seen in six steps
+LAYER_DECAY, EMA, LABEL_SMOOTHING = 0.6, 0.7, 0.2
 MAX_NORM = 2.4  # between the gradient norms of this training: some steps are clipped, some are not
 
 
@@ -92,4 +116,4 @@ def in_memory_images(count: int, seed: int = 1):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8).numpy()
     labels = torch.randint(0, 3, (count,), generator=generator).numpy()
-    return Split("train", None, labels, resized=list(pixels))
+    return Split("train", None, labels, cached_pixels=list(pixels))

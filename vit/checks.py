@@ -7,7 +7,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from vit import hub
+from vit import hub, patches
 from vit.data.cifar10 import IMAGE_SIZE, cifar10_label_names
 from vit.data.dataset import DataError, check_all_classes, check_class_count
 from vit.data.prepared import read_index
@@ -49,6 +49,7 @@ def finetune_problems(settings: Settings, machine: Machine) -> list[str]:
         (fold_is_wrong, f"--fold {settings.fold}: must be K/N, fold K of N from 2 to 100, such as 1/5"),
     ]
     return [
+        *patch_problems(),
         *plugin_problems(settings, machine),
         *applying(rules),
         *model_problems(settings),
@@ -57,6 +58,11 @@ def finetune_problems(settings: Settings, machine: Machine) -> list[str]:
         *upload_problems(settings),
         *output_problems(settings),
     ]
+
+
+def patch_problems() -> list[str]:
+    names = ", ".join(patches.PATCHES)
+    return [f"VIT_DISABLE_PATCHES={name}: no such patch; there are {names}" for name in patches.unknown()]
 
 
 # ---- parallelism, precision and memory
@@ -325,7 +331,7 @@ def data_problems(settings: Settings) -> list[str]:
         if source == "synthetic":
             return [f"--dataset {settings.dataset}: is for train.py; use drawn, a folder or a hub name"]
     except DataError as error:
-        return [error.message(option)]
+        return [error.with_option(option)]
     except OSError as error:  # PermissionError
         return [f"{option}{settings.dataset}: {error.strerror}"]
     return []

@@ -255,7 +255,7 @@ def to_settings(config: dict, path: str, layout: ParallelLayout, **options) -> S
         grad_checkpoint=False,
         compile=config["COMPILE"],
         cuda_graphs=config["CUDA_GRAPHS"],
-        batch_size=config["BATCH_SIZE"] // layout.data_parallel_size,
+        batch_size=config["BATCH_SIZE"] // max(1, layout.data_parallel_size),  # 0: too few ranks
         gradient_accumulation_steps=config["gradient_accumulation"],
         learning_rate=config["LEARNING_RATE"],
         scale_lr=False,

@@ -94,8 +94,15 @@ class RunFolder:
         except CheckpointError as error:
             exit_with_errors(str(error))
 
-    def restore_rows(self, meta: dict) -> None:
-        self.rows += meta["rows"]
+    def restore_rows(self, rows: list[dict], checkpoints: CheckpointFolder) -> None:
+        """The rows of a checkpoint. If its best epoch is not here, in another run's folder, the choice starts again."""
+        self.rows += rows
+        if self.best and self.settings.keep == "best" and checkpoints.end_of(self.best["epoch"]) is None:
+            print_rank0(
+                f"  note      the best epoch so far, {self.best['epoch']}, is not in "
+                f"{checkpoints.root}: the choice starts again"
+            )
+            self.best["best"] = False
 
     def open(self) -> None:
         """Make the folder, without an earlier run's files if --overwrite_output allows, and write the first row."""

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
+from vit.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, read_meta
 from vit.console import exit_with_errors, print_rank0, progress_bar
 from vit.data.dataset import DataError
 from vit.distributed import all_reduce_max, all_reduce_sum, destroy_distributed, device, peak_memory_gib
@@ -242,7 +242,7 @@ class Trainer:
         """Continue from a checkpoint of this run, which `RunFolder.find_checkpoint` compared with the settings."""
         meta = read_meta(path)
         load_checkpoint(path, self.step.boosted, meta)
-        self.run.restore_rows(meta)
+        self.run.restore_rows(meta["rows"], self.checkpoints)
         self.position = Position(meta["epoch"], EpochProgress(**meta["progress"]))
         step = self.position.step_in_epoch(self.plan)
         print_rank0(
@@ -270,6 +270,9 @@ def exits_in_one_line(settings, checkpoints: CheckpointFolder):
         destroy_distributed()
         last = f" The last checkpoint in {checkpoints.root} is from before." if checkpoints.complete() else ""
         exit_with_errors(f"{error}: {settings.advice_on_divergence}.{last}", code=1)
+    except CheckpointError as error:  # a damaged file, on every rank
+        destroy_distributed()
+        exit_with_errors(str(error))
     except DataError as error:  # in the middle of an epoch, on one rank: torchrun ends the others
         print(f"error: {error.in_one_line()}{checkpoints.hint_to_resume()}", file=sys.stderr, flush=True)
         os._exit(1)

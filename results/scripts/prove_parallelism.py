@@ -46,6 +46,7 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from vit.engine import Engine
 
 from args import parse_scratch
 from data import build_scratch_loaders, load_scratch_dataset
@@ -55,7 +56,6 @@ from vit.config import load_config
 from vit.data.cifar10 import CIFAR10_FOLDER, TRAIN_FILES, read_cifar10
 from vit.data.loaders import eval_batches
 from vit.distributed import all_reduce_sum, destroy_distributed, device, import_libraries, init_distributed
-from vit.engine import Engine
 from vit.files import read_jsonl, write_atomically, write_jsonl
 from vit.layout import ParallelLayout
 from vit.model import export_model

@@ -19,27 +19,22 @@ import torch
 
 from vit.data.dataset import IGNORE_INDEX
 from vit.distributed import all_reduce_sum, destroy_distributed, device, import_libraries, init_distributed
-from vit.engine import Engine
 from vit.layout import ParallelLayout
-from vit.parallel.plugins import boost
-from vit.patches.torch_kernels import disable_cudnn_sdp_with_dropout
-from vit.step import Normalize
+from vit.parallel.boost import boost
+from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
+from vit.settings import Settings
+from vit.step import Normalize, TrainStep, evaluate
 
 BASE = dict(
     zero_stage=0,
     max_norm=0.5,
     offload_optim_frac=0.0,
-    offload_param_frac=0.0,
-    placement_policy="static",
-    gradient_accumulation_steps=1,
     num_microbatches=4,
     grad_checkpoint=False,
-    compile=False,
-    cuda_graphs=False,
     weight_decay=0.05,
     learning_rate=1e-3,
-    optimizer="adamw",
 )
+RECIPE = dict(layer_decay=0.7, ema=0.8, label_smoothing=0.1)
 STEPS, BATCH, LABELS = 16, 16, 4
 
 
@@ -90,10 +85,7 @@ def cases(world: int) -> dict[str, dict]:
 
 
 def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
-    """Losses of the steps, and of an evaluation. ``recipe``.
-
-    Layer decay, averaged weights, label smoothing.
-    """
+    """Losses of the steps, and of an evaluation. ``recipe``: layer decay, averaged weights, label smoothing."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
@@ -109,43 +101,34 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
         attention_probs_dropout_prob=0.0,
     )
     layout = ParallelLayout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
-    boosted = boost(
-        ViTForImageClassification(config),
-        Namespace(**BASE | changes),
-        layout,
-        layer_decay=0.7 if recipe else 1.0,
-    )
-    if recipe:
-        boosted.keep_average(0.8)
-    engine = Engine(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), label_smoothing=0.1 if recipe else 0.0)
-    engine.model.train()
+    settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **BASE | (RECIPE if recipe else {}) | changes)
+    boosted = boost(ViTForImageClassification(config), settings)
+    step = TrainStep(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), settings.label_smoothing)
+    step.model.train()
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 3, (BATCH,), generator=generator)
-    mine = slice(layout.dp_rank * BATCH // layout.dp, (layout.dp_rank + 1) * BATCH // layout.dp)
+    size = BATCH // layout.data_parallel_size
+    mine = slice(layout.data_parallel_rank * size, (layout.data_parallel_rank + 1) * size)
     batch = {"pixel_values": pixels[mine], "labels": labels[mine]}
-    padded = {
-        "pixel_values": pixels[mine],
-        "labels": labels.index_fill(0, torch.tensor([BATCH - 1]), IGNORE_INDEX)[mine],
-    }
+    labels_of_padded = labels.index_fill(0, torch.tensor([BATCH - 1]), IGNORE_INDEX)
+    padded = {"pixel_values": pixels[mine], "labels": labels_of_padded[mine]}
     losses = []
-    for step in range(
-        STEPS
-    ):  # a graph is recorded after eleven; the learning rate changes, and one step is as the last of an epoch
-        last = step == STEPS - 2
-        share = engine.train_step([padded if last else batch], BATCH - last, 1e-3 if step % 2 else 5e-4)
+    # a graph is recorded after eleven steps; the learning rate changes, and one step is as the last of an epoch
+    for number in range(STEPS):
+        last = number == STEPS - 2
+        share = step([padded if last else batch], BATCH - last, 1e-3 if number % 2 else 5e-4, number)
         losses.append(all_reduce_sum(share).item())
-    evaluated = engine.evaluate([batch], BATCH)
-    return [*losses, evaluated["average_loss"]]
+    return [*losses, evaluate(step, [batch], BATCH)["average_loss"]]
 
 
 def attention_gradients() -> list[torch.Tensor]:
     """Of attention with dropout where all products are far below zero.
 
-    See `plugins.avoid_broken_attention`.
+    See `no_cudnn_sdp_with_dropout`.
     """
     usual = torch.backends.cuda.cudnn_sdp_enabled()
-    disable_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=0.1))
+    no_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=0.1))
     query, key, value = torch.randn(
         3,
         1,

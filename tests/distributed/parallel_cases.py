@@ -17,7 +17,6 @@ import signal
 import sys
 import time
 import traceback
-from argparse import Namespace
 from pathlib import Path
 
 import helpers
@@ -38,16 +37,18 @@ from helpers import (
 import vit_train_demo
 from data import load_dataset
 from vit import distributed
-from vit.checkpoint import CheckpointError, CheckpointFolder, gather_weights, load_checkpoint, read_meta
+from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
 from vit.data.decode import decode_dataset
-from vit.data.loaders import BatchDataset, eval_batches
+from vit.data.loaders import BatchDataset
 from vit.data.transforms import Resize
 from vit.distributed import all_reduce_sum
-from vit.engine import Engine
 from vit.layout import ParallelLayout
-from vit.parallel.plugins import boost
+from vit.model import load_model, pad_classifier
+from vit.parallel.boost import boost
 from vit.schedule import BatchPlan
-from vit.step import Mixup, Normalize
+from vit.settings import Settings
+from vit.step import Mixup, Normalize, TrainStep
+from vit.step import evaluate as evaluate_step
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
@@ -57,45 +58,30 @@ BASE = dict(
     plugin="torch_ddp",
     precision="fp32",
     zero_stage=0,
-    max_norm=0.0,
     offload_optim_frac=0.0,
-    offload_param_frac=0.0,
-    placement_policy="static",
-    gradient_accumulation_steps=1,
     num_microbatches=1,
     grad_checkpoint=False,
-    compile=False,
-    cuda_graphs=False,
     weight_decay=WEIGHT_DECAY,
     learning_rate=1e-3,
-    optimizer="adamw",
+    seed=0,
 )
+RECIPE = dict(layer_decay=LAYER_DECAY, ema=EMA, label_smoothing=LABEL_SMOOTHING)
 
 
-def build(model, tp=1, pp=1, recipe=False, **changes):
-    """-> (Engine, Layout) of a model under a plugin. ``recipe``.
-
-    Layer decay, weight average, label smoothing.
-    """
-    # the library keeps how to gather a tensor by its shape alone; these processes have had other groups
-    # before
+def build(model, tp=1, pp=1, recipe=False, **changes) -> tuple[TrainStep, Settings]:
+    """A model under a plugin. ``recipe``: layer decay, weight average, label smoothing."""
+    # Colossal-AI keeps how to gather a tensor by its shape alone; these processes have had other groups before
     layout_converter.cached_solution.clear()
     layout = ParallelLayout(WORLD, tp, pp, RANK)
-    args = Namespace(**(BASE | changes))
-    boosted = boost(model, args, layout, layer_decay=LAYER_DECAY if recipe else 1.0)
-    if recipe:
-        boosted.keep_average(EMA)
+    options = BASE | (RECIPE if recipe else {}) | changes
+    settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **options)
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
-    return Engine(boosted, 3, normalize, label_smoothing=LABEL_SMOOTHING if recipe else 0.0), layout
+    return TrainStep(boost(model, settings), 3, normalize, settings.label_smoothing), settings
 
 
-def initial_model(tp: int = 1):
-    from vit.model import pad_classifier
-
+def initial_model():
     torch.manual_seed(0)
-    model = helpers.tiny_vit(3)
-    pad_classifier(model, tp)
-    return model
+    return helpers.tiny_vit(3)
 
 
 def meta_of(step: int, epoch: int) -> dict:
@@ -108,73 +94,67 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
     save, load: a folder of checkpoints, written to or read after the first epoch.
     mixed: with MixUp and CutMix.
     """
-    trainer, layout = build(initial_model(tp), tp, pp, gradient_accumulation_steps=k, **changes)
+    step, settings = build(initial_model(), tp, pp, gradient_accumulation_steps=k, **changes)
+    layout = settings.layout
     if mixed:
-        trainer.mix = Mixup(0.8, 1.0, 3, seed=7, group=layout.dp_rank)
-    schedule = BatchPlan(22, GLOBAL_BATCH // layout.dp // k, k, layout, seed=5)
-    batches = BatchDataset(in_memory_images(22), Resize(16), None, skip_bad=False)
-    held_out = BatchDataset(in_memory_images(13, seed=2), Resize(16), None, skip_bad=False)
+        step.mixup = Mixup(0.8, 1.0, 3, seed=7, group=layout.data_parallel_rank)
+    plan = BatchPlan(22, GLOBAL_BATCH // layout.data_parallel_size // k, k, layout, seed=5)
+    images = BatchDataset(in_memory_images(22), Resize(16))
+    held_out = BatchDataset(in_memory_images(13, seed=2), Resize(16))
     losses, evaluations = [], []
     for epoch in range(EPOCHS):
         if load and epoch == 0:
-            path = checkpoint_of(load, schedule.steps)
-            load_checkpoint(path, trainer.boosted, read_meta(path))
+            path = checkpoint_of(load, plan.steps_per_epoch)
+            load_checkpoint(path, step.boosted, read_meta(path))
             continue
-        trainer.model.train()
-        order = schedule.batches(epoch)
-        for images in schedule.images_per_step:
-            step = [batches.__getitems__(next(order)) for _ in range(schedule.batches_per_step)]
-            lr = LEARNING_RATES[epoch * schedule.steps + len(losses) % schedule.steps]
-            share = trainer.train_step(
-                step, images, lr, epoch * schedule.steps + len(losses) % schedule.steps
-            )
+        step.model.train()
+        order = plan.batches(epoch)
+        for i, count in enumerate(plan.real_images_per_step):
+            batches = [images.__getitems__(next(order)) for _ in range(plan.micro_batches_per_step)]
+            number = epoch * plan.steps_per_epoch + i
+            share = step(batches, count, LEARNING_RATES[number], number)
             losses.append(all_reduce_sum(share.double()).item())
-        evaluation = eval_batches(13, schedule.rows, layout)
-        evaluations.append(trainer.evaluate(map(held_out.__getitems__, evaluation), 13))
+        batches = map(held_out.__getitems__, plan.evaluation_batches(13))
+        evaluations.append(evaluate_step(step, batches, 13))
         if save and epoch == 0:
-            CheckpointFolder(save, 1).save(trainer.boosted, meta_of(schedule.steps, epoch=1))
-    averaged = trainer.boosted.average is not None
-    return {"losses": losses, "evaluations": evaluations} | (
-        {"exported": exported_loss(trainer, tp, held_out)} if averaged else {}
-    )
+            CheckpointFolder(save, 1).save(step.boosted, meta_of(plan.steps_per_epoch, epoch=1))
+    result = {"losses": losses, "evaluations": evaluations}
+    return result | ({"exported": exported_loss(step, tp, held_out)} if step.boosted.ema else {})
 
 
-def exported_loss(trainer, tp: int, held_out) -> float | None:
+def exported_loss(step: TrainStep, tp: int, held_out) -> float | None:
     """Of the weights that an export has, in a model of their own, on rank 0."""
-    state = gather_weights(trainer.boosted, FOLDER)
+    state = step.boosted.gather_state_dict(FOLDER)
     if state is None:
         return None
-    model = initial_model(tp).eval()
+    model = initial_model().eval()
+    pad_classifier(model, tp)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
     batch = held_out.__getitems__([(0, i) for i in range(13)])
     with torch.no_grad():
-        logits = model(pixel_values=trainer.normalize(batch["pixel_values"])).logits[:, :3]
+        logits = model(pixel_values=step.normalize(batch["pixel_values"])).logits[:, :3]
     return torch.nn.functional.cross_entropy(logits, batch["labels"]).item()
 
 
 def evaluate(tp=1, pp=1, **changes) -> dict:
-    """The validation folder, read as a run does, by a model whose true logits are all far below the
-    padding's 0.
-    """
-    from vit.model import load_model
-
-    args = helpers.settings("--dataset", FOLDER / "images")
-    images = load_dataset(args)
-    loaded = load_model(str(FOLDER / "model"), images.label_names, tp)
-    labels = len(images.label_names)
+    """The validation folder, read as a run does, by a model whose true logits are far below the padding's 0."""
+    settings = helpers.settings("--dataset", FOLDER / "images")
+    dataset = load_dataset(settings)
+    loaded = load_model(str(FOLDER / "model"), dataset.label_names)
+    labels = len(dataset.label_names)
     torch.manual_seed(9)
     with torch.no_grad():
         loaded.model.classifier.weight[:labels] = torch.randn(labels, 32) * 0.5
         loaded.model.classifier.bias[:labels] = -100
     resize = Resize(16, int(loaded.processor.resample))
-    images, _ = decode_dataset(images, resize, None, args, WORLD)
-    trainer, layout = build(loaded.model, tp, pp, **changes)
-    trainer.normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
-    batches = BatchDataset(images.validation, resize, None, False)
-    order = eval_batches(len(images.validation), 4, layout)
-    result = trainer.evaluate(map(batches.__getitems__, order), len(images.validation))
+    dataset, _ = decode_dataset(dataset, resize, None, settings, WORLD)
+    step, settings = build(loaded.model, tp, pp, **changes)
+    step.normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
+    batches, count = BatchDataset(dataset.validation, resize), len(dataset.validation)
+    order = BatchPlan(count, 4, 1, settings.layout, seed=0).evaluation_batches(count)
+    result = evaluate_step(step, map(batches.__getitems__, order), count)
     try:
-        trainer.evaluate(map(batches.__getitems__, order), len(images.validation) + 1)
+        evaluate_step(step, map(batches.__getitems__, order), count + 1)
     except RuntimeError as error:
         result["wrong_count"] = str(error)
     return result
@@ -215,15 +195,25 @@ def checkpoint_of(folder: Path, step: int) -> Path:
     return max(found)[1]
 
 
+def start_from(name: str, checkpoint_folders: list[Path]) -> None:
+    """Make the output folder of an interrupted run, with these checkpoints."""
+    if RANK == 0:
+        for path in checkpoint_folders:
+            shutil.copytree(path, FOLDER / name / "checkpoints" / path.name)
+    dist.barrier()
+
+
 def resume(name: str, step: int, *argv) -> dict:
-    """A run without a stop, and one that starts at its checkpoint of ``step``."""
+    """A run without a stop, and one that continues after its checkpoint of ``step``."""
     straight = entry(f"{name}_straight", *RUN, "--checkpoint_steps", 2, "--keep_checkpoints", 99, *argv)
-    path = checkpoint_of(FOLDER / f"{name}_straight" / "checkpoints", step)
-    return {"straight": straight, "resumed": entry(f"{name}_resumed", *RUN, "--resume", path, *argv)}
+    folder = FOLDER / f"{name}_straight" / "checkpoints"
+    last = checkpoint_of(folder, step)
+    start_from(f"{name}_resumed", [path for path in sorted(folder.iterdir()) if path.name <= last.name])
+    return {"straight": straight, "resumed": entry(f"{name}_resumed", *RUN, "--resume", "auto", *argv)}
 
 
 def golden(name: str, step: int, *flags) -> dict:
-    """A run that goes on from a golden checkpoint; while recording, the run that makes it before."""
+    """A run that continues after a golden checkpoint; while recording, the run that makes it before."""
     os.chdir(FOLDER)  # its settings name folders from here
     run = (*RUN, "--dataset", "images", *flags)
     result = {}
@@ -233,26 +223,27 @@ def golden(name: str, step: int, *flags) -> dict:
         if RANK == 0:
             checkpoints.keep(name, checkpoint_of(FOLDER / f"golden_{name}_straight" / "checkpoints", step))
         dist.barrier()
-    return result | {"resumed": entry(f"golden_{name}", *run, "--resume", checkpoints.FOLDER / name)}
+    start_from(f"golden_{name}", list((checkpoints.FOLDER / name).iterdir()))
+    return result | {"resumed": entry(f"golden_{name}", *run, "--resume", "auto")}
 
 
 def terminated(name: str, at: int = 5, *flags) -> dict:
     """SIGTERM reaches one process in its step ``at``; --resume auto goes on."""
     run = (*RUN, *flags)
     straight = entry(f"{name}_straight", *run)
-    whole, steps = Engine.train_step, []
+    original, steps = TrainStep.__call__, []
 
     def train_step(self, *args):
         steps.append(0)
         if len(steps) == at and RANK == WORLD - 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return whole(self, *args)
+        return original(self, *args)
 
-    Engine.train_step = train_step
+    TrainStep.__call__ = train_step
     try:
         stopped = entry(name, *run)
     finally:
-        Engine.train_step = whole
+        TrainStep.__call__ = original
     files = sorted(p.name for p in (FOLDER / name).iterdir()) if (FOLDER / name).exists() else []
     return {
         "straight": straight,
@@ -264,9 +255,9 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
 
 def failing_write() -> dict:
     """The disk fills up during the second save: an error, and the first checkpoint is whole."""
-    trainer, _ = build(initial_model())
+    step, _ = build(initial_model())
     folder = CheckpointFolder(FOLDER / "failing_write", 1)
-    folder.save(trainer.boosted, meta_of(1, epoch=1))
+    folder.save(step.boosted, meta_of(1, epoch=1))
     whole = torch.save
 
     def full_disk(state, file):
@@ -275,14 +266,14 @@ def failing_write() -> dict:
 
     torch.save = full_disk
     try:
-        folder.save(trainer.boosted, meta_of(2, epoch=2))
+        folder.save(step.boosted, meta_of(2, epoch=2))
         error = None
     except OSError as caught:
         error = str(caught)
     finally:
         torch.save = whole
     found = read_meta(folder.find("auto"))["step"]
-    folder.save(trainer.boosted, meta_of(2, epoch=2))
+    folder.save(step.boosted, meta_of(2, epoch=2))
     left = sorted(path.name for path in folder.root.iterdir())
     return {
         "error": error,
@@ -451,15 +442,7 @@ def all_cases() -> dict:
         cases["best first"] = (entry, ("best_first", *growing))
         cases["pruned"] = (entry, ("pruned", *growing[:-1], 1))
         cases["last kept"] = (entry, ("last_kept", *growing[:-1], 1, "--keep", "last"))
-        cases["best first, resumed"] = (
-            lambda: entry(
-                "best_first_resumed",
-                *growing,
-                "--resume",
-                checkpoint_of(FOLDER / "best_first" / "checkpoints", 12),
-            ),
-            (),
-        )
+        cases["best first, resumed"] = (best_first_resumed, growing)
         cases["dry run"] = (entry, ("dry", "--dry_run"))
         cases["evaluation only"] = (
             lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"),
@@ -488,29 +471,23 @@ def all_cases() -> dict:
         other = ("--resume", FOLDER / "ddp_2_straight", "--seed", 1, "--weight_decay", 0.1)
         cases["other settings"] = (entry, ("refused", *RUN, "--plugin", "torch_ddp", *other))
         cases["run on other processes"] = (continued, ())
-        cases["best epoch adopted"] = (adopted, ())
+        cases["best epoch elsewhere"] = (elsewhere, ())
     return cases
 
 
-def adopted() -> dict:
-    """The best epoch's checkpoint is brought from another run's folder.
+def best_first_resumed(*flags) -> dict:
+    """The run "best first" continues in its second epoch, after the first one was the best."""
+    folder = FOLDER / "best_first" / "checkpoints"
+    last = checkpoint_of(folder, 12)
+    start_from("best_first_resumed", [path for path in sorted(folder.iterdir()) if path.name <= last.name])
+    return entry("best_first_resumed", *flags, "--resume", "auto")
 
-    One process comes to it long after the other.
-    """
-    checkpoints, found = (
-        CheckpointFolder(FOLDER / "adopted", 1),
-        checkpoint_of(FOLDER / "best_first" / "checkpoints", 18),
-    )
-    if RANK == 1:
-        time.sleep(1)
-    checkpoints.adopt_best(1, found)
-    checkpoints.adopt_best(1, found)  # it is here already
-    try:
-        checkpoints.adopt_best(7, found)
-        error = None
-    except CheckpointError as caught:
-        error = str(caught)
-    return {"epoch": read_meta(checkpoints.end_of(1))["epoch"], "error": error}
+
+def elsewhere() -> dict:
+    """A run continues in a new folder from another's checkpoint, whose best epoch is not in the new one."""
+    flags = ("--num_epoch", 3, "--batch_size", 4, "--learning_rate", 3, "--warmup_ratio", 1)
+    path = checkpoint_of(FOLDER / "best_first" / "checkpoints", 12)
+    return entry("elsewhere", *flags, "--resume", path)
 
 
 def continued() -> dict:

@@ -1,6 +1,6 @@
 """Runs the cases of test_tensor_parallel.py: forks the processes of each, and writes what they saw as JSON.
 
-    python tests/tensor_parallel_cases.py OUT.json [--steps 20] [--only NAME ...]
+    python tests/distributed/tensor_parallel_cases.py OUT.json [--steps 20] [--only NAME ...]
 
 The libraries are imported once, before the forks: eight imports would take longer than all the steps. Every
 case
@@ -28,15 +28,8 @@ import torch.nn.functional as F
 from transformers import ViTConfig, ViTForImageClassification
 
 from vit.distributed import destroy_distributed, init_distributed
-from vit.parallel.mesh import (
-    MeshOptimizer,
-    clip_grad_norm_,
-    gather_state_dict,
-    init_mesh,
-    load_mesh_vit,
-    process_group,
-    sync_gradients,
-)
+from vit.parallel.mesh import gather_state_dict, init_mesh, load_mesh_vit, process_group
+from vit.parallel.mesh_train import MeshOptimizer, clip_grad_norm_, sync_gradients
 from vit.patches.colossalai_legacy import patch_legacy_layers
 
 torch.set_num_threads(1)

@@ -27,7 +27,10 @@ def gpus() -> int:
 
     return int(
         subprocess.run(
-            [sys.executable, ROOT / "launch.py", "gpus"], env=visible(), capture_output=True, text=True
+            [sys.executable, ROOT / "launcher" / "launch.py", "gpus"],
+            env=visible(),
+            capture_output=True,
+            text=True,
         ).stdout
         or 0
     )
@@ -38,7 +41,9 @@ def gpus() -> int:
 def test_every_plugin_follows_plain_pytorch(processes, tmp_path):
     if gpus() < processes:
         pytest.skip(f"needs {processes} GPU(s)")
-    done = torchrun(processes, ROOT / "tests" / "distributed" / "gpu_cases.py", tmp_path / "losses.json", env=visible())
+    done = torchrun(
+        processes, ROOT / "tests" / "distributed" / "gpu_cases.py", tmp_path / "losses.json", env=visible()
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     losses = json.loads((tmp_path / "losses.json").read_text())
     assert losses.pop("attention is finite")

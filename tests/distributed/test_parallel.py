@@ -1,7 +1,4 @@
-"""Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does (cases.
-
-Parallel_cases.py).
-"""
+"""Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does: parallel_cases.py."""
 
 import copy
 import functools
@@ -79,7 +76,7 @@ def plain_training(max_norm: float, recipe: bool = False) -> dict:
     train, held_out = in_memory_images(22), in_memory_images(13, seed=2)
 
     def batch(split, chosen):
-        pixels = torch.stack([torch.from_numpy(split.resized[i]) for i in chosen]).float() / 255
+        pixels = torch.stack([torch.from_numpy(split.cached_pixels[i]) for i in chosen]).float() / 255
         return (pixels - 0.5) / 0.5, torch.from_numpy(split.labels[chosen])
 
     torch.manual_seed(0)

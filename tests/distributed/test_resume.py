@@ -104,13 +104,18 @@ def test_run_goes_on_with_other_processes_and_still_knows_its_best_epoch(one, tw
     )
 
 
-def test_all_processes_agree_on_what_to_copy_though_one_comes_late(two):
-    result = two["best epoch adopted"]
-    assert result["epoch"] == 1
-    assert "best epoch, 7, is not beside it" in result["error"]
+def test_choice_of_the_best_epoch_starts_again_in_a_new_folder(one, two, shared):
+    """The checkpoint of the best epoch, the first, is in the folder of another run."""
+    one["best first"]
+    result = two["best epoch elsewhere"]
+    assert result["code"] == 0, result["err"]
+    assert "the best epoch so far, 1, is not in" in result["out"]
+    best = [row["best"] for row in rows(shared / "elsewhere")]
+    assert not best[0] and sum(best) == 1
+    assert rows(shared / "elsewhere", "test")[0]["epoch"] == best.index(True) + 1
 
 
-def test_best_epoch_from_before_the_resume_is_exported_from_another_folder(one, shared):
+def test_best_epoch_from_before_the_resume_is_exported(one, shared):
     epochs = rows(shared / "best_first")
     assert [row["best"] for row in epochs] == [True, False, False]
     assert one["best first, resumed"]["code"] == 0
@@ -178,8 +183,8 @@ def save_and_die(folder, steps: list[int], at: int) -> None:
     """In a process of its own: save ``steps`` and be killed at the ``at``-th change of a file."""
     import shutil
 
-    from vit import checkpoint
     from vit.checkpoint import CheckpointFolder
+    from vit.layout import ParallelLayout
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     killed = Killed(at)
@@ -192,9 +197,9 @@ def save_and_die(folder, steps: list[int], at: int) -> None:
         for name in names:
             setattr(owner, name, killed.before(getattr(owner, name)))
     for step in steps:
-        checkpoint.capture_state = lambda boosted: {"of": step}
-        layout = SimpleNamespace(tp_rank=0, pp_rank=0, dp_rank=0)
-        boosted = SimpleNamespace(plugin="torch_ddp", zero_stage=0, layout=layout, model=torch.nn.Module())
+        boosted = SimpleNamespace(
+            layout=ParallelLayout(1), is_sharded=False, capture_state=lambda: {"of": step}, dropout_rngs=list
+        )
         meta = {"step": step, "epoch": step, "progress": {"images": 0}, "best_epoch": None}
         CheckpointFolder(folder, 1).save(boosted, meta)
 

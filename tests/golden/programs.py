@@ -15,9 +15,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 def silence() -> None:
     """What the programs do before they import a library."""
-    import console
+    from vit.console import silence_libraries
 
-    console.silence_libraries()
+    silence_libraries()
 
 
 def vit_train_demo(argv: list[str]) -> None:
@@ -53,12 +53,13 @@ def report(kind: str, folder: Path) -> None:
 
 def parallelism_report(folder: Path) -> list:
     """The command that makes results/parallelism's table anew, from its rows."""
-    return [sys.executable, ROOT / "tests" / "prove_parallelism.py", folder, "--report"]
+    return [sys.executable, ROOT / "results" / "scripts" / "prove_parallelism.py", folder, "--report"]
 
 
 def sweep_records(results: Path) -> tuple[Path, Path]:
     """What a sweep records of its call, and of a run that failed. -> (sweep.jsonl, failed.json)"""
-    import sweep as program
+    from args import finetune_settings
+    from vit import sweep as program
 
     words = [
         "--models",
@@ -73,7 +74,7 @@ def sweep_records(results: Path) -> tuple[Path, Path]:
         "1e-3",
     ]
     sweep, flags = program.read_arguments([*words, "--results", str(results), "--max_norm", "1"])
-    (run,) = program.plan(sweep, flags)
+    (run,) = program.plan_runs(sweep, flags, finetune_settings)
     run.folder.mkdir(parents=True)
     log = results / "run.log"
     log.write_text("starts\nlaunch: process 0 ended\nerror: made to fail\n")
@@ -84,9 +85,9 @@ def sweep_records(results: Path) -> tuple[Path, Path]:
 
 def import_libraries() -> None:
     """Before a fork: the processes that train shall not import them once more."""
-    import plugins
+    from vit.distributed import import_libraries
 
-    plugins.import_libraries()
+    import_libraries()
 
 
 def in_fork(call, out: Path, err: Path) -> int:

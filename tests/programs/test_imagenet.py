@@ -1,9 +1,10 @@
 """Training on a set of ImageNet's shape: configs, whole runs over the tree and over what was prepared of
 it, and what is wrong with a set.
 
-python tests/test_imagenet.py FOLDER      runs the cases, as the fixture `runs` does
+python tests/programs/test_imagenet.py FOLDER      runs the cases, as the fixture `imagenet_runs` does
 """
 
+import ast
 import io
 import json
 import shutil
@@ -12,19 +13,20 @@ import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
-
 import numpy as np
 import pytest
 import torch
 from imagenet_shape import wnid
-from test_train import problems_of, read, refused
-from train_cases import ROOT, Cases, log_of, rows, statuses
+from train_cases import ROOT, Cases, log_of, problems_of, read, refused, rows, scratch_settings, statuses
 
-from data import build_scratch_loaders, find_scratch_source
-from vit.config import FIELDS, docstring, load_config, vit_config
+from data import build_scratch_loaders
+from vit.checks import data_problems
+from vit.config import load_config
+from vit.config_settings import vit_config
 from vit.data import decode
 from vit.data.dataset import IGNORE_INDEX, DataError
-from vit.data.loaders import DeviceLoader, SyntheticLoader, WorkerLoader
+from vit.data.gpu_augment import BatchAugment
+from vit.data.loaders import BatchDataset, DeviceLoader, SyntheticLoader, WorkerLoader
 from vit.data.transforms import RandomResizedCrop, ResizeCenterCrop
 from vit.model import build_vit
 from vit.model_variants import mimetic_init, sincos_position_embeddings_
@@ -60,16 +62,18 @@ def test_configs_fit_and_have_a_card(path):
         [90, 1024, 1e-3, 0.1, None, 10_000, 1.0] if better else [300, 4096, 3e-3, 0.3, 32, None, 1.0]
     )
     assert (vit.model_type, vit.hidden_dropout_prob) == (("ijepa", 0.0) if better else ("vit", 0.1))
-    assert all(word in docstring(str(path)) for word in ("Command", "Published", "Measured  ", path.stem))
+    assert all(
+        word in ast.get_docstring(ast.parse(path.read_text()))
+        for word in ("Command", "Published", "Measured  ", path.stem)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- the model
 
 
 def tiny(**changes):
-    defaults = {name: default for name, (default, _) in FIELDS.items()}
     sizes = dict(IMG_SIZE=24, PATCH_SIZE=8, HIDDEN_SIZE=16, DEPTH=2, NUM_HEADS=2, NUM_CLASSES=5)
-    return vit_config(defaults | sizes | changes, list("abcde"))
+    return vit_config(scratch_settings(None, **sizes | changes).config, list("abcde"))
 
 
 def test_mean_pooling_classifies_the_mean_of_the_patches_and_there_is_no_class_token():
@@ -144,8 +148,7 @@ def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(poolin
     assert all(torch.equal(vit.state_dict()[name], tensor) for name, tensor in others.items())
 
 
-# ---------------------------------------------------------------------------------------------- what is
-# wrong with a set
+# ---------------------------------------------------------------------- what is wrong with a set
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +199,7 @@ def test_missing_class_folders_are_said_before_anything_starts(tree, tmp_path, m
         monkeypatch, capsys, *argv, data=str(broken)
     )
     shutil.rmtree(broken / "train" / wnid(3))
-    assert f"DATA={broken} has 7 classes, NUM_CLASSES is 8" in refused(
+    assert f"DATA={broken}: has 7 classes, NUM_CLASSES is 8" in refused(
         monkeypatch, capsys, *argv, data=str(broken)
     )
 
@@ -209,20 +212,22 @@ def test_validation_folder_is_evaluated_and_a_part_of_train_is_held_out(tree):
         24,
         None,
     )
-    assert images.train.sources is not None and images.validation.resized[0].shape == (3, 32, 32)
-    assert not set(images.train.where) & set(images.minival.where)
+    assert images.train.cached_images is not None and images.validation.cached_pixels[0].shape == (3, 32, 32)
+    assert not set(images.train.names) & set(images.minival.names)
 
 
 def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, monkeypatch):
-    values = {name: default for name, (default, _) in FIELDS.items()} | {"IMG_SIZE": 32, "NUM_CLASSES": 8}
-    small = build_scratch_loaders(str(tree), values, torch.device("cpu"))
-    assert isinstance(small.train, DeviceLoader) and small.normal != ((0.5,) * 3, (0.5,) * 3)
+    settings, half = scratch_settings(tree, 32, 8), ((0.5,) * 3, (0.5,) * 3)
+
+    def mean_and_std(loaders):
+        return tuple(loaders.processor.image_mean), tuple(loaders.processor.image_std)
+
+    small = build_scratch_loaders(settings, torch.device("cpu"))
+    assert isinstance(small.train, DeviceLoader) and mean_and_std(small) != half
     monkeypatch.setattr("vit.data.decode.MAX_CACHED_TRAIN_IMAGES", 50)
-    large = build_scratch_loaders(str(tree), values, torch.device("cpu"))
+    large = build_scratch_loaders(settings, torch.device("cpu"))
     assert isinstance(large.train, WorkerLoader) and isinstance(large.evaluated, DeviceLoader)
-    assert large.normal == ((0.5,) * 3, (0.5,) * 3) and any(
-        "MEAN and STD: 0.5" in note for note in large.notes
-    )
+    assert mean_and_std(large) == half and any("MEAN and STD: 0.5" in note for note in large.notes)
     order = [[(0, i) for i in range(40)]]
     (expected,), (batch,) = small.train.batches(order), large.train.batches(order)
     assert torch.equal(batch["pixel_values"], expected["pixel_values"]) and torch.equal(
@@ -231,12 +236,11 @@ def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, mon
 
 
 def test_synthetic_images_need_no_files(monkeypatch, capsys):
-    assert (
-        find_scratch_source("synthetic", 5, 32) == find_scratch_source("synthetic:300", 5, 32) == "synthetic"
-    )
+    for name in ("synthetic", "synthetic:300"):
+        assert data_problems(scratch_settings(name, 32, 5)) == []
     said = refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="synthetic:many")
     assert "DATA=synthetic:many: must be synthetic, or synthetic:N" in said
-    split = SyntheticLoader(3000, 8, 5, torch.device("cpu"))
+    split = SyntheticLoader("train", 3000, 8, 5, torch.device("cpu"))
     batch = split.batch([(0, 0), (0, 2999), (0, -1)])
     assert (
         len(split) == 3000
@@ -246,19 +250,13 @@ def test_synthetic_images_need_no_files(monkeypatch, capsys):
 
 
 def test_streamed_batches_are_those_of_the_loader_then_augmented_by_their_own_draws(tree):
-    from vit.data.gpu_augment import BatchAugment
-
     images, device = streamed(tree), torch.device("cpu")
     resize, crop = ResizeCenterCrop(32, 37), RandomResizedCrop(32, 42, smallest_crop=0.1)
-    augment = BatchAugment(42, 32, rand_augment=(2, 9, 31))
+    dataset, augment = BatchDataset(images.train, resize, crop), BatchAugment(42, 32, rand_augment=(2, 9, 31))
     order = [[(e, i) for i in range(first, first + 30)] for e, first in ((0, 0), (0, 30), (1, 0))]
-    plain = WorkerLoader(images.train, resize, crop, False, 0, device).batches(order)
-    for pairs, expected, batch in zip(
-        order,
-        plain,
-        WorkerLoader(images.train, resize, crop, False, 2, device).batches(order, augment),
-        strict=True,
-    ):
+    plain = WorkerLoader(dataset, 0, device).batches(order)
+    augmented = WorkerLoader(dataset, 2, device, augment).batches(order)
+    for pairs, expected, batch in zip(order, plain, augmented, strict=True):
         index = torch.tensor([image for _, image in pairs])
         assert torch.equal(batch["pixel_values"], augment(expected["pixel_values"], pairs[0][0], index))
         assert batch["labels"].tolist() == images.train.labels[index].tolist()
@@ -300,7 +298,7 @@ def run_cases(root: Path) -> None:
     better = "imagenet/vit_s_16_better_baseline.py"
     cases.start("whole", better, tree, 2, BETTER)
 
-    # stopped in the second epoch, then an image that breaks off in the middle of it, then mended
+    # stopped in the second epoch, then an image that breaks off in the middle of it, then repaired
     cases.start("resumed", better, tree, 2, BETTER, stop_at_step=7)
     path = root / "tree" / "train" / wnid(1) / f"{wnid(1)}_65.JPEG"
     whole = path.read_bytes()
@@ -335,9 +333,8 @@ def test_run_over_the_tree_learns_and_reports_both_splits(runs):
         last["average_loss"] < first["average_loss"] < 2.2
     )  # log 8 = 2.08; mixed training losses say little
     assert last["minival_images"] == 8 and 0 <= last["minival_accuracy"] <= 1
-    assert "train 112, validation 24 images of 8 classes, 32 px, read by 1 worker(s)" in log_of(
-        runs / "whole"
-    )
+    plan = "train 112, validation 24, minival 8 images of 8 classes, 32 px; read by 1 worker(s)"
+    assert plan in log_of(runs / "whole")
 
 
 def test_stopped_run_meets_a_truncated_image_and_goes_on_as_if_nothing_had_been(runs):
@@ -352,7 +349,7 @@ def test_stopped_run_meets_a_truncated_image_and_goes_on_as_if_nothing_had_been(
         "unreadable image",
         f"{wnid(1)}_65.JPEG",
         "--skip_bad_images",
-        "The last checkpoint stays",
+        "The last checkpoint is ",
         "--resume auto",
     ):
         assert part in line

@@ -1,4 +1,4 @@
-"""launch.sh and launch.py.
+"""launcher/launch.sh and launcher/launch.py.
 
 Environment, GPUs, ports, and processes that get their arguments whole and end when told.
 """
@@ -60,8 +60,10 @@ def home(tmp_path):
     """The launch files in a folder with an awkward name, and a script to launch there."""
     folder = tmp_path / "a home $(touch ran) 'x'"
     folder.mkdir()
-    for name in ("launch.sh", "launch.py", "requirements.txt"):
-        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "launcher", folder / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "vit").mkdir()
+    for name in ("vit/__init__.py", "vit/system.py", "requirements.txt"):
+        shutil.copy(ROOT / name, folder / name)
     (folder / "job.py").write_text(SCRIPT)
     (tmp_path / "seen").mkdir()
     (tmp_path / "call from").mkdir()
@@ -85,7 +87,7 @@ def settings(home, **env):
 
 def call(home, command, *args, **env):
     return subprocess.run(
-        ["bash", "-c", f'source "$0/launch.sh"; {command}', str(home), *args],
+        ["bash", "-c", f'source "$0/launcher/launch.sh"; {command}', str(home), *args],
         **dict(cwd=home.parent / "call from", env=settings(home, **env), capture_output=True, timeout=120),
         encoding="utf-8",
     )
@@ -97,7 +99,7 @@ LAUNCH = 'install_environment; launch "$HERE/job.py" "$@"'
 def start(home, **env):
     """A launch that waits for a signal, in a process group of its own as a terminal's foreground job is."""
     process = subprocess.Popen(
-        ["bash", "-c", f'source "$0/launch.sh"; {LAUNCH}', str(home)],
+        ["bash", "-c", f'source "$0/launcher/launch.sh"; {LAUNCH}', str(home)],
         **dict(cwd=home.parent, env=settings(home, WAIT="1", **env), start_new_session=True),
         **dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"),
         preexec_fn=lambda: signal.signal(

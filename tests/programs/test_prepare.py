@@ -1,11 +1,10 @@
-"""prepare_images.py and packed.py.
+"""prepare_images.py and vit/data/prepared.py.
 
 What is written, what is read, what is wrong with it, and going on after an end.
 """
 
 import json
 import os
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -21,6 +20,7 @@ from vit.data.loaders import BatchDataset
 from vit.data.prepared import write_shard
 from vit.data.sources import find_source
 from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop, resize_shorter_side
+from vit.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -31,16 +31,7 @@ def tree(tmp_path_factory):
 
 
 def load(folder) -> ImageDataset:
-    asked = Namespace(
-        dataset=str(folder),
-        image_column=None,
-        label_column=None,
-        fold=None,
-        max_train_samples=None,
-        max_eval_samples=None,
-        seed=0,
-    )
-    return load_dataset(asked, hold_out=False)
+    return load_dataset(Settings(dataset=str(folder)))
 
 
 def prepare(capsys, *argv) -> str:
@@ -101,7 +92,7 @@ def test_augmentation_takes_prepared_images_as_they_lie(tree, tmp_path, capsys, 
     batch = BatchDataset(train, ResizeCenterCrop(24, 32), augment, False).__getitems__(pairs)
     assert all((batch["pixel_values"][i] == augment(train.images[i], 1, i)).all() for i in range(45))
     half = train.take(np.arange(0, 45, 2))
-    assert (half.sources[3] == train.sources[6]).all() and half.labels[3] == train.labels[6]
+    assert (half.cached_images[3] == train.cached_images[6]).all() and half.labels[3] == train.labels[6]
 
 
 def test_fine_tuning_reads_a_prepared_folder_too(tree, tmp_path, capsys, parts):
@@ -112,12 +103,12 @@ def test_fine_tuning_reads_a_prepared_folder_too(tree, tmp_path, capsys, parts):
     images = load_dataset(args)
     augmented, kept = decode_dataset(images, Resize(16), RandomResizedCrop(16, 0), args, 1)
     assert (
-        augmented.train.sources is images.train.sources and kept == 9 * 3 * 16 * 16
+        augmented.train.cached_images is images.train.cached_images and kept == 9 * 3 * 16 * 16
     )  # train stays where it is
     plain, kept = decode_dataset(images, Resize(16), None, args, 1)
     assert (
         kept == 54 * 3 * 16 * 16
-        and (plain.train.resized[7] == Resize(16)(open_image(images.train.images[7]))).all()
+        and (plain.train.cached_pixels[7] == Resize(16)(open_image(images.train.images[7]))).all()
     )
 
 
@@ -125,7 +116,7 @@ def test_packed_as_jpeg_takes_less_and_stays_near(tree, tmp_path, capsys, parts)
     prepare(capsys, tree, tmp_path / "raw")
     prepare(capsys, tree, tmp_path / "jpeg", "--format", "jpeg")
     raw, jpeg = load(tmp_path / "raw").train, load(tmp_path / "jpeg").train
-    assert jpeg.sources is None and isinstance(jpeg.images[0], bytes)
+    assert jpeg.cached_images is None and isinstance(jpeg.images[0], bytes)
     for i in range(45):
         difference = np.asarray(open_image(jpeg.images[i])).astype(int) - raw.images[i]
         assert np.abs(difference).mean() < 8
@@ -150,7 +141,7 @@ def test_truncated_images_are_named_or_skipped_and_counted(tmp_path, capsys, par
     said = prepare(capsys, tmp_path / "tree", out, "--skip_bad_images")
     assert "train: 43 images" in said and "2 skipped" in said and all(path.name in said for path in cut)
     files, ready = load(tmp_path / "tree").train, load(out).train
-    good = [i for i in range(45) if files.where[i] not in map(str, cut)]
+    good = [i for i in range(45) if files.names[i] not in map(str, cut)]
     assert (ready.labels == files.labels[good]).all() and len(ready.images) == 43
     assert (ready.images[42] == np.asarray(resize_shorter_side(open_image(files.images[good[42]]), 32))).all()
 
@@ -173,7 +164,7 @@ def test_interrupted_preparation_goes_on(tree, tmp_path, capsys, parts, monkeypa
         "prepare_images.write_shard",
         lambda folder, split, part, *rest: os._exit(1) if part == 2 else whole(folder, split, part, *rest),
     )
-    assert "goes on" in refused(capsys, tree, tmp_path / "out", "--processes", 1)
+    assert "the same command continues" in refused(capsys, tree, tmp_path / "out", "--processes", 1)
     written = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.bin")}
     assert sorted(written) == ["train-00000.bin", "train-00001.bin"]
     monkeypatch.setattr("prepare_images.write_shard", whole)

@@ -5,7 +5,6 @@ stand-in for Python that records what the script would start; that is then check
 machine with eight GPUs. Nothing is trained but by the notebook's cells, with few images.
 """
 
-import importlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import torch
 from helpers import save_tiny_vit, write_folder, write_image
 
 ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = next(path for path in (ROOT / "launcher" / "launch.sh", ROOT / "launch.sh") if path.exists())
+LAUNCH = ROOT / "launcher" / "launch.sh"
 NOTEBOOK = ROOT / "notebooks" / "finetune_vit_colab.ipynb"
 PAGES = [
     ROOT / "README.md",
@@ -35,6 +34,8 @@ TO_COME = [name for name in ("vit", "results/beans_folds") if not (ROOT / name).
 
 # ---------------------------------------- reading the pages
 
+# what the scripts tell their programs by the environment
+EXPORTED = ("DATA", "PLUGINS", "BATCH_SIZES", "PRESET", "RESULTS", "GPUS", "PROCESSES")
 ASSIGNMENT = re.compile(r"[A-Z_]+=")
 PROGRAM = re.compile(r"(.*/)?(python|torchrun|bash)$")
 
@@ -149,6 +150,7 @@ def world(tmp_path_factory) -> Path:
     write_image(root / "used" / "leaf.jpg", 0, 1)
     write_image(root / "used" / "folder" / "leaf.png", 1, 1)
     # in place of Python: says what launch.sh asks for, and records what it is to start
+    exported = " ".join(f'"${name}"' for name in EXPORTED)
     stand_in = root / "python"
     stand_in.write_text(
         "#!/bin/bash\n"
@@ -157,8 +159,8 @@ def world(tmp_path_factory) -> Path:
         '  *"launch.py port") echo 29500; exit ;;\n'
         '  *"launch.py hosts") echo 2; exit ;;\n'
         "esac\n"
-        'printf "%s\\0" "$DATA" "$@" END >>"$RECORD"\n'
-        '[[ " $* " == *" --check_settings "* || "$1" == */report.py ]] || exit 76\n'  # 76: nothing to measure
+        f'printf "%s\\0" {exported} "$@" END >>"$RECORD"\n'
+        "exit 76\n"  # what is checked is not launched
     )
     stand_in.chmod(0o755)
     return root
@@ -203,16 +205,37 @@ def run_here(script: Path, argv: list[str], monkeypatch, capsys) -> tuple[int, s
 
 def check_sweep(argv: list[str]) -> None:
     """sweep.py has no --check; its plan checks every run."""
-    name = "vit.sweep" if (ROOT / "vit" / "sweep.py").exists() else "sweep"
-    sweep = importlib.import_module(name)
-    plan = getattr(sweep, "plan_runs", None) or sweep.plan
-    assert plan(*sweep.read_arguments(argv))
+    from args import finetune_settings
+    from vit.sweep_plan import plan_runs, read_arguments
+
+    assert plan_runs(*read_arguments(argv), finetune_settings)
+
+
+def check_benchmark(argv: list[str], monkeypatch, capsys) -> None:
+    """benchmark.py, with its launches only checked."""
+    import vit.benchmark
+    from args import benchmark_cases
+
+    launched = []
+
+    def launch(words: list[str]) -> int:
+        cases, _, problems = benchmark_cases(words)
+        assert cases and not problems, problems
+        launched.append(words)
+        return 0
+
+    monkeypatch.setattr(vit.benchmark, "launch", launch)
+    monkeypatch.setattr(vit.benchmark, "benchmark_report", lambda folder: None)  # of no rows
+    status, printed = run_here(ROOT / "benchmark.py", argv, monkeypatch, capsys)
+    assert status == 0 and launched, printed
 
 
 def check_program(script: str, argv: list[str], world: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     name = Path(script).name
     if name == "sweep.py":
         return check_sweep(argv)
+    if name == "benchmark.py":
+        return check_benchmark(argv, monkeypatch, capsys)
     if name == "prepare_images.py":  # small images, a new folder
         argv = [str(world / "path/to/birds") if arg.endswith("/imagenet") else arg for arg in argv]
         argv = [str(tmp_path / "prepared") if arg.endswith("/prepared") else arg for arg in argv] + [
@@ -220,19 +243,19 @@ def check_program(script: str, argv: list[str], world: Path, tmp_path: Path, mon
             "1",
         ]
     if name in ("vit_train_demo.py", "train.py", "vit_benchmark.py"):
-        if not {"--check", "--check_settings", "--help"} & set(argv):
+        if not {"--check", "--help"} & set(argv):
             argv = [*argv, "--check"]
     status, printed = run_here(ROOT / name, argv, monkeypatch, capsys)
     if name == "report.py":  # with no runs it says so, and does not ask for another command
         assert status == 0 or "holds no" in printed, printed
         return
-    assert status == 0 or status == 76 and name == "vit_benchmark.py", printed  # 76: not with this plugin
+    assert status == 0, printed
 
 
 def started_by(
     words: list[str], variables: dict[str, str], world: Path, tmp_path: Path
-) -> list[tuple[str, list[str]]]:
-    """What a shell script starts: (DATA, the words after Python)."""
+) -> list[tuple[dict[str, str], list[str]]]:
+    """What a shell script starts: (the variables that it exports, the words after Python)."""
     record = tmp_path / "record"
     environment = (
         os.environ | variables | {"INSTALL": "0", "PYTHON": str(world / "python"), "RECORD": str(record)}
@@ -241,8 +264,9 @@ def started_by(
         ["bash", str(ROOT / words[1]), *words[2:]], env=environment, capture_output=True, text=True
     )
     assert record.exists(), done.stderr
-    calls = record.read_text().split("\0END\0")[:-1]
-    return [(data, argv) for data, *argv in (call.split("\0") for call in calls)]
+    calls = [call.split("\0") for call in record.read_text().split("\0END\0")[:-1]]
+    count = len(EXPORTED)
+    return [(dict(zip(EXPORTED, call)), call[count:]) for call in calls]
 
 
 @pytest.fixture(scope="module")
@@ -284,8 +308,9 @@ def test_command_is_accepted(page, line, world, tmp_path, monkeypatch, capsys, r
         assert not unknown, f"{script.name} knows no such variable"
         if script.name == "test_ci.sh":
             return
-        for data, (program, *argv) in started_by(words, variables, world, tmp_path):
-            monkeypatch.setenv("DATA", data)
+        for exported, (program, *argv) in started_by(words, variables, world, tmp_path):
+            for name, value in exported.items():
+                monkeypatch.setenv(name, value)
             check_program(program, argv, world, tmp_path, monkeypatch, capsys)
         return
     if "pytest" in words:
@@ -386,7 +411,7 @@ def test_notebook_cells_run(world, tmp_path, monkeypatch):
         variables = os.environ | {"PYTHON": str(world / "python"), "RECORD": str(record)}
         subprocess.run(["bash", "-c", line], env=variables, capture_output=True)
         [call] = record.read_text().split("\0END\0")[:-1]
-        _, program, *argv = call.split("\0")
+        program, *argv = call.split("\0")[len(EXPORTED) :]
         argv = [arg for arg in argv if arg != "--check"]
         del argv[argv.index("--world_size") : argv.index("--world_size") + 2]
         started.append(argv)

@@ -111,7 +111,7 @@ def test_transformers_alone_opens_the_folder_and_finds_the_measured_accuracy(
 
 def test_metrics_tell_every_epoch_the_test_and_the_run(rows):
     assert [row["kind"] for row in rows] == ["run", "epoch", "epoch", "test", "end"]
-    run, first, second, test, _ = rows
+    run, first, second, test, end = rows
     assert run["versions"]["colossalai"] and run["hardware"].startswith("CPU") and "tp 2" in run["layout"]
     assert run["settings"]["plugin"] == "hybrid_parallel" and "--tp_size 2" in run["command"]
     for row in (first, second):
@@ -130,6 +130,8 @@ def test_metrics_tell_every_epoch_the_test_and_the_run(rows):
         )  # the padding of the last step is not counted
         assert row["steps_per_second"] * row["seconds"] == pytest.approx(6)
     assert second["train_loss"] < first["train_loss"]
+    assert end["training_seconds"] == pytest.approx(first["seconds"] + second["seconds"])
+    assert end["seconds"] > end["training_seconds"]
     assert test["epoch"] == next(row["epoch"] for row in (first, second) if row["best"])
 
 
@@ -199,7 +201,7 @@ def test_evaluation_alone_writes_nothing(one, shared):
 
 def test_evaluation_of_a_model_of_other_labels_is_refused(one):
     result = one["evaluation of other labels"]
-    assert result["code"] == 2 and "was not trained on the labels of" in result["err"]
+    assert result["code"] == 2 and "was not trained on these labels" in result["err"]
 
 
 def test_sigterm_of_a_running_process_saves_and_its_run_goes_on(tmp_path, image_folder, model_folder):

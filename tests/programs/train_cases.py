@@ -1,10 +1,11 @@
-"""Runs of train.py for the tests.
+"""Configs, images and runs of train.py for the tests.
 
 The libraries are imported once, then every process of every run is forked from there.
 """
 
 import json
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -12,7 +13,82 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+import numpy as np
+
+from data import build_transforms, load_dataset
+from vit.config import FIELDS, load_config
+from vit.config_settings import config_problems
+from vit.data.cifar10 import CIFAR10_FOLDER
+from vit.data.dataset import ImageDataset
+from vit.data.decode import decode_dataset
+from vit.settings import Settings
+from vit.system import Machine
+
 ROOT = Path(__file__).resolve().parents[2]
+CIFAR10_CONFIGS = sorted((ROOT / "configs" / "cifar10").glob("*.py"))
+CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+# ---- configs
+
+
+def problems_of(path, *overrides: str, world: int = 4) -> list[str]:
+    """What is wrong with a config on ``world`` processes without a GPU."""
+    config, problems = load_config(str(path), list(overrides))
+    return problems + config_problems(config, world, Machine())
+
+
+def scratch_settings(folder, size: int = 32, classes: int = 10, skip_bad: bool = False, **values) -> Settings:
+    """The settings of train.py with a config of defaults, as far as they decide the images."""
+    config = {name: default for name, (default, _) in FIELDS.items()}
+    config |= {"IMG_SIZE": size, "NUM_CLASSES": classes} | values
+    return Settings(dataset=str(folder), config=config, skip_bad_images=skip_bad, num_workers=0)
+
+
+def refused(monkeypatch, capsys, *argv: str, data: str | None = None) -> str:
+    """What train.py says to a command line that it refuses."""
+    import pytest
+
+    from args import parse_scratch
+
+    monkeypatch.delenv("DATA", raising=False)
+    if data:
+        monkeypatch.setenv("DATA", data)
+    with pytest.raises(SystemExit) as end:
+        parse_scratch(list(argv))
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+# ---- images
+
+
+def write_cifar(root: Path, per_file: int = 12, test: int = 23) -> Path:
+    """torchvision's folder with a few noisy one-coloured images; 60 for training."""
+    folder = root / CIFAR10_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    files = {f"data_batch_{i}": per_file for i in range(1, 6)} | {"test_batch": test}
+    for name, count in files.items():
+        if count:
+            labels = [i % 10 for i in range(count)]
+            pixels = rng.integers(0, 156, (count, 3, 1024)) + 10 * np.array(labels)[:, None, None]
+            pixels = pixels.astype(np.uint8).reshape(count, -1)
+            batch = {"data": pixels, "labels": labels, "batch_label": name}
+            (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    names = {"label_names": list(CLASSES), "num_vis": 3072}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names, protocol=2))
+    return folder
+
+
+def read(folder, *args, **values) -> ImageDataset:
+    """The images that train.py would train on and evaluate, decoded. Arguments: of `scratch_settings`."""
+    settings = scratch_settings(folder, *args, **values)
+    resize, crop = build_transforms(settings, None)
+    return decode_dataset(load_dataset(settings), resize, crop, settings, processes=1)[0]
+
+
+# ---- runs
 
 
 def free_port() -> str:
@@ -68,40 +144,37 @@ class Cases:
         *options: str,
         stop_at_step: int | None = None,
     ):
-        """One run. ``stop_at_step``.
+        """One run.
 
-        It gets a SIGTERM when it begins (the rest of) an epoch from that global step on.
+        Args:
+            stop_at_step: it gets a SIGTERM when it begins (the rest of) an epoch from that global step on.
         """
         import train
-        from vit.engine import Engine
         from vit.system import local_world_size
+        from vit.trainer import Trainer
 
         os.environ["DATA"] = str(data)
         argv = ["--config", str(ROOT / "configs" / config), "--output_path", str(self.root / name), *options]
 
         def one(rank: int, port: str) -> None:
-            hand = [
-                "--world_size",
-                processes,
-                "--rank",
-                rank,
-                "--local_rank",
-                rank,
-                "--host",
-                "127.0.0.1",
-                "--port",
-                port,
-            ]
+            flags = {
+                "world_size": processes,
+                "rank": rank,
+                "local_rank": rank,
+                "host": "127.0.0.1",
+                "port": port,
+            }
+            by_hand = [str(word) for flag, value in flags.items() for word in (f"--{flag}", value)]
             if stop_at_step is not None:
-                whole = Engine.train_epoch
+                whole = Trainer.train_epoch
 
-                def train_epoch(self, *args, first_step, **kwargs):
-                    if first_step >= stop_at_step and rank == 0:
+                def train_epoch(self, batches):
+                    if self.position.global_step(self.plan) >= stop_at_step and rank == 0:
                         os.kill(os.getpid(), signal.SIGTERM)  # ends after the first step of this epoch
-                    whole(self, *args, first_step=first_step, **kwargs)
+                    whole(self, batches)
 
-                Engine.train_epoch = train_epoch
-            train.main([*argv, *map(str, hand), "--set", *overrides])
+                Trainer.train_epoch = train_epoch
+            train.main([*argv, *by_hand, "--set", *overrides])
             assert local_world_size() == processes  # found out, where no launcher says it
 
         codes = in_processes(processes, one, self.root / f"{name}.log")

@@ -1,7 +1,4 @@
-"""What goes to the HuggingFace hub: the card's metadata, and the upload.
-
-Against a hub of our own on this machine.
-"""
+"""What goes to the HuggingFace hub: the card's metadata, and the upload to a hub on this machine."""
 
 import json
 import threading

@@ -1,29 +1,23 @@
 """ViTs from presets and folders; position embeddings; padded labels; the exported folder."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
 from helpers import save_tiny_vit, tiny_vit
 
-from vit.model import (
-    PRESETS,
-    build_vit,
-    export_model,
-    known_architecture,
-    load_model,
-    resize_position_embeddings,
-)
+from vit.model import build_vit, export_model, load_model, pad_classifier, resize_position_embeddings
 from vit.model_variants import add_drop_path, mean_pooled_config
+from vit.optim import param_groups
+from vit.patches.transformers_vit import fuse_qkv, linear_patch_embedding
+from vit.presets import PRESETS, known_architecture
 
 LABELS = ["a", "b", "c"]
 
 
 def test_presets_have_the_published_sizes():
-    """Parameters with 1,000 classes, from Dosovitskiy et al. (2021) and Touvron et al.
-
-    (2021) to the last one.
-    """
+    """Parameters with 1,000 classes, to the last one; Dosovitskiy et al. (2021), Touvron et al. (2021)."""
     from transformers import ViTForImageClassification
 
     expected = {
@@ -37,9 +31,8 @@ def test_presets_have_the_published_sizes():
         with torch.device("meta"):
             model = ViTForImageClassification(PRESETS[name].config(1000))
         assert sum(p.numel() for p in model.parameters()) == count, name
-    assert {
-        f"vit-{size}-patch16-{pixels}" for size in ("tiny", "small", "base", "large") for pixels in (224, 384)
-    } <= PRESETS.keys()
+    sizes = ("tiny", "small", "base", "large")
+    assert {f"vit-{size}-patch16-{pixels}" for size in sizes for pixels in (224, 384)} <= PRESETS.keys()
 
 
 @pytest.mark.parametrize("name", ["vit-demo", "vit-lite-7-4"])
@@ -57,11 +50,8 @@ def test_small_presets_take_their_own_size(name):
 
 def test_preset_is_found_behind_a_hub_name():
     base = PRESETS["vit-base-patch16-224"]
-    assert (
-        known_architecture("google/vit-base-patch16-224-in21k")
-        == base
-        == known_architecture("vit-base-patch16-224")
-    )
+    for name in ("google/vit-base-patch16-224-in21k", "vit-base-patch16-224"):
+        assert known_architecture(name) == base
     assert known_architecture("google/other") is None
 
 
@@ -72,8 +62,8 @@ def test_model_that_averages_its_patches_is_fine_tuned_and_exported_like_the_oth
     whole = build_vit(mean_pooled_config(tiny_vit(5).config))
     whole.save_pretrained(tmp_path / "trained")
     ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(tmp_path / "trained")
-    loaded = load_model(str(tmp_path / "trained"), LABELS, tp=1, image_size=24)
-    assert "fresh classifier for 3 labels" in loaded.notes[0]
+    loaded = load_model(str(tmp_path / "trained"), LABELS, image_size=24)
+    assert "new classifier with 3 outputs" in loaded.notes[0]
     pixels = torch.randn(2, 3, 24, 24)
     with torch.no_grad():
         expected = whole.base_model(pixels, interpolate_pos_encoding=True).last_hidden_state
@@ -83,7 +73,7 @@ def test_model_that_averages_its_patches_is_fine_tuned_and_exported_like_the_oth
         assert torch.equal(again.eval()(pixels).logits, loaded.model.eval()(pixels).logits)
 
 
-# ---------------------------------------------------------------------------------------------- drop path
+# ---- drop path
 
 
 def test_drop_path_skips_whole_branches_of_single_images_in_training_only():
@@ -110,7 +100,7 @@ def test_drop_path_skips_whole_branches_of_single_images_in_training_only():
     assert rates == pytest.approx([0, 0.2, 0.4, 0.6])
 
 
-# ---------------------------------------------------------------------------------------------- positions
+# ---- positions
 
 
 def positions(size: int, patch: int = 16):
@@ -149,7 +139,7 @@ def test_image_size_changes_model_and_processor_and_is_said(tmp_path):
     assert "position embeddings interpolated from 16 to 24 px" in loaded.notes
 
 
-# ---------------------------------------------------------------------------------------------- heads
+# ---- heads
 
 
 def weights_are(model, saved, but=()):
@@ -160,39 +150,36 @@ def weights_are(model, saved, but=()):
     )
 
 
-def test_other_class_count_gets_a_fresh_head_and_keeps_the_rest(tmp_path):
+def test_other_class_count_gets_a_new_classifier_and_keeps_the_rest(tmp_path):
     from transformers import ViTForImageClassification
 
     saved = ViTForImageClassification.from_pretrained(save_tiny_vit(tmp_path, labels=5)).state_dict()
     loaded = load_model(str(tmp_path), LABELS)
     assert loaded.model.classifier.out_features == 3 and weights_are(loaded.model, saved, but=("classifier",))
-    assert len(loaded.notes) == 1 and "fresh classifier for 3 labels" in loaded.notes[0]
+    assert loaded.notes == ["new classifier with 3 outputs (checkpoint has 5)"] and loaded.new_classifier
 
 
 def test_same_classes_keep_their_head_and_other_names_do_not(tmp_path):
-    save_tiny_vit(
-        tmp_path,
-        labels=3,
-        id2label=dict(enumerate(LABELS)),
-        label2id={name: i for i, name in enumerate(LABELS)},
-    )
     from transformers import ViTForImageClassification
 
+    label2id = {name: i for i, name in enumerate(LABELS)}
+    save_tiny_vit(tmp_path, labels=3, id2label=dict(enumerate(LABELS)), label2id=label2id)
     saved = ViTForImageClassification.from_pretrained(tmp_path).state_dict()
     same = load_model(str(tmp_path), LABELS)
     assert weights_are(same.model, saved) and same.notes == []
-    assert not same.untrained
+    assert not same.new_classifier
     turned = load_model(str(tmp_path), LABELS[::-1])
-    assert turned.notes == [] and not turned.untrained and turned.model.config.id2label[0] == LABELS[-1]
+    assert turned.notes == [] and not turned.new_classifier
+    assert turned.model.config.id2label[0] == LABELS[-1]
     for name in ("classifier.weight", "classifier.bias"):
         assert torch.equal(turned.model.state_dict()[name], saved[name].flip(0))
     other = load_model(str(tmp_path), ["x", "y", "z"])
-    assert other.untrained
+    assert other.new_classifier
     assert not torch.equal(other.model.classifier.weight, saved["classifier.weight"])
     assert "have other names" in other.notes[0] and other.model.config.id2label[0] == "x"
 
 
-def test_checkpoint_without_a_classifier_gets_a_fresh_one(tmp_path):
+def test_checkpoint_without_a_classifier_gets_a_new_one(tmp_path):
     """As google/vit-base-patch16-224-in21k: the encoder and its pooler alone."""
     from transformers import ViTModel
 
@@ -201,7 +188,7 @@ def test_checkpoint_without_a_classifier_gets_a_fresh_one(tmp_path):
     encoder.save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), LABELS)
     assert weights_are(loaded.model.vit, encoder.state_dict())
-    assert "fresh classifier for 3 labels" in loaded.notes[0]
+    assert "new classifier with 3 outputs" in loaded.notes[0]
 
 
 def test_other_architecture_is_refused_by_name(tmp_path):
@@ -213,11 +200,8 @@ def test_other_architecture_is_refused_by_name(tmp_path):
 def test_weights_of_something_else_are_refused(tmp_path):
     from safetensors.torch import save_file
 
-    save_file(
-        {"some.weight": torch.zeros(2)},
-        save_tiny_vit(tmp_path) / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+    path = save_tiny_vit(tmp_path) / "model.safetensors"
+    save_file({"some.weight": torch.zeros(2)}, path, metadata={"format": "pt"})
     with pytest.raises(ValueError, match="lacks .* weights of a ViT"):
         load_model(str(tmp_path), LABELS)
 
@@ -226,17 +210,15 @@ def test_weights_of_something_else_are_refused(tmp_path):
 def test_labels_are_padded_to_tp_and_trimmed_on_export(tmp_path, tp, rows):
     from transformers import ViTForImageClassification
 
-    loaded = load_model(str(save_tiny_vit(tmp_path / "in")), LABELS, tp)
+    loaded = load_model(str(save_tiny_vit(tmp_path / "in")), LABELS)
+    pad_classifier(loaded.model, tp)
     state = loaded.model.state_dict()
     assert state["classifier.weight"].shape == (rows, 32) and not state["classifier.weight"][3:].any()
     pixels = torch.randn(2, 3, 16, 16)
     expected = loaded.model.eval()(pixels).logits[:, :3]
-    export_model(
-        {name: tensor.half().float() if tp == 1 else tensor for name, tensor in state.items()},
-        loaded.model.config,
-        loaded.processor,
-        tmp_path / "out",
-    )
+    if tp == 1:
+        state = {name: tensor.half() for name, tensor in state.items()}
+    export_model(state, loaded.model.config, loaded.processor, tmp_path / "out")
     exported = ViTForImageClassification.from_pretrained(tmp_path / "out").eval()
     assert exported.config.num_labels == 3 and exported.config.id2label == dict(enumerate(LABELS))
     assert torch.allclose(exported(pixels).logits, expected, atol=2e-3 if tp == 1 else 1e-6)
@@ -248,39 +230,25 @@ def test_export_writes_fp32_safetensors_and_nothing_else(tmp_path):
     loaded = load_model(str(save_tiny_vit(tmp_path / "in")), LABELS)
     half = {name: tensor.bfloat16() for name, tensor in loaded.model.state_dict().items()}
     export_model(half, loaded.model.config, loaded.processor, tmp_path / "out")
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
-        "config.json",
-        "model.safetensors",
-        "preprocessor_config.json",
-    ]
-    assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {
-        torch.float32
-    }
+    names = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_biases_norms_and_embeddings_are_not_decayed():
-    from vit.optim import param_groups
-
     model = tiny_vit()
     names = {id(param): name for name, param in model.named_parameters()}
     decayed, rest = param_groups(model, 0.3)
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
     assert len(decayed["params"]) + len(rest["params"]) == len(names)
-    assert {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]} == {
-        "projection",
-        "query",
-        "key",
-        "value",
-        "dense",
-        "classifier",
-    }
+    modules = {names[id(p)].rsplit(".", 2)[-2] for p in decayed["params"]}
+    assert modules == set("projection query key value dense classifier".split())
     assert all(names[id(p)].endswith("weight") for p in decayed["params"])
     assert decayed["lr_scale"] == rest["lr_scale"] == 1
 
 
 def test_learning_rates_fall_from_the_head_to_the_embeddings():
-    from vit.optim import param_groups
-
     model = tiny_vit()
     scales = {
         id(param): group["lr_scale"] for group in param_groups(model, 0.3, 0.5) for param in group["params"]
@@ -300,19 +268,15 @@ def test_learning_rates_fall_from_the_head_to_the_embeddings():
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
 def test_larger_products_change_neither_logits_nor_gradients(pooling):
-    from copy import deepcopy
-
-    from vit.patches.transformers_vit import fuse_qkv_and_patch_projection
-
     config = tiny_vit().config
     config.id2label = dict(enumerate(LABELS))
     torch.manual_seed(0)
     plain = build_vit(mean_pooled_config(config) if pooling == "mean" else config)
     faster = deepcopy(plain)
-    fuse_qkv_and_patch_projection(faster)
-    pixels = torch.randn(
-        3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(1)
-    )
+    linear_patch_embedding(faster)
+    fuse_qkv(faster)
+    shape = (3, 3, config.image_size, config.image_size)
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     logits = [model.train()(pixel_values=pixels).logits for model in (plain, faster)]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-6, rtol=1e-5)
     for each in logits:
@@ -333,13 +297,10 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
 
 
 def test_larger_products_leave_unusual_images_to_transformers():
-    from copy import deepcopy
-
-    from vit.patches.transformers_vit import fuse_qkv_and_patch_projection
-
     plain = tiny_vit(image_size=18)  # 4 px patches: the convolution leaves two pixels out
     faster = deepcopy(plain)
-    fuse_qkv_and_patch_projection(faster)
+    linear_patch_embedding(faster)
+    fuse_qkv(faster)
     pixels = torch.randn(2, 3, 18, 18, generator=torch.Generator().manual_seed(1))
     torch.testing.assert_close(faster(pixel_values=pixels).logits, plain(pixel_values=pixels).logits)
     for wrong in (pixels[..., :-1], pixels[:, :2]):

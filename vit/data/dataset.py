@@ -27,7 +27,8 @@ class DataError(ValueError):
         super().__init__(problem if source is None else f"{source}: {problem}")
         self.has_source = source is not None
 
-    def message(self, option: str) -> str:
+    # not called `message`: torch's DataLoader takes an exception with that name for one of another form
+    def with_option(self, option: str) -> str:
         """The text with the option that names the data set: "--dataset ", "DATA="."""
         return f"{option}{self}" if self.has_source else str(self)
 

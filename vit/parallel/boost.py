@@ -13,8 +13,8 @@ from vit.parallel.mesh_train import boost_mesh
 from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
 from vit.patches.colossalai_zero import avoid_device_syncs
-from vit.patches.torch_kernels import disable_cudnn_sdp_with_dropout, eager_dropout, early_ddp_buckets
-from vit.patches.transformers_vit import fuse_qkv_and_patch_projection
+from vit.patches.torch_kernels import eager_dropout, early_ddp_buckets, no_cudnn_sdp_with_dropout
+from vit.patches.transformers_vit import fuse_qkv, linear_patch_embedding
 
 
 def boost(model: nn.Module, settings) -> BoostedModel:
@@ -23,7 +23,7 @@ def boost(model: nn.Module, settings) -> BoostedModel:
     Random draws differ between data-parallel ranks afterwards: other images, other dropout masks.
     """
     layout = settings.layout
-    disable_cudnn_sdp_with_dropout(model.config)
+    no_cudnn_sdp_with_dropout(model.config)
     if settings.plugin in MESH_PLUGINS:
         boosted = boost_mesh(model, settings)  # seeds each rank by itself
     else:
@@ -40,7 +40,8 @@ def boost(model: nn.Module, settings) -> BoostedModel:
 def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     """The model under a Booster plugin, or under plain PyTorch for the plugin `none`."""
     plugin = PLUGINS[settings.plugin]
-    fuse_qkv_and_patch_projection(model)
+    linear_patch_embedding(model)
+    fuse_qkv(model)
     if settings.grad_checkpoint:
         # the re-entrant form costs the CPU less, and Gemini's hooks support no other
         model.gradient_checkpointing_enable({"use_reentrant": True})

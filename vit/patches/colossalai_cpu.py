@@ -1,10 +1,37 @@
-"""Patches that let Colossal-AI 0.5.0 run without a GPU."""
+"""Patches that let Colossal-AI 0.5.0 run without a GPU, in data, tensor and pipeline parallelism over gloo.
+
+Imported only where torch sees no GPU.
+"""
+
+from __future__ import annotations
 
 from contextlib import nullcontext
 
 import torch
 from colossalai.accelerator import set_accelerator
 from colossalai.accelerator.cpu_accelerator import CpuAccelerator
+
+from vit.patches import patch
+
+
+def run_on_cpu() -> None:
+    """Make Colossal-AI use the CPU as its device in this process. Called once, at start."""
+    cpu_accelerator()
+    cpu_pipeline()
+    cpu_zero()
+    cpu_gemini()
+    cpu_fp16()
+
+
+@patch
+def cpu_accelerator() -> None:
+    """Use an accelerator whose methods all work.
+
+    Why: those for streams, seeds and random states raise "not supported for cpu accelerator", and autocast returns
+    the wrong type.
+    Library: accelerator/cpu_accelerator.py, colossalai 0.5.0. Can go when these methods stop raising.
+    """
+    set_accelerator(CpuDevice())
 
 
 class _NoStream:
@@ -16,11 +43,7 @@ class _NoStream:
 
 
 class CpuDevice(CpuAccelerator):
-    """`colossalai/accelerator/cpu_accelerator.py` with the methods that raise, or return the wrong thing,
-    filled in.
-
-    Can go when the methods of that file stop raising "not supported for cpu accelerator".
-    """
+    """Colossal-AI's CPU accelerator with the missing methods filled in."""
 
     def synchronize(self, device=None) -> None: ...
 
@@ -57,31 +80,36 @@ class CpuDevice(CpuAccelerator):
         )  # the library returns a class, not a context
 
 
-def patch_pipeline() -> None:
-    """`colossalai/pipeline/p2p.py`, _check_for_nccl_hccl_backend.
+@patch
+def cpu_pipeline() -> None:
+    """Do not ask a pipeline's process group for its backend.
 
-    Reads Backend.HCCL, which torch does not define.
+    Why: it reads Backend.HCCL, which torch does not define.
+    Library: pipeline/p2p.py, _check_for_nccl_hccl_backend, colossalai 0.5.0. Can go when it does not.
     """
     from colossalai.pipeline import p2p
 
     p2p._check_for_nccl_hccl_backend = lambda group: False
 
 
-def patch_zero() -> None:
-    """`colossalai/zero/low_level/low_level_optim.py`, _sanity_checks.
+@patch
+def cpu_zero() -> None:
+    """Let ZeRO start.
 
-    Asserts that the accelerator is cuda or npu.
+    Why: it asserts that the accelerator is cuda or npu.
+    Library: zero/low_level/low_level_optim.py, _sanity_checks, colossalai 0.5.0. Can go when it allows cpu.
     """
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
     LowLevelZeroOptimizer._sanity_checks = lambda self: None
 
 
-def patch_gemini() -> None:
-    """`colossalai/zero/gemini/chunk/chunk.py`: a shard on the device "cpu" counts as offloaded, and is
-    moved away.
+@patch
+def cpu_gemini() -> None:
+    """Treat Gemini's shards as resident: the CPU is the device, so nothing moves and nothing is offloaded.
 
-    Here the CPU is the device, so a shard is always resident: nothing moves, nothing is offloaded.
+    Why: a shard on the device "cpu" counts as offloaded, and is moved away.
+    Library: zero/gemini/chunk/chunk.py, colossalai 0.5.0. Can go when chunks compare with their own device.
     """
     from colossalai.zero.gemini.chunk import Chunk, ChunkManager
 
@@ -96,10 +124,12 @@ def patch_gemini() -> None:
     ChunkManager.move_chunk = lambda self, chunk, device, *args, **kwargs: None
 
 
-def patch_fp16() -> None:
-    """`colossalai/booster/mixed_precision/fp16_torch.py`.
+@patch
+def cpu_fp16() -> None:
+    """Scale the loss of torch_ddp_fp16.
 
-    Torch.cuda's GradScaler disables itself without a GPU.
+    Why: torch.cuda's GradScaler disables itself without a GPU.
+    Library: booster/mixed_precision/fp16_torch.py, colossalai 0.5.0. Can go when it makes torch.amp's.
     """
     from colossalai.booster.mixed_precision import fp16_torch
 
@@ -110,15 +140,3 @@ def patch_fp16() -> None:
         self.scaler = torch.amp.GradScaler("cpu", **scaling)
 
     fp16_torch.TorchAMPOptimizer.__init__ = init
-
-
-def run_on_cpu() -> None:
-    """Make Colossal-AI use the CPU as its device in this process. Idempotence is not needed.
-
-    Called once, at start.
-    """
-    set_accelerator(CpuDevice())
-    patch_pipeline()
-    patch_zero()
-    patch_gemini()
-    patch_fp16()

@@ -1,4 +1,4 @@
-"""The drawn leaves: the same files every time, and not to be told apart by colour or thumbnail."""
+"""Synthetic leaves: the same files every time, in classes that neither colour nor a thumbnail gives away."""
 
 import numpy as np
 import pytest

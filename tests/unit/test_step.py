@@ -1,35 +1,19 @@
-"""The learning rate, the normalisation, and the layout's arithmetic."""
+"""One train step: normalisation, mixing, a step as a CUDA graph; and what ends an evaluation."""
 
-import math
 from argparse import Namespace
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 
-from vit.engine import Engine
-from vit.layout import ParallelLayout
-from vit.patches.torch_kernels import disable_cudnn_sdp_with_dropout
-from vit.schedule import cosine_with_warmup
-from vit.step import Mixup, Normalize, StepGraph
-from vit.trainer import Interrupted, NonFiniteLoss
-
-
-def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
-    rates = [cosine_with_warmup(step, total=10, warmup=4, peak=0.8) for step in range(10)]
-    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == pytest.approx(0.8) and rates[7] == pytest.approx(0.4)  # the middle of the cosine
-    assert rates[9] == pytest.approx(0.4 * (1 + math.cos(math.pi * 5 / 6)))
-    assert rates[4:] == sorted(rates[4:], reverse=True) and rates[-1] > 0
-
-
-@pytest.mark.parametrize("warmup, expected", [(0, [1.0, 0.5]), (2, [0.5, 1.0]), (1, [1.0, 1.0])])
-def test_learning_rate_at_the_edges(warmup, expected):
-    assert [cosine_with_warmup(step, 2, warmup, 1.0) for step in (0, 1)] == pytest.approx(expected)
+from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
+from vit.step import Mixup, Normalize, TrainStep, evaluate
+from vit.step_graph import StepGraph
+from vit.trainer import Interrupted, SignalHandler
 
 
 def test_normalize_equals_the_image_processor():
-    import numpy as np
     from transformers import ViTImageProcessor
 
     mean, std = [0.5, 0.4, 0.6], [0.2, 0.3, 0.25]
@@ -39,18 +23,6 @@ def test_normalize_equals_the_image_processor():
     assert torch.allclose(Normalize(tuple(mean), tuple(std))(pixels[None]), expected, atol=1e-6)
 
 
-def test_layout_gives_every_process_its_own_place():
-    places = {
-        (lay.dp_rank, lay.pp_rank, lay.tp_rank)
-        for lay in (ParallelLayout(8, 2, 2, rank) for rank in range(8))
-    }
-    assert places == {(d, p, t) for d in range(2) for p in range(2) for t in range(2)}
-    assert (
-        sum(ParallelLayout(8, 2, 2, rank).is_reporter for rank in range(8)) == ParallelLayout(8, 2, 2).dp == 2
-    )
-    assert ParallelLayout(8, 2, 2, 1).tp_rank == 1  # tensor-parallel processes are neighbours
-
-
 def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
     result = two["diverging"]
     assert result["code"] == 1
@@ -58,20 +30,13 @@ def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
     assert "lower --learning_rate, or set --max_norm 1." in result["err"]
 
 
-def test_advice_leaves_out_what_is_done_already():
-    args = Namespace(max_norm=1.0, precision="fp16")
-    assert (
-        NonFiniteLoss("it burst").mend(args, "RATE", "CLIP = 1")
-        == "it burst: lower RATE, or use bf16 or fp32"
-    )
-
-
 def test_a_signal_ends_an_evaluation(monkeypatch):
-    monkeypatch.setattr("vit.engine.all_reduce_max", lambda values: values)
-    engine = Engine.__new__(Engine)
-    engine.model, engine.boosted = torch.nn.Identity(), Namespace(averaged_weights=nullcontext)
+    monkeypatch.setattr("vit.trainer.all_reduce_max", lambda values: values)
+    step, stop = TrainStep.__new__(TrainStep), SignalHandler()
+    step.model, step.boosted = torch.nn.Identity(), Namespace(ema_weights=nullcontext)
+    stop.signum = 15
     with pytest.raises(Interrupted) as end:
-        engine.evaluate(iter([{}]), 1, Namespace(signum=15))
+        evaluate(step, iter([{}]), 1, stop.raise_if_set)
     assert end.value.signum == 15
 
 
@@ -80,21 +45,17 @@ def test_attention_with_dropout_is_not_cudnns():
     try:
         for dropout, expected in ((0.0, True), (0.1, False)):
             torch.backends.cuda.enable_cudnn_sdp(True)
-            disable_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=dropout))
+            no_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=dropout))
             assert torch.backends.cuda.cudnn_sdp_enabled() == expected
     finally:
         torch.backends.cuda.enable_cudnn_sdp(usual)
 
 
-# ---------------------------------------------------------------------------------------------- a step as
-# a graph
+# ---- a step as a graph
 
 
 class Replayed(StepGraph):
-    """A StepGraph without a GPU.
-
-    A "recording" does the step again when it is replayed, from its own inputs and rates.
-    """
+    """A StepGraph without a GPU: replaying does the step again, from the recording's inputs and rates."""
 
     def __init__(self, *args):
         super().__init__(*args, stream=None)
@@ -137,26 +98,21 @@ def test_recorded_steps_take_each_batch_and_learning_rate_and_leave_the_padded_o
 
         step, losses = step_of(update, optimizer), []
         for i in range(30):
-            batch = {
-                "x": torch.tensor([i % 3, 1.0]),
-                "y": torch.tensor([i % 2]) if i < 25 else torch.full((1, 3), 0.5),
-            }
+            y = torch.tensor([i % 2]) if i < 25 else torch.full((1, 3), 0.5)
+            batch = {"x": torch.tensor([i % 3, 1.0]), "y": y}
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
             losses.append(step(batch, 0.5 if i % 10 == 9 else 1.0, i % 10 != 9))
         return weight.detach(), torch.stack(losses), step
 
-    expected, losses, _ = train(lambda update, _: lambda batch, scale, regular: update([batch], scale))
+    expected, losses, _ = train(lambda update, _: lambda batch, scale, replayable: update([batch], scale))
     weight, same, graph = train(Replayed)
     assert torch.equal(weight, expected) and torch.equal(losses, same)
     eager = StepGraph.WARM_UP + 2  # of the padded ones, at 9, 19 and 29, the first is among the others
-    assert [graph.done.count(kind) for kind in ("eager", "record", "replay")] == [
-        eager,
-        2,
-        30 - eager,
-    ]  # mixed labels are of another kind
+    counts = [graph.done.count(kind) for kind in ("eager", "record", "replay")]
+    assert counts == [eager, 2, 30 - eager]  # mixed labels are of another kind
 
 
-# ---------------------------------------------------------------------------------------------- mixing
+# ---- mixing
 
 
 def striped(images: int = 8):
@@ -199,11 +155,8 @@ def test_mixing_depends_on_seed_step_micro_step_and_group_alone():
 
 @pytest.mark.parametrize("name", ["tp2", "pp2", "hybrid dp2"])
 def test_processes_of_one_group_mix_alike_and_groups_otherwise(one, two, name):
-    mixed, alone, plain = (
-        two[f"mixed {name}"]["losses"],
-        one["mixed ddp"]["losses"],
-        two["train ddp"]["losses"],
-    )
+    cases = two[f"mixed {name}"], one["mixed ddp"], two["train ddp"]
+    mixed, alone, plain = (case["losses"] for case in cases)
     whole = [0, 1, 3, 4]  # the last of three steps an epoch is padded, and so not mixed
     assert all(abs(plain[i] - alone[i]) > 1e-3 for i in whole)
     if name == "hybrid dp2":

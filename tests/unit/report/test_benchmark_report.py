@@ -1,0 +1,113 @@
+"""Tables and charts of a benchmark, from stored rows: vit/report/benchmark.py and benchmark_charts.py."""
+
+import csv
+
+import pytest
+
+from report import main
+from vit.files import write_jsonl
+from vit.report.benchmark import CASE_KEYS
+from vit.report.benchmark_charts import scaling_cases
+
+
+def row(plugin: str, batch_size: int, **changes) -> dict:
+    base = {name: None for name in CASE_KEYS} | {
+        "kind": "case",
+        "plugin": plugin,
+        "precision": "bf16",
+        "batch_size": batch_size,
+        "model_name_or_path": "vit-x",
+        "world": 1,
+        "tp_size": 1,
+        "pp_size": 1,
+        "zero_stage": 0,
+        "compile": False,
+        "cuda_graphs": False,
+        "preset": "fast",
+        "hardware": "1 x GPU",
+        "num_labels": 10,
+        "status": "ok",
+        "reason": "",
+        "images_per_second": 100.0 * batch_size,
+        "steps_per_second": 100.0,
+        "step_ms": 10.0,
+        "step_ms_min": 9.0,
+        "step_ms_max": 11.0,
+        "peak_memory_gib": 1.5,
+        "peak_reserved_gib": 2.0,
+        "mfu": 0.25,
+        "peak_tflops": 100.0,
+        "peak_source": "test",
+        "first_loss": 2.3,
+        "last_loss": 0.1,
+        "date": "2026-01-02 03:04 UTC",
+        "versions": {"torch": "0"},
+        "command": "python vit_benchmark.py",
+    }
+    return base | changes
+
+
+def test_tables_and_charts_are_rebuilt_from_the_rows(tmp_path, capsys):
+    rows = [
+        row("torch_ddp", 8),
+        row("torch_ddp", 32),
+        row("none", 8),
+        row("none", 32, status="out of memory", reason="CUDA out of memory"),
+        row("torch_ddp", 8, images_per_second=901.0),  # measured again: the later row counts
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    text = (tmp_path / "table.md").read_text()
+    assert "| throughput, images/s | 901.0 | 800.0 |" in text
+    assert "| throughput, images/s | 3200.0 | out of memory |" in text
+    assert "800.0 | 100.00 | 10.0 | 9.0-11.0 | 1.50 | 2.00 | 25.0% | 2.30 -> 0.10" in text
+    with open(tmp_path / "table.csv") as file:
+        found = list(csv.DictReader(file))
+    assert [(r["plugin"], r["batch_size"], r["status"]) for r in found] == [
+        ("torch_ddp", "8", "ok"),
+        ("torch_ddp", "32", "ok"),
+        ("none", "8", "ok"),
+        ("none", "32", "out of memory"),
+    ]
+    for chart in ("throughput.png", "peak_memory.png"):
+        assert (tmp_path / chart).read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "scaling.png").exists()
+
+
+def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path, capsys):
+    pipeline = dict(plugin="hybrid_parallel", world=2, pp_size=2)
+    rows = [row(batch_size=64, num_microbatches=m, images_per_second=m, **pipeline) for m in (4, 8)]
+    rows += [row("none", 64), row("none", 8, grad_checkpoint=True)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    text = (tmp_path / "table.md").read_text()
+    name = "hybrid_parallel bf16 pp 2 2 GPUs num_microbatches"
+    assert f"| batch size 64 per group | {name} 4 | {name} 8 | plain PyTorch bf16 |" in text
+    assert "| throughput, images/s | 4.0 | 8.0 | 6400.0 |" in text
+
+
+def test_growth_with_the_gpus_is_a_chart_of_its_own(tmp_path, capsys):
+    rows = [
+        row(plugin, 64, world=n, hardware=f"{n} x GPU") for n in (1, 2) for plugin in ("torch_ddp", "none")
+    ]
+    rows.append(row("hybrid_parallel", 128, world=2, tp_size=2, hardware="2 x GPU"))  # 64 images a GPU, too
+    sections = {
+        ("vit-x", None, 10, "fast", f"{n} x GPU"): [
+            r | {"case": r["plugin"]} for r in rows if r["world"] == n
+        ]
+        for n in (1, 2)
+    }
+    (grown,) = scaling_cases(sections).values()
+    assert len(grown) == 5
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    assert "throughput.png, peak_memory.png, scaling.png" in capsys.readouterr().out
+    write_jsonl(tmp_path / "rows.jsonl", rows[:2])
+    main(["benchmark", str(tmp_path)])
+    assert not (tmp_path / "scaling.png").exists()
+
+
+def test_folder_without_rows_is_one_clear_error(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["benchmark", str(tmp_path)])
+    assert "holds no rows.jsonl" in capsys.readouterr().err
