@@ -3,9 +3,9 @@
     python results/scripts/make_images.py SOURCE OUT --classes bird dog frog
 
 SOURCE/<class>/ holds images (here: CIFAR-10's). OUT/data gets train-00000-of-00002.parquet, -00001-, and
-test-00000-of-00001.parquet with the columns `image` and `label`; class names are in the features, as on the hub. 2,100
-training and 900 test images of three classes, unbalanced (3 : 2 : 1), between 64 and 300 pixels a side, grey, palette,
-RGBA and CMYK among them, JPEG and PNG.
+test-00000-of-00001.parquet with the columns `image` and `label`; class names are in the features, as on the
+hub. 2,100 training and 900 test images of three classes, unbalanced (3 : 2 : 1), between 64 and 300 pixels a
+side, grey, palette, RGBA and CMYK among them, JPEG and PNG.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def main() -> None:
     (args.out / "data").mkdir(parents=True, exist_ok=True)
     for split, count in SIZES.items():
         rows = []
-        for name, share in zip(args.classes, SHARES):
+        for name, share in zip(args.classes, SHARES, strict=True):
             label = features["label"].str2int(name)
             rows += [(left[name].pop(), label) for _ in range(count * share // sum(SHARES))]
         rng.shuffle(rows)

@@ -29,7 +29,7 @@ for folder in sorted((sets / "drawn" / "train").iterdir()):
     there = sets / "tree" / "train" / folder.name
     there.mkdir(parents=True)
     for path in folder.iterdir():
-        for k in range(35):  # 210,000 images: above data.LARGE, so that nothing is kept in memory
+        for k in range(35):  # 210,000 images: above MAX_CACHED_TRAIN_IMAGES of vit/data/decode.py, so that nothing is kept in memory
             os.link(path, there / f"{path.stem}_{k}.JPEG")
 os.rename(sets / "drawn" / "val", sets / "tree" / "val")
 PY
@@ -56,16 +56,17 @@ fi
 # ---- decoding alone, per core: what the loader could give
 [ -s "$OUT/loader.txt" ] || "$PYTHON" - "$SETS" > "$OUT/loader.txt" <<'PY'
 import sys, time
-from argparse import Namespace
 sys.path.insert(0, ".")
-import data
+import torch
+from data import read_splits
+from vit.data.loaders import BatchDataset
+from vit.data.transforms import RandomResizedCrop, ResizeCenterCrop
 for name in ("tree", "prepared_raw", "prepared_jpeg"):
-    asked = Namespace(dataset=f"{sys.argv[1]}/{name}", image_column=None, label_column=None, fold=None, seed=0, max_train_samples=None, max_eval_samples=None)
     started = time.perf_counter()
-    images = data.load_data(asked, hold_out=False)
+    train = read_splits(f"{sys.argv[1]}/{name}")[0]["train"]
     listed = time.perf_counter() - started
-    read = data.Batches(images.train, data.ResizeAndCrop(224, 256), data.Augment(224, 0, smallest_crop=0.05), False)
-    order = data.torch.randperm(len(read)).tolist()
+    read = BatchDataset(train, ResizeCenterCrop(224, 256), RandomResizedCrop(224, 0, smallest_crop=0.05))
+    order = torch.randperm(len(read)).tolist()
     read.__getitems__([(0, i) for i in order[:500]])
     rates = []
     for k in range(5):
@@ -106,7 +107,8 @@ run synthetic_plain synthetic:105000 $FAST RAND_AUGMENT=None MIXUP=0 TOTAL_BATCH
 import json, sys
 from pathlib import Path
 sys.path.insert(0, ".")
-from report import markdown_table, read_runs
+from vit.report.reading import read_runs
+from vit.report.tables import markdown_table
 out, body, notes = Path(sys.argv[1]), [], {}
 DATA = {"synthetic": "synthetic", "synthetic_plain": "synthetic, without RandAugment and mixup", "synthetic_published": "synthetic, fp16",
         "prepared_raw": "prepared, raw", "prepared_jpeg": "prepared, JPEG", "tree": "JPEG files"}  # fmt: skip

@@ -1,8 +1,9 @@
-"""How far a well-known network gets on the same images: ResNet-18 in its CIFAR form, random crop and flip, SGD, one cycle.
+"""How far a known network gets on the same images: ResNet-18 in its CIFAR form, random crop and flip, SGD.
 
-    python results/scripts/resnet_18.py FOLDER [EPOCHS]      FOLDER has train/<class>/*.png and validation/<class>/*.png
+    python results/scripts/resnet_18.py FOLDER [EPOCHS]
 
-On CIFAR-10's original images such a training ends near 95 %. What is missing here is what the images have lost.
+FOLDER has train/<class>/*.png and validation/<class>/*.png. One cycle of the learning rate. On CIFAR-10's
+original images such a training ends near 95 %. What is missing here is what the images have lost.
 """
 
 import sys
@@ -25,7 +26,7 @@ def load(split: Path) -> tuple[torch.Tensor, torch.Tensor]:
         for label, folder in enumerate(sorted(split.iterdir()))
         for path in sorted(folder.iterdir())
     ]
-    pixels, labels = zip(*pairs)
+    pixels, labels = zip(*pairs, strict=True)
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(device), torch.tensor(
         labels, device=device
     )
@@ -57,6 +58,8 @@ def accuracy(model: torch.nn.Module, images: torch.Tensor, labels: torch.Tensor)
     return torch.cat(guesses).eq(labels).float().mean().item()
 
 
+if not sys.argv[1:] or sys.argv[1].startswith("-"):
+    sys.exit(__doc__)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 folder, epochs = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 60
 images, labels = load(folder / "train")
