@@ -6,8 +6,8 @@ from vit.console import silence_libraries
 
 silence_libraries()  # before anything imports colossalai
 
-from args import finetune_settings  # noqa: E402
-from vit.sweep import main  # noqa: E402
+from args import finetune_settings
+from vit.sweep import main
 
 if __name__ == "__main__":
     sys.exit(main(finetune_settings))

@@ -19,11 +19,11 @@ KEYS = CASE_KEYS + METHOD_KEYS
 
 
 def case_title(case) -> str:
+    """`torch_ddp bf16 batch 256`, for the console."""
     settings = case.settings
     parts = [settings.plugin, settings.precision, f"batch {settings.batch_size}"]
-    parts += [f"tp {settings.tp_size}"] * (settings.tp_size > 1) + [f"pp {settings.pp_size}"] * (
-        settings.pp_size > 1
-    )
+    parts += [f"tp {settings.tp_size}"] * (settings.tp_size > 1)
+    parts += [f"pp {settings.pp_size}"] * (settings.pp_size > 1)
     parts += ["compiled"] * settings.compile + ["CUDA graphs"] * settings.cuda_graphs
     return " ".join(parts)
 
@@ -92,7 +92,8 @@ def default_entries(preset: str, gpus: int) -> list[str]:
 def main(benchmark_cases) -> int:
     """Measure every entry of PLUGINS with every batch size; cases that are measured already are skipped.
 
-    Settings come from the environment (run_benchmark.sh has them at its top), further flags from the command line.
+    Settings come from the environment (run_benchmark.sh sets them at its top), further flags from the command
+    line.
 
     Args:
         benchmark_cases: argv of vit_benchmark.py -> (cases, flags, problems).
@@ -108,7 +109,7 @@ def main(benchmark_cases) -> int:
     results = folder / "rows.jsonl"
     common = [*sys.argv[1:], "--results", str(results), "--world_size", str(world_size)]
     planned = []
-    for entry in entries:  # a wrong one is told before the first is measured
+    for entry in entries:  # all are checked before the first is measured
         argv = [*flags_of(entry), *common, "--batch_size", *sizes]
         cases, args, problems = benchmark_cases(argv)
         if problems:
@@ -163,20 +164,14 @@ def measure(entry: str, todo: list, rows: ResultRows, common: list[str]) -> tupl
 def launch(argv: list[str]) -> int:
     """Start vit_benchmark.py as the run scripts do, and pass signals on. -> exit status"""
     script = 'source "$0"; launch "$@"'
-    command = [
-        "bash",
-        "-c",
-        script,
-        str(PROJECT / "launcher" / "launch.sh"),
-        str(PROJECT / "vit_benchmark.py"),
-        *argv,
-    ]
+    files = [str(PROJECT / "launcher" / "launch.sh"), str(PROJECT / "vit_benchmark.py")]
     environment = os.environ | {"PYTHON": sys.executable, "CHECKED": "1"}
-    process = subprocess.Popen(command, env=environment)
-    previous = {
-        s: signal.signal(s, lambda number, _: process.send_signal(number))
-        for s in (signal.SIGINT, signal.SIGTERM)
-    }
+    process = subprocess.Popen(["bash", "-c", script, *files, *argv], env=environment)
+
+    def forward(signum, frame) -> None:
+        process.send_signal(signum)
+
+    previous = {signum: signal.signal(signum, forward) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         return process.wait()
     finally:

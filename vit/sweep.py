@@ -1,7 +1,7 @@
 """A grid of fine-tuning runs, one after another or side by side, and their comparison.
 
-Every run is vit_train_demo.py in a folder of its own, RESULTS/<name of the run>. Its files say what is left to do, so
-that the same call continues after any interruption:
+Every run is vit_train_demo.py in a folder of its own, RESULTS/<name of the run>. Its files record what is
+left to do, so that the same call continues after any interruption:
 
     metrics.jsonl ends with kind "end"    finished: skipped
     checkpoints/                          interrupted: vit_train_demo.py resumes it
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from vit.console import exit_with_errors, print_rank0
 from vit.environment import PROJECT
@@ -56,32 +57,18 @@ class Worker:
     def start(self, run: Run, log: Path, ports: set[int]) -> None:
         """``ports``: those of the other workers' runs."""
         self.port = next(port for port in iter(free_port, None) if port not in ports)
-        command = [
-            sys.executable,
-            str(PROJECT / "launcher" / "launch.py"),
-            self.launcher,
-            *self.options,
-            f"--master_port={self.port}",
-            "--",
-            str(PROJECT / "vit_train_demo.py"),
-            *self.flags,
-            *run.argv,  # the sweep's own flags first: the user's override them
-        ]
+        launcher = [sys.executable, str(PROJECT / "launcher" / "launch.py"), self.launcher, *self.options]
+        program = [str(PROJECT / "vit_train_demo.py"), *self.flags, *run.argv]  # the user's flags are last
+        command = [*launcher, f"--master_port={self.port}", "--", *program]
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "failed.json").unlink(missing_ok=True)
         self.run, self.started = run, time.monotonic()
         own = os.sched_getaffinity(0)
         os.sched_setaffinity(0, self.cores)  # the run inherits it, and counts its threads and workers by it
         with open(log, "a") as file:
-            # in a session of its own: Ctrl-C at the terminal comes once, from here
-            self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=file,
-                env=self.environment,
-                start_new_session=True,
-            )
+            # in a session of its own: Ctrl-C at the terminal reaches the run once, from here
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file}
+            self.process = subprocess.Popen(command, **streams, env=self.environment, start_new_session=True)
         os.sched_setaffinity(0, own)
 
 
@@ -108,9 +95,8 @@ class Progress:
         notes = [minutes(seconds) if seconds else "from before"]
         left = len(self.runs) - self.done
         if self.durations and left:
-            notes.append(
-                f"about {minutes(sum(self.durations) / len(self.durations) * left / self.workers)} left"
-            )
+            expected = sum(self.durations) / len(self.durations) * left / self.workers
+            notes.append(f"about {minutes(expected)} left")
         if self.best:
             name = "" if self.best["name"] == run.name else f", {self.best['name']}"
             notes.append(f"best so far {self.best['accuracy']:.4f}{name}")
@@ -139,10 +125,8 @@ def run_all(runs: list[Run], sweep: argparse.Namespace) -> int:
                     worker.process.send_signal(received[0])
         for worker in workers:
             if worker.process is None and waiting and not received:
-                run = waiting.pop(0)
-                worker.start(
-                    run, logs / f"{run.name}.log", {other.port for other in workers if other.process}
-                )
+                run, ports = waiting.pop(0), {other.port for other in workers if other.process}
+                worker.start(run, logs / f"{run.name}.log", ports)
                 print_rank0(f"started {run.name}")
             elif worker.process and worker.process.poll() is not None:
                 finish_run(worker, progress, stopped=bool(received))
@@ -151,9 +135,8 @@ def run_all(runs: list[Run], sweep: argparse.Namespace) -> int:
         signal.signal(signum, handler)
     if received:
         compare = f"python report.py sweep {shlex.quote(sweep.results)} compares them"
-        print_rank0(
-            f"stopped with {progress.done} of {len(runs)} runs done: the same command continues; {compare}"
-        )
+        done = f"stopped with {progress.done} of {len(runs)} runs done"
+        print_rank0(f"{done}: the same command continues; {compare}")
         return 128 + received[0]
     sweep_report(Path(sweep.results))
     for run in progress.failed:
@@ -174,9 +157,8 @@ def finish_run(worker: Worker, progress: Progress, stopped: bool) -> None:
 def record_failure(run: Run, status: int, log: Path) -> None:
     """failed.json, which a report shows as a row."""
     lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    reasons = [
-        line for line in lines if not line.startswith("launch: process")
-    ]  # says that it ended, not why
+    # "launch: process ..." says that it ended, not why
+    reasons = [line for line in lines if not line.startswith("launch: process")]
     record = {"kind": "failed", "settings": run.settings, "layout": run.layout, "exit_status": status}
     record["last_lines"] = reasons[-12:]
     write_atomically(run.folder / "failed.json", json.dumps(record, indent=1) + "\n")
@@ -219,17 +201,16 @@ def main(check: Check, argv: list[str] | None = None) -> int:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            exit_with_errors(
-                f"RESULTS={sweep.results}: another sweep is writing there; wait for it, or set another folder"
-            )
+            problem = "another sweep is writing there; wait for it, or set another folder"
+            exit_with_errors(f"RESULTS={sweep.results}: {problem}")
         record_command(sweep, flags)
         if sweep.small:
-            grid = f"{plural(len(runs), 'run')} of {plural(int(sweep.num_epoch), 'epoch')} with the embedded vit-demo"
-            print_rank0(f"no GPU: a small grid, {grid} (MODELS chooses another, for the published grid)")
+            grid = f"{plural(len(runs), 'run')} of {plural(int(sweep.num_epoch), 'epoch')}"
+            other = "(MODELS chooses another, for the published grid)"
+            print_rank0(f"no GPU: a small grid, {grid} with the embedded vit-demo {other}")
         if shares_gpus(sweep):
-            print_rank0(
-                f"{sweep.parallel_runs} runs share GPUs for {sweep.fitting}: their speeds say nothing about a plugin"
-            )
+            shared = f"{sweep.parallel_runs} runs share GPUs for {sweep.fitting}"
+            print_rank0(f"{shared}: their speeds say nothing about a plugin")
         side = f", {sweep.parallel_runs} side by side" if sweep.parallel_runs > 1 else ""
         print_rank0(f"{plural(len(runs), 'run')}{side}; each writes to {logs}/NAME.log")
         return run_all(runs, sweep)

@@ -57,12 +57,9 @@ Check = Callable[[list[str]], tuple[Settings, list[str], bool]]  # args.finetune
 def read_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """-> (settings of the sweep, flags for vit_train_demo.py)"""
     parser = argparse.ArgumentParser(prog="sweep.py", allow_abbrev=False, add_help=False)
-    for name in GRID:
-        parser.add_argument(
-            f"--{name}", default={"seeds": "42", "recipes": "none", "folds": "none"}.get(name, "auto")
-        )
-    for name in COMMON:
-        parser.add_argument(f"--{name}", default="auto")
+    defaults = {"seeds": "42", "recipes": "none", "folds": "none"}
+    for name in (*GRID, *COMMON):
+        parser.add_argument(f"--{name}", default=defaults.get(name, "auto"))
     parser.add_argument("--processes", type=int, default=1, help="of each run, one a GPU")
     parser.add_argument("--parallel_runs", default="auto", help="runs side by side; all: one a GPU")
     parser.add_argument("--launcher", choices=("colossalai", "torchrun"), default="colossalai")
@@ -70,9 +67,8 @@ def read_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, l
     sweep, flags = parser.parse_known_args(argv)
     gpus = count_gpus()
     sweep.small = not gpus and sweep.models == "auto"
-    sweep.fitting = max(
-        1, (gpus or len(os.sched_getaffinity(0))) // sweep.processes
-    )  # runs with GPUs of their own
+    devices = gpus or len(os.sched_getaffinity(0))
+    sweep.fitting = max(1, devices // sweep.processes)  # runs with GPUs of their own
     problems = _resolve_parallel_runs(sweep)
     if gpus and sweep.processes > gpus:
         problems.append(f"GPUNUM={sweep.processes}: is more than the {gpus} here")
@@ -107,15 +103,13 @@ def _flag_problems(flags: list[str], recipe_words: list[str]) -> list[str]:
     recipe = dict.fromkeys(word.partition("=")[0] for word in recipe_words if word.startswith("--"))
     known = (*COMPARABLE_FLAGS, *NOT_PASSED_ON)
     if others := [name for name in recipe if name.replace("--no-", "--", 1) not in known]:
-        problems.append(
-            f"RECIPES: {', '.join(others)} cannot be compared; it may hold {', '.join(COMPARABLE_FLAGS)}; write what "
-            "all runs have behind the command"
-        )
+        allowed = f"it may hold {', '.join(COMPARABLE_FLAGS)}; write what all runs have behind the command"
+        problems.append(f"RECIPES: {', '.join(others)} cannot be compared; {allowed}")
     return problems
 
 
 def grid_values(sweep: argparse.Namespace, name: str) -> list[str]:
-    """One list of the grid, each value once. A recipe is a text of flags; `none` is the published one, without any."""
+    """One list of the grid, each value once. A recipe is a text of flags; `none` stands for no flags."""
     text = getattr(sweep, name)
     if name != "recipes":
         return list(dict.fromkeys(text.split()))
@@ -143,9 +137,8 @@ class Run:
             return [f"{found['why']}; without {self.folder} the run is made again"]
         now = self.settings | {"layout": self.layout}
         then = DEFAULTS | AUGMENTATION_DEFAULTS | found["settings"]  # an older run has not all settings
-        different = [
-            f"{name} was {then.get(name)}, is {now[name]}" for name in now if now[name] != then.get(name)
-        ]
+        changed = [name for name in now if now[name] != then.get(name)]
+        different = [f"{name} was {then.get(name)}, is {now[name]}" for name in changed]
         if not found["started"] or not different:
             return []
         where = f"{self.folder.parent} holds runs with other settings: {'; '.join(different)}"
@@ -174,16 +167,13 @@ def plan_runs(sweep: argparse.Namespace, flags: list[str], check: Check) -> list
         for problem in problems:
             runs_with.setdefault(problem, []).append(point_text(point))
     if runs_with:
-        exit_with_errors(
-            *(
-                # what every run has needs no run named
-                problem
-                if len(where) == len(points)
-                else f"{problem} ({len(where)} of {len(points)} runs, first {where[0]})"
-                for problem, where in runs_with.items()
-            )
-        )
+        exit_with_errors(*(problem_text(problem, where, len(points)) for problem, where in runs_with.items()))
     return list(runs.values())
+
+
+def problem_text(problem: str, where: list[str], runs: int) -> str:
+    """A problem with the number of runs that have it, unless all do."""
+    return problem if len(where) == runs else f"{problem} ({len(where)} of {runs} runs, first {where[0]})"
 
 
 def run_argv(sweep: argparse.Namespace, point: tuple, flags: list[str]) -> list[str]:

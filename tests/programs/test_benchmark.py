@@ -64,7 +64,7 @@ def benchmark(folder: Path, *flags: str, code: str = "") -> subprocess.Completed
 
 
 def test_cases_are_measured_kept_and_skipped(tmp_path):
-    # the second of three cases crashes: its row says so, the others are measured, the exit status tells
+    # the second of three cases crashes: its row says so, the others are measured, the exit status is 1
     crash = (
         "from vit.console import silence_libraries; silence_libraries()\n"
         "from vit.step import TrainStep; step = TrainStep.__call__\n"
@@ -198,7 +198,7 @@ def test_nothing_is_measured_twice_but_what_failed(drive, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, parts",
     [
         (dict(plugins="none gemni"), ["PLUGINS gemni: --plugin gemni"]),
         (dict(plugins="none none:fp9"), ["PLUGINS none:fp9: --precision fp9"]),
@@ -206,11 +206,11 @@ def test_nothing_is_measured_twice_but_what_failed(drive, tmp_path, capsys):
         (dict(flags=["--windows", "0", "--seed", "-1"]), ["--windows 0", "--seed -1"]),
     ],
 )
-def test_wrong_entries_are_told_before_the_first_is_measured(drive, tmp_path, capsys, words, told):
+def test_wrong_entries_are_refused_before_the_first_is_measured(drive, tmp_path, capsys, words, parts):
     with pytest.raises(SystemExit) as end:
         drive([], **words)
     said = capsys.readouterr().err
-    assert end.value.code == 2 and all(part in said for part in told), said
+    assert end.value.code == 2 and all(part in said for part in parts), said
     assert not list(tmp_path.iterdir())
 
 
@@ -250,7 +250,7 @@ def command_of(project: Path, folder: Path, **changes) -> dict:
     return dict(args=command, env=os.environ | settings | changes, text=True)
 
 
-def test_shell_goes_on_after_a_case_that_killed_its_process_and_one_without_memory(project, tmp_path):
+def test_shell_continues_after_a_case_that_killed_its_process_and_one_without_memory(project, tmp_path):
     results = tmp_path / "results"
     done = subprocess.run(**command_of(project, results), capture_output=True, timeout=300)
     assert done.returncode == 1 and "1 case(s) did not run" in done.stderr, done.stdout + done.stderr

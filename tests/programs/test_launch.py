@@ -1,6 +1,6 @@
 """launcher/launch.sh and launcher/launch.py.
 
-Environment, GPUs, ports, and processes that get their arguments whole and end when told.
+Environment, GPUs, ports, and processes that get their arguments unchanged and end when they are signalled.
 """
 
 import json
@@ -201,7 +201,7 @@ def test_several_machines_get_the_environment_and_fail_together(home):
 
 
 @pytest.mark.parametrize(
-    "env, told",
+    "env, message",
     [
         ({"GPUNUM": "0"}, "GPUNUM=0"),
         ({"GPUNUM": "-1"}, "GPUNUM=-1"),
@@ -219,13 +219,13 @@ def test_several_machines_get_the_environment_and_fail_together(home):
         ({"HOSTFILE": "hosts", "LAUNCHER": "torchrun"}, "LAUNCHER=colossalai"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_starts(home, env, told):
+def test_bad_settings_are_refused_before_anything_starts(home, env, message):
     folder = home.parent / "call from"
     for name, text in dict(empty="\n", twice="localhost\nlocalhost\n", unknown="no such host\n").items():
         (folder / name).write_text(text)
     done = call(home, LAUNCH, **env)
     assert (done.returncode, done.stdout) == (2, "")
-    assert told in done.stderr and done.stderr.count("\n") == 1
+    assert message in done.stderr and done.stderr.count("\n") == 1
     assert not list(home.parent.rglob("ran"))
 
 
@@ -282,9 +282,9 @@ for word in sys.argv[2:]:
     if match := re.fullmatch(r"([a-z][a-z-]*)(?:[<=]=([0-9.]+))?", word):
         package = site / f"{match[1]}-{match[2] or 1}.dist-info"
         package.mkdir()
-        wants = "Requires-Dist: torch<=2.5.1\\nRequires-Dist: fabric\\n" if match[1] == "colossalai" else ""
+        needs = "Requires-Dist: torch<=2.5.1\\nRequires-Dist: fabric\\n" if match[1] == "colossalai" else ""
         head = f"Metadata-Version: 2.1\\nName: {match[1]}\\nVersion: {match[2] or 1}\\n"
-        (package / "METADATA").write_text(head + wants)
+        (package / "METADATA").write_text(head + needs)
 """
 
 

@@ -103,7 +103,7 @@ def test_two_models_of_one_name_are_refused(refusal, model_folder, tmp_path_fact
     )
 
 
-def test_recipes_hold_only_what_tells_runs_apart(refusal):
+def test_recipes_hold_only_what_distinguishes_runs(refusal):
     said = refusal(
         "--recipes", "none | --max_norm 1 | --augment --no-scale_lr --grad_checkpoint --image_size 32"
     )
@@ -126,7 +126,7 @@ def test_two_points_of_the_grid_that_are_one_run_are_refused(refusal):
     )
 
 
-def test_a_run_goes_on_whose_rows_are_from_before_a_flag(grid):
+def test_a_run_resumes_whose_rows_are_from_before_a_flag(grid):
     (run,) = grid()
     run.folder.mkdir(parents=True)
 
@@ -346,7 +346,6 @@ def test_the_wrapper_refuses_what_only_the_demo_reads(tmp_path, name):
         ["bash", ROOT / "run_finetuning.sh"], env=environment, cwd=tmp_path, text=True, capture_output=True
     )
     assert run.returncode == 2 and run.stderr.count("\n") == 1
-    assert (
-        "--tp_size 2 --pp_size 2 behind the command" in run.stderr and "RESULTS for OUTPUT_PATH" in run.stderr
-    )
+    assert "--tp_size 2 --pp_size 2 after the command" in run.stderr
+    assert "set RESULTS instead of OUTPUT_PATH" in run.stderr
     assert not list(tmp_path.iterdir())

@@ -1,9 +1,14 @@
 """The model card of an output folder."""
 
 from pathlib import Path
+from typing import Any
 
 from vit.hub import is_hub_name
 from vit.report.tables import markdown_table
+
+HEADER = ["epoch", "train loss", "average_loss", "accuracy", "images/s", "seconds"]
+COLOSSALAI = "https://github.com/hpcaitech/ColossalAI"
+NUMBERS = "{train_loss:.4f}|{average_loss:.4f}|{accuracy:.4f}|{images_per_second:.0f}|{seconds:.1f}"
 
 
 def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch: str | None = None) -> str:
@@ -17,36 +22,24 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
     test = next((row for row in rows if row["kind"] == "test"), None)
     evaluated, how = from_scratch or "validation", "trained from scratch" if from_scratch else "fine-tuned"
     split, result = ("test", test) if test else (evaluated, best)
-    table = markdown_table(
-        ["epoch", "train loss", "average_loss", "accuracy", "images/s", "seconds"],
-        [
-            [
-                row["epoch"],
-                f"{row['train_loss']:.4f}",
-                f"{row['average_loss']:.4f}",
-                f"{row['accuracy']:.4f}",
-                f"{row['images_per_second']:.0f}",
-                f"{row['seconds']:.1f}",
-            ]
-            for row in epochs
-        ],
-    )
+    table = markdown_table(HEADER, [[row["epoch"], *NUMBERS.format_map(row).split("|")] for row in epochs])
     chosen = "\n".join(f"- {name}: {value}" for name, value in settings.items())
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
-    tested = (
-        f"Test split ({test['images']} images), epoch {best['epoch']}: "
-        f"average_loss {test['average_loss']:.4f}, accuracy {test['accuracy']:.4f}.\n\n"
-        if test
-        else ""
-    )
+    tested = ""
+    if test:
+        numbers = f"average_loss {test['average_loss']:.4f}, accuracy {test['accuracy']:.4f}"
+        tested = f"Test split ({test['images']} images), epoch {best['epoch']}: {numbers}.\n\n"
+    where = "Held-out part of the training" if run.get("held_out") else evaluated.capitalize()
+    whole = bool(test) or not run.get("held_out")
     title = f"{Path(settings['model_name_or_path']).name}, {how} on {Path(settings['dataset']).name}"
+    metadata = card_metadata(title, settings, not from_scratch, split, result, whole)
     return f"""---
-{card_metadata(title, settings, base=not from_scratch, split=split, result=result, whole=bool(test) or not run.get("held_out"))}
+{metadata}
 ---
 
 # {title}
 
-A Vision Transformer {how} with [Colossal-AI](https://github.com/hpcaitech/ColossalAI). Classes: {", ".join(labels)}.
+A Vision Transformer {how} with [Colossal-AI]({COLOSSALAI}). Classes: {", ".join(labels)}.
 
 ```python
 from transformers import pipeline
@@ -55,7 +48,7 @@ print(pipeline("image-classification", model=".")("image.jpg"))
 
 ## Measured
 
-{tested}{"Held-out part of the training" if run.get("held_out") else evaluated.capitalize()} split ({best["images"]} images), after each epoch (saved here: epoch {best["epoch"]}):
+{tested}{where} split ({best["images"]} images), after each epoch (saved here: epoch {best["epoch"]}):
 
 {table}
 ![loss and accuracy per epoch](metrics.png)
@@ -71,18 +64,18 @@ On {run["hardware"]}, {run["layout"]}, {run["date"]}; {versions}.
 def card_metadata(title: str, settings: dict, base: bool, split: str, result: dict, whole: bool) -> str:
     """The hub's metadata (YAML) of a model card; names of this machine's folders are left out of it.
 
-    A fold, or a part of a split (not ``whole``), is no split of the data set: its numbers are none that the
-    hub may rank.
+    Numbers of a fold, or of a part of a split (not ``whole``), are left out: the hub would rank them.
     """
     from huggingface_hub import EvalResult, ModelCardData
 
     whole = whole and not settings.get("fold") and not settings.get("max_eval_samples")
     dataset, model = settings["dataset"], settings["model_name_or_path"]
-    where = dict(
-        dataset_type=dataset if is_hub_name(dataset) else Path(dataset).name,
-        dataset_name=Path(dataset).name,
-        dataset_split=split,
-    )
+    where: dict[str, Any] = {"dataset_name": Path(dataset).name, "dataset_split": split}
+    where["dataset_type"] = dataset if is_hub_name(dataset) else Path(dataset).name
+    results = [
+        EvalResult("image-classification", metric_type=metric, metric_value=round(result[name], 6), **where)
+        for metric, name in (("accuracy", "accuracy"), ("loss", "average_loss"))
+    ]
     card = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-classification",
@@ -90,11 +83,6 @@ def card_metadata(title: str, settings: dict, base: bool, split: str, result: di
         base_model=model if base and is_hub_name(model) else None,
         datasets=[dataset] if is_hub_name(dataset) else None,
         model_name=title if whole else None,
-        eval_results=[
-            EvalResult("image-classification", metric_type=metric, metric_value=round(value, 6), **where)
-            for metric, value in (("accuracy", result["accuracy"]), ("loss", result["average_loss"]))
-        ]
-        if whole
-        else None,
+        eval_results=results if whole else None,
     )
     return card.to_yaml()

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from vit.files import DamagedRows, read_jsonl
 
+ENVIRONMENT = ("date", "hardware", "python", "versions", "command")
+
 
 def read_run(folder: Path) -> dict:
     """A run's folder -> `run_of_rows`, or ``status`` damaged and ``why``."""
@@ -13,10 +15,9 @@ def read_run(folder: Path) -> dict:
     try:
         rows = read_jsonl(metrics) if metrics.exists() else []
         failed = dict(json.loads(failure.read_text())) if failure.exists() else {}
-    except DamagedRows as error:
-        return {"status": "damaged", "why": str(error), "settings": {}}
-    except (ValueError, TypeError):
-        return {"status": "damaged", "why": f"{failure}: is damaged; remove it", "settings": {}}
+    except (ValueError, TypeError) as error:
+        why = error if isinstance(error, DamagedRows) else f"{failure}: is damaged; remove it"
+        return {"status": "damaged", "why": str(why), "settings": {}}
     return run_of_rows(folder.name, rows, failed)
 
 
@@ -34,13 +35,9 @@ def run_of_rows(name: str, rows: list[dict], failed: dict) -> dict:
         "section": "",
         "status": "finished" if ended else "failed" if failed else "unfinished" if rows else "absent",
         "started": bool(rows),
-        # the layout is one: it decides the global batch
+        # the layout counts as a setting: it decides the global batch size
         "settings": first.get("settings", {}) | {"layout": first.get("layout")},
-        "environment": {
-            name: first.get(name) for name in ("date", "hardware", "python", "versions", "command")
-        }
-        if rows
-        else None,
+        "environment": {key: first.get(key) for key in ENVIRONMENT} if rows else None,
         "epochs": [row for row in rows if row["kind"] == "epoch"],
         "test": next((row for row in rows if row["kind"] == "test"), None),
         "exit_status": failed.get("exit_status"),
@@ -49,13 +46,11 @@ def run_of_rows(name: str, rows: list[dict], failed: dict) -> dict:
 
 
 def read_runs(folder: Path) -> list[dict]:
-    """The runs in ``folder``; damaged ones are named and left out.
+    """The runs in ``folder``; damaged ones are named on stderr and left out.
 
-    Two forms are read. Run folders below ``folder``, or one level deeper, in a folder for each section: by
-    name. And
-    ``folder``/runs.jsonl with the rows of many runs, `"run": "<section>/<run folder>"` in front of each: as
-    they
-    come. A run that is in both is read from its folder.
+    Two forms are read: run folders, in ``folder`` or one level deeper in a folder for each section, sorted by
+    name; and ``folder``/runs.jsonl with the rows of many runs, `"run": "<section>/<run folder>"` in front of
+    each, in their order. A run that is in both is read from its folder.
     """
     runs = {(run["section"], run["name"]): run for run in _packed_runs(folder / "runs.jsonl")}
     for section, path in _run_folders(folder):
@@ -68,7 +63,7 @@ def read_runs(folder: Path) -> list[dict]:
 
 
 def _packed_runs(path: Path) -> list[dict]:
-    """The runs of a runs.jsonl, in the order in which they come; none without the file."""
+    """The runs of a runs.jsonl, in their order; none without the file."""
     rows: dict[str, list[dict]] = {}
     for row in read_jsonl(path) if path.exists() else []:
         if "run" not in row:
@@ -86,16 +81,12 @@ def _packed_runs(path: Path) -> list[dict]:
 
 def _run_folders(folder: Path) -> list[tuple[str, Path]]:
     """(section, run folder) of each run below ``folder``, by name."""
-    found = []
-    for path in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []:
-        if (path / "metrics.jsonl").exists() or (path / "failed.json").exists():
-            found.append(("", path))
-        else:
-            below = {
-                file.parent for name in ("metrics.jsonl", "failed.json") for file in path.glob(f"*/{name}")
-            }
-            found += [(path.name, run) for run in sorted(below)]
-    return found
+    names = ("metrics.jsonl", "failed.json")
+    runs = {path.parent for name in names for path in folder.glob(f"*/{name}")}
+    below = {path.parent for name in names for path in folder.glob(f"*/*/{name}")}
+    found = [("", run) for run in runs]
+    found += [(run.parent.name, run) for run in below if run.parent not in runs]
+    return sorted(found, key=lambda place: place[1])
 
 
 def read_calls(folder: Path) -> dict[str, list[dict]]:
@@ -115,11 +106,16 @@ def read_calls(folder: Path) -> dict[str, list[dict]]:
 
 
 def by_section(runs: list[dict]) -> dict[str, list[dict]]:
-    """section -> its runs, in the order in which sections come."""
+    """section -> its runs; both keep their order."""
     sections: dict[str, list[dict]] = {}
     for run in runs:
         sections.setdefault(run["section"], []).append(run)
     return sections
+
+
+def epoch_values(runs: list[dict], name: str) -> list[list[float]]:
+    """Of each run, the values of ``name`` after each epoch."""
+    return [[row[name] for row in run["epochs"]] for run in runs]
 
 
 def headed(title: str, section: str) -> str:

@@ -1,5 +1,6 @@
-"""Reading recorded runs, and the parts of text tables."""
+"""Numbers as text, and Markdown tables."""
 
+from collections.abc import Sequence
 from statistics import mean, stdev
 
 
@@ -8,12 +9,15 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
-def markdown_table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; cells as they come, numbers right-aligned by their column."""
-    numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
-    lines = ["| " + " | ".join(header) + " |", "|" + "|".join("---:" if n else "---" for n in numeric) + "|"]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+def short_float(rate: float) -> str:
+    """0.0002 -> 2e-4"""
+    mantissa, _, exponent = f"{rate:.6e}".partition("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
+def mean_std(values: Sequence[float], form: str) -> str:
+    """`0.9774`, or of several runs `0.9774 ± 0.0075` (sample standard deviation)."""
+    return format(mean(values), form) + (f" ± {format(stdev(values), form)}" if len(values) > 1 else "")
 
 
 def ranking_key(row: dict) -> tuple[float, float]:
@@ -21,26 +25,22 @@ def ranking_key(row: dict) -> tuple[float, float]:
     return row["accuracy"], -row["average_loss"]
 
 
-def short_float(rate: float) -> str:
-    """0.0002 -> 2e-4"""
-    mantissa, _, exponent = f"{rate:.6e}".partition("e")
-    return f"{float(mantissa):g}e{int(exponent)}"
-
-
-def mean_std(values: list[float], form: str) -> str:
-    """`0.9774`, or of several seeds `0.9774 ± 0.0075`."""
-    return format(mean(values), form) + (f" ± {format(stdev(values), form)}" if len(values) > 1 else "")
+def markdown_table(header: list[str], rows: list[list]) -> str:
+    """A Markdown table; columns that hold only numbers are right-aligned, text is printed as it is."""
+    numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
+    separator = "|" + "|".join("---:" if number else "---" for number in numeric) + "|"
+    first, *lines = ("| " + " | ".join(map(str, row)) + " |" for row in [header, *rows])
+    return "\n".join([first, separator, *lines]) + "\n"
 
 
 def machine_sentences(environments: list[dict]) -> list[str]:
-    """A sentence for each kind of machine and versions: when, on what and with what."""
+    """One sentence for each combination of hardware and versions, with the dates of its runs."""
     lines = []
-    for hardware, python, versions in dict.fromkeys(
-        (e["hardware"], e["python"], tuple(e["versions"].items())) for e in environments
+    for machine in dict.fromkeys(
+        (e["hardware"], e["python"], (*e["versions"].items(),)) for e in environments
     ):
-        dates = sorted({e["date"][:10] for e in environments if e["hardware"] == hardware})
-        lines.append(
-            f"{' and '.join(dates)} on {hardware}; Python {python}, "
-            f"{', '.join(f'{name} {number}' for name, number in versions)}."
-        )
+        hardware, python, versions = machine
+        dates = " and ".join(sorted({e["date"][:10] for e in environments if e["hardware"] == hardware}))
+        libraries = ", ".join(f"{name} {number}" for name, number in versions)
+        lines.append(f"{dates} on {hardware}; Python {python}, {libraries}.")
     return lines

@@ -11,7 +11,7 @@ from vit.report.benchmark_charts import scaling_cases
 
 
 def row(plugin: str, batch_size: int, **changes) -> dict:
-    base = {name: None for name in CASE_KEYS} | {
+    base = dict.fromkeys(CASE_KEYS) | {
         "kind": "case",
         "plugin": plugin,
         "precision": "bf16",
@@ -74,16 +74,26 @@ def test_tables_and_charts_are_rebuilt_from_the_rows(tmp_path, capsys):
     assert not (tmp_path / "scaling.png").exists()
 
 
-def test_rows_of_one_name_are_told_apart_by_what_differs(tmp_path, capsys):
-    pipeline = dict(plugin="hybrid_parallel", world=2, pp_size=2)
+def test_rows_of_one_name_are_labelled_by_what_differs(tmp_path, capsys):
+    pipeline = {"plugin": "hybrid_parallel", "world": 2, "pp_size": 2}
     rows = [row(batch_size=64, num_microbatches=m, images_per_second=m, **pipeline) for m in (4, 8)]
     rows += [row("none", 64), row("none", 8, grad_checkpoint=True)]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     main(["benchmark", str(tmp_path)])
     text = (tmp_path / "table.md").read_text()
     name = "hybrid_parallel bf16 pp 2 2 GPUs num_microbatches"
-    assert f"| batch size 64 per group | {name} 4 | {name} 8 | plain PyTorch bf16 |" in text
+    assert f"| batch size 64 per data-parallel rank | {name} 4 | {name} 8 | plain PyTorch bf16 |" in text
     assert "| throughput, images/s | 4.0 | 8.0 | 6400.0 |" in text
+
+
+def test_an_impossible_case_is_not_supported(tmp_path, capsys):
+    rows = [row("none", 8), row("gemini", 8, status="impossible", reason="needs a GPU")]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    text = (tmp_path / "table.md").read_text()
+    assert "| throughput, images/s | 800.0 | not supported |" in text
+    assert "| gemini bf16 | 8 | not supported: needs a GPU |" in text
+    assert ",impossible," in (tmp_path / "table.csv").read_text()  # the row's own value
 
 
 def test_growth_with_the_gpus_is_a_chart_of_its_own(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Tables and charts of a sweep, from stored rows: vit/report/sweep.py, charts.py and reading.py."""
+"""Tables and charts of a sweep, from stored rows: vit/report/{sweep,sweep_tables,charts,reading}.py."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ import report
 from vit.environment import environment
 from vit.files import read_jsonl, write_jsonl
 from vit.report.charts import PLUGIN_COLORS, save_figure
-from vit.report.sweep import ON_THE_HUB, noise_margin, sweep_report
+from vit.report.sweep import noise_margin, sweep_report
 
 
 def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **settings):
@@ -42,7 +42,7 @@ def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **set
             "settings": settings,
         }
     ]
-    for i, (accuracy, loss) in enumerate(zip(accuracies, losses)):
+    for i, (accuracy, loss) in enumerate(zip(accuracies, losses, strict=True)):
         rows.append(
             {
                 "kind": "epoch",
@@ -62,16 +62,8 @@ def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **set
         {"kind": "test", "epoch": 1, "average_loss": 9.0, "accuracy": 0.0, "images": 67},
         {"kind": "end", "seconds": 9.0, "training_seconds": seconds * len(accuracies)},
     ] * ended
-    words = [settings["plugin"]] + [
-        f"{short}{settings.get(name)}"
-        for short, name in (
-            ("bs", "batch_size"),
-            ("lr", "learning_rate"),
-            ("px", "image_size"),
-            ("fold", "fold"),
-            ("seed", "seed"),
-        )
-    ]
+    short = {"bs": "batch_size", "lr": "learning_rate", "px": "image_size", "fold": "fold", "seed": "seed"}
+    words = [settings["plugin"], *(f"{word}{settings.get(name)}" for word, name in short.items())]
     name = "-".join(words).replace("/", "_")
     (folder / name).mkdir(parents=True)
     write_jsonl(folder / name / "metrics.jsonl", rows)
@@ -130,28 +122,23 @@ def test_table_ranks_by_the_last_epoch_with_the_best_in_bold(grid):
     header, rows = table(grid)
     assert header[:4] == ["plugin", "model", "batch size", "learning rate"]
     found = {
-        (row[2], row[3]): dict(zip(header[5:], row[5:])) | {"best accuracy": row[9], "best loss": row[8]}
+        (row[2], row[3]): dict(zip(header[5:], row[5:], strict=False))
+        | {"best accuracy": row[9], "best loss": row[8]}
         for row in rows
     }
-    assert list(found) == [
-        ("8", "1e-4"),
-        ("8", "2.5e-4"),
-        ("16", "1e-4"),
-        ("16", "2.5e-4"),
-        ("32", "1e-4"),
-        ("64", "1e-4"),
-    ]
+    finished = [(size, rate) for size in ("8", "16") for rate in ("1e-4", "2.5e-4")]
+    assert list(found) == [*finished, ("32", "1e-4"), ("64", "1e-4")]
     best = found["16", "1e-4"]
-    assert (best["average_loss"], rows[2][6], best["to the best"]) == ("**0.0500**", "**0.9850**", "best")
+    assert (best["average_loss"], rows[2][6], best["vs. best"]) == ("**0.0500**", "**0.9850**", "best")
     assert (best["best loss"], best["best accuracy"]) == ("**0.0300**", "**0.9925**")
-    assert (best["time, s"], best["images/s"], best["peak GiB"]) == ("5.0", "100", "2.00")
+    assert (best["time, s"], best["images/s"], best["peak memory (GiB)"]) == ("5.0", "100", "2.00")
     text = (grid / "table.md").read_text()
     assert text.count("**") == 8 and "133 validation images: one is 0.75 points" in text
 
 
 def test_rows_within_noise_of_the_best_are_marked(grid):
     header, rows = table(grid)
-    column = header.index("to the best")
+    column = header.index("vs. best")
     # by hand: p = 0.9812, 2 sqrt(2 p (1 - p) / 133) = 0.0333 > 0.0075; and p = 0.906, 0.0716 < 0.158
     assert [row[column] for row in rows[:4]] == ["within noise", "worse", "best", "worse"]
     assert noise_margin(131 / 133, 130 / 133, 133) == pytest.approx(0.0333, abs=5e-5)
@@ -166,17 +153,14 @@ def test_failed_and_unfinished_runs_are_rows(grid):
         assert [row["status"] for row in csv.DictReader(file)] == ["finished"] * 4 + ["unfinished", "failed"]
 
 
-def test_every_epoch_is_told(grid):
+def test_every_epoch_is_in_a_table(grid):
     header, rows = table(grid, 1)
     assert header[4:] == ["epoch 1", "epoch 2"] and rows[0][4:] == ["0.3000", "0.0800"]
     assert table(grid, 2)[1][0][4:] == ["0.9000", "0.9774"]
     with open(grid / "epochs.csv") as file:
         epochs = list(csv.DictReader(file))
-    assert len(epochs) == 8 and (epochs[1]["epoch"], epochs[1]["average_loss"], epochs[1]["batch_size"]) == (
-        "2",
-        "0.08",
-        "8",
-    )
+    second = [epochs[1][name] for name in ("epoch", "average_loss", "batch_size")]
+    assert len(epochs) == 8 and second == ["2", "0.08", "8"]
     assert [float(row["learning_rate"]) for row in epochs[:2]] == [1e-4, 1e-4], "the run's"
     assert [float(row["learning_rate_now"]) for row in epochs[:2]] == pytest.approx([1e-4 / 2, 1e-4 / 3])
     with open(grid / "table.csv") as file:
@@ -192,12 +176,8 @@ def test_charts_and_provenance(grid):
         "DATASET=../data/beans RESULTS=./r PARALLEL_RUNS=16 bash run_finetuning.sh "
         "--max_norm 1\n"
     ) in text
-    assert text.rstrip().endswith(
-        "    MODELS=google/vit-base-patch16-224 LEARNING_RATES='1e-4 2.5e-4' "
-        "DATASET=AI-Lab-Makerere/beans RESULTS=./r-vit-base bash run_finetuning.sh "
-        "--max_norm 1"
-    ), "as many runs side by side as suited this machine and model may not suit another"
-    assert ON_THE_HUB["three_animals"] == "lewtun/dog_food"
+    assert text.rstrip().endswith("Runs shared a GPU, so times and images/s compare nothing here.")
+    assert "peak memory is the GPU's (without a GPU: resident set size)" in text
 
 
 def test_the_title_says_what_was_run(grid, tmp_path, monkeypatch):
@@ -250,15 +230,8 @@ def test_runs_in_one_file_give_the_same_tables(grid, tmp_path):
         assert (tmp_path / name).read_bytes() == (grid / name).read_bytes()
     store(tmp_path, [0.6, 0.7], [0.3, 0.3], batch_size=128)  # a run beside the file
     report.main(["sweep", str(tmp_path)])
-    assert [row[2] for row in table(tmp_path)[1]] == [
-        "8",
-        "8",
-        "16",
-        "16",
-        "128",
-        "32",
-        "64",
-    ]  # the last two did not finish
+    sizes = [row[2] for row in table(tmp_path)[1]]
+    assert sizes == ["8", "8", "16", "16", "128", "32", "64"]  # the last two did not finish
 
 
 def test_sections_have_a_table_each(grid, tmp_path, figures):
@@ -280,7 +253,7 @@ def test_sections_have_a_table_each(grid, tmp_path, figures):
     )
     with open(packed / "table.csv") as file:
         assert [row["section"] for row in csv.DictReader(file)] == ["few"] * 6 + ["more_epochs"]
-    assert len(figures["epochs.png"].axes) == 6 and (packed / "heatmap-few.png").exists()
+    assert len(figures["epochs.png"].axes) == 6 and (packed / "heatmap.png").exists()
 
 
 def test_a_row_without_its_run_is_named(tmp_path, capsys):
@@ -300,26 +273,24 @@ def test_a_plugin_has_one_colour_and_equal_lines_are_seen(tmp_path, figures):
     assert len({tuple(line.get_xdata()) for line in loss.lines}) == 3, "side by side"
 
 
-def test_heat_maps_name_the_settings_in_which_they_differ(tmp_path, figures):
-    (tmp_path / "heatmap.png").write_text("of runs before")
+def test_heat_maps_are_numbered_and_name_the_settings_in_which_they_differ(tmp_path, figures):
+    (tmp_path / "heatmap-3.png").write_text("of runs before")
     for size, mixup in ((224, 0.0), (384, 0.2)):
         for batch_size in (8, 16):
             for rate in (1e-4, 2e-4):
-                store(
-                    tmp_path,
-                    [0.9],
-                    [0.3],
-                    image_size=size,
-                    mixup=mixup,
-                    batch_size=batch_size,
-                    learning_rate=rate,
-                )
+                changes = {
+                    "image_size": size,
+                    "mixup": mixup,
+                    "batch_size": batch_size,
+                    "learning_rate": rate,
+                }
+                store(tmp_path / "two_sizes", [0.9], [0.3], **changes)
     sweep_report(tmp_path)
     titles = {name: figure.get_suptitle() for name, figure in figures.items() if name.startswith("heatmap")}
-    name, title = "heatmap-gemini-vit-tiny-patch16-224", "gemini, vit-tiny-patch16-224"
+    title = "two sizes, gemini, vit-tiny-patch16-224"
     assert titles == {
-        f"{name}.png": f"{title}\nimage size 224, recipe none",
-        f"{name}-2.png": f"{title}\nimage size 384, recipe --mixup 0.2",
+        "heatmap.png": f"{title}\nimage size 224, recipe none",
+        "heatmap-2.png": f"{title}\nimage size 384, recipe --mixup 0.2",
     }
     assert {path.name for path in tmp_path.glob("heatmap*")} == titles.keys()
 
@@ -344,12 +315,12 @@ def test_runs_evaluated_on_other_images_have_no_common_mean(tmp_path):
     store(tmp_path, [0.9], [0.3], ended=False, seed=44)
     sweep_report(tmp_path)
     header, rows = table(tmp_path)
-    column = header.index("evaluated on")
+    column = header.index("images")
     assert [(row[column], row[header.index("seed")]) for row in rows] == [
-        ("60 images", "42"),
-        ("100 images", "43"),
-        ("2 folds", "42"),
-        ("3 folds", "42"),
+        ("60", "42"),
+        ("100", "43"),
+        ("101", "42"),  # two folds of two
+        ("67", "42"),  # two folds of three
         ("", "44"),
     ]
     assert "60 validation images" in (tmp_path / "table.md").read_text()
@@ -357,16 +328,8 @@ def test_runs_evaluated_on_other_images_have_no_common_mean(tmp_path):
 
 def test_runs_from_before_a_flag_are_of_its_default(tmp_path):
     store(tmp_path, [0.9], [0.3], seed=1)
-    store(
-        tmp_path,
-        [0.8],
-        [0.3],
-        seed=2,
-        keep="best",
-        validation_fraction=0.1,
-        skip_bad_images=False,
-        max_eval_samples=None,
-    )
+    later = {"keep": "best", "validation_fraction": 0.1, "skip_bad_images": False, "max_eval_samples": None}
+    store(tmp_path, [0.8], [0.3], seed=2, **later)
     sweep_report(tmp_path)
     header, rows = table(tmp_path)
     assert [row[header.index("seed")] for row in rows] == ["1 2"]
@@ -387,7 +350,7 @@ def test_without_a_folder_the_usual_one_is_reported(tmp_path, monkeypatch, capsy
     assert (tmp_path / "finetuning_results" / "table.md").exists()
 
 
-def test_cores_of_a_part_of_the_machine_are_told_as_such(monkeypatch):
+def test_cores_of_a_part_of_the_machine_are_recorded_as_such(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     assert environment()["hardware"] == "CPU, 2 cores"
@@ -398,26 +361,18 @@ def test_cores_of_a_part_of_the_machine_are_told_as_such(monkeypatch):
 def test_several_seeds_are_one_row_with_mean_and_spread_in_the_published_order(tmp_path):
     for plugin, precision in (("gemini", "fp16"), ("torch_ddp", "fp32")):
         for seed, accuracy in ((1, 0.96), (2, 0.98), (3, 1.0)):
-            store(
-                tmp_path,
-                [0.5, accuracy],
-                [0.5, 1 - accuracy],
-                plugin=plugin,
-                precision=precision,
-                seed=seed,
-                zero_stage=seed % 1,
-                image_size=384,
-            )
+            same = {"plugin": plugin, "precision": precision, "seed": seed, "image_size": 384}
+            store(tmp_path, [0.5, accuracy], [0.5, 1 - accuracy], **same)
     sweep_report(tmp_path)
     header, rows = table(tmp_path)
     assert [row[0] for row in rows] == ["torch_ddp", "gemini"] and header[4] == "precision"
-    found = dict(zip(header, rows[1]))
+    found = dict(zip(header, rows[1], strict=True))
     assert (
         found["seed"] == "1 2 3"
         and found["average_loss"] == "**0.0200 ± 0.0200**"
         and rows[1][7] == "**0.9800 ± 0.0200**"
     )
-    assert [row[header.index("to the best")] for row in rows] == ["best", "within noise"]  # equal
+    assert [row[header.index("vs. best")] for row in rows] == ["best", "within noise"]  # equal
     assert table(tmp_path, 2)[1][0][-1] == "0.9800 ± 0.0200"
     with open(tmp_path / "table.csv") as file:
         row = next(csv.DictReader(file))
@@ -429,27 +384,15 @@ def test_folds_are_one_row_over_all_their_images(tmp_path):
     for fold, right in (("1/2", 90), ("2/2", 100)):
         for seed in (1, 2):
             store(tmp_path, [right / 100], [0.1], images=100, fold=fold, seed=seed, mixup=0.2)
-            store(
-                tmp_path,
-                [(right - 5) / 100],
-                [0.2],
-                images=100,
-                fold=fold,
-                seed=seed,
-                batch_size=16,
-                mixup=0.0,
-            )
+            other = {"batch_size": 16, "mixup": 0.0, "fold": fold, "seed": seed}
+            store(tmp_path, [(right - 5) / 100], [0.2], images=100, **other)
     sweep_report(tmp_path)
     header, rows = table(tmp_path)
-    found = [dict(zip(header, row)) for row in rows]
-    assert (
-        len(found) == 2
-        and "fold" not in header
-        and [row["recipe"] for row in found] == ["--mixup 0.2", "none"]
-    )
+    found = [dict(zip(header, row, strict=True)) for row in rows]
+    assert [row["recipe"] for row in found] == ["--mixup 0.2", "none"] and "fold" not in header
     assert found[0]["seed"] == "1 2" and found[0]["accuracy"].startswith("**0.9500 ± ")
     # 5 points of 200 images are just within two standard errors, of 100 they would be well within
-    assert found[1]["to the best"] == "within noise" and noise_margin(0.95, 0.9, 200) == pytest.approx(
+    assert found[1]["vs. best"] == "within noise" and noise_margin(0.95, 0.9, 200) == pytest.approx(
         0.0524, abs=1e-3
     )
     text = (tmp_path / "table.md").read_text()
@@ -458,25 +401,30 @@ def test_folds_are_one_row_over_all_their_images(tmp_path):
         assert {row["fold"] for row in csv.DictReader(file)} == {"1/2", "2/2"}
 
 
-def test_the_test_split_is_told_where_there_is_nothing_to_choose(tmp_path):
+def test_the_test_split_is_shown_if_there_is_one_configuration(tmp_path):
+    # the first epoch is the selected one; 0 of 67 test images are right
     for seed, (first, last) in ((1, (1.0, 0.9)), (2, (0.98, 0.96))):
-        store(
-            tmp_path, [first, last], [0.1, 0.1], seed=seed
-        )  # the first epoch was kept; 0 of 67 test images are right
+        store(tmp_path, [first, last], [0.1, 0.1], seed=seed)
     sweep_report(tmp_path)
     header, rows = table(tmp_path, 3)
-    assert header[:2] == ["seed", "epoch kept"] and [row[:2] for row in rows] == [
-        ["1", "1"],
-        ["2", "1"],
-        ["mean", ""],
-    ]
-    assert rows[0][2:] == ["0.9000", "1.0000", "0.0000", f"{0.9 * 133 / 200:.4f}", "0.6650"]
-    assert rows[2][5] == f"**{(0.9 + 0.96) / 2 * 133 / 200:.4f} ± 0.0282**"
-    text = (tmp_path / "table.md").read_text()
-    assert "one set of 200" in text and "± 6.7 points" in text
+    assert header[:2] == ["seed", "selected epoch"]
+    assert header[2:] == ["validation (last epoch)", "validation (selected epoch)", "test (selected epoch)"]
+    assert rows[0] == ["1", "1", "0.9000", "1.0000", "0.0000"]
+    assert rows[2] == ["mean", "", "**0.9300 ± 0.0424**", "**0.9900 ± 0.0141**", "**0.0000 ± 0.0000**"]
     store(tmp_path, [0.9], [0.1], batch_size=16)  # something to choose from
     sweep_report(tmp_path)
     assert "Test split" not in (tmp_path / "table.md").read_text()
+
+
+def test_the_interval_of_the_test_accuracy_is_of_the_test_images(tmp_path):
+    metrics = store(tmp_path, [0.9], [0.1]) / "metrics.jsonl"
+    rows = read_jsonl(metrics)
+    write_jsonl(
+        metrics, [row | {"accuracy": 0.5, "images": 100} if row["kind"] == "test" else row for row in rows]
+    )
+    sweep_report(tmp_path)
+    text = (tmp_path / "table.md").read_text()  # 1.96 sqrt(0.5 x 0.5 / 100)
+    assert "95 % interval of a mean on the 100 test images is about ± 9.8 points" in text
 
 
 def test_damaged_rows_are_named_and_left_out(tmp_path, capsys):
