@@ -2,7 +2,8 @@
 
 To add a source:
 
-1. Write a function that returns {"train": Split, ...} and the class names. A `Split` (vit/data/dataset.py) holds
+1. Write a function that returns {"train": Split, ...} and the class names. A `Split` (vit/data/dataset.py)
+holds
    paths, bytes, PIL images or uint8 arrays, and int64 labels.
 2. Call it in `read_splits` for a name of your choice.
 3. Raise `DataError(problem, name)` for what a user has to fix.
@@ -10,8 +11,8 @@ To add a source:
 5. Add a test beside tests/unit/data/test_sources.py.
 6. Describe it in docs/data.md.
 
-Every image becomes RGB uint8. It is resized, and for training cropped and flipped, on the CPU; conversion to floats
-happens on the device (vit/step.py, Normalize).
+Every image becomes RGB uint8. It is resized, and for training cropped and flipped, on the CPU; conversion
+to floats happens on the device (vit/step.py, Normalize).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def load_dataset(settings) -> ImageDataset:
     """The images that a run trains on and evaluates. Nothing is decoded yet.
 
     Raises:
-        DataError: the name stands for nothing, or a user has to fix the data.
+        DataError: there is no data set of that name, or a user has to fix the data.
     """
     splits, labels = read_splits(settings.dataset, settings.image_column, settings.label_column)
     select = finetune_splits if settings.config is None else scratch_splits
@@ -55,7 +56,7 @@ def read_splits(
     """All splits of the data set ``name``, and its class names. A new source is one more `if` here.
 
     Raises:
-        DataError: the name stands for nothing, or a user has to fix the data.
+        DataError: there is no data set of that name, or a user has to fix the data.
     """
     source = find_source(name)
     if source == "drawn":
@@ -155,23 +156,17 @@ def build_scratch_loaders(settings, device) -> Loaders:
     config, (resize, crop) = settings.config, build_transforms(settings, None)
     mean_std = (config["MEAN"], config["STD"]) if config["MEAN"] else None
     half = ((0.5,) * 3, (0.5,) * 3)
+    augment = build_batch_augment(
+        settings, flips=config["RANDOM_FLIP"] and not crop
+    )  # or it flips on the CPU
     if find_source(settings.dataset) == "synthetic":
-        return build_synthetic_loaders(settings, resize.processor(*(mean_std or half)), device)
+        return build_synthetic_loaders(settings, resize.processor(*(mean_std or half)), augment, device)
 
     processes = local_world_size()
     dataset, _ = decode_dataset(load_dataset(settings), resize, crop, settings, processes)
     workers = settings.num_workers
     if workers is None:
         workers = default_num_workers(dataset.train, crop, processes)
-    flip = config["RANDOM_FLIP"] and not crop  # which flips on the CPU
-    augment = BatchAugment(
-        settings.seed,
-        config["IMG_SIZE"],
-        config["RANDOM_CROP_PADDING"],
-        flip,
-        config["AUTO_AUGMENT"],
-        config["RAND_AUGMENT"],
-    )
 
     def loader(split: Split | None, crop=None, augment=None) -> Loader | None:
         if split is None:
@@ -202,13 +197,20 @@ def build_scratch_loaders(settings, device) -> Loaders:
     )
 
 
-def build_synthetic_loaders(settings, processor, device) -> Loaders:
+def build_batch_augment(settings, flips: bool) -> BatchAugment:
+    """What happens to a batch on the device, in training from scratch."""
+    config = settings.config
+    size, padding = config["IMG_SIZE"], config["RANDOM_CROP_PADDING"]
+    return BatchAugment(settings.seed, size, padding, flips, config["AUTO_AUGMENT"], config["RAND_AUGMENT"])
+
+
+def build_synthetic_loaders(settings, processor, augment, device) -> Loaders:
     """Noise made on the device, for `DATA=synthetic` or `DATA=synthetic:N`."""
     size, classes = settings.config["IMG_SIZE"], settings.config["NUM_CLASSES"]
     step = settings.config["TOTAL_BATCH_SIZE"]
     images = int(settings.dataset.partition(":")[2] or 100 * step)
     return Loaders(
-        SyntheticLoader("train", images, size, classes, device),
+        SyntheticLoader("train", images, size, classes, device, augment),
         SyntheticLoader("synthetic", step, size, classes, device),
         [f"class {i}" for i in range(classes)],
         processor,

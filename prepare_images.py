@@ -2,9 +2,9 @@
 
     python prepare_images.py DATA OUT --size 256
 
-DATA is an image folder, such as ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or parquet or arrow files, or a
-hub name; OUT is then given to train.py or vit_train_demo.py in its place. The same command continues where an
-interrupted one stopped.
+DATA is an image folder, such as ImageNet's train/<wnid>/*.JPEG and val/<wnid>/*.JPEG, or parquet or arrow
+files, or a hub name; OUT is then given to train.py or vit_train_demo.py in its place. The same command
+continues where an interrupted one stopped.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from vit.console import silence_libraries
 
 silence_libraries()
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from data import read_splits  # noqa: E402
-from vit.console import exit_with_errors, print_rank0, progress_bar  # noqa: E402
-from vit.data.dataset import DataError, Split, check_all_classes, shorten_list  # noqa: E402
-from vit.data.decode import open_image  # noqa: E402
-from vit.data.prepared import (  # noqa: E402
+from data import read_splits
+from vit.console import exit_with_errors, print_rank0, progress_bar
+from vit.data.dataset import DataError, Split, check_all_classes, shorten_list
+from vit.data.decode import open_image
+from vit.data.prepared import (
     PREPARED_INDEX,
     is_shard_written,
     merge_shard_indices,
@@ -39,8 +39,8 @@ from vit.data.prepared import (  # noqa: E402
     write_index,
     write_shard,
 )
-from vit.data.splits import check_training_classes, labelled_splits  # noqa: E402
-from vit.data.transforms import resize_shorter_side  # noqa: E402
+from vit.data.splits import check_training_classes, labelled_splits
+from vit.data.transforms import resize_shorter_side
 
 SHARD_SIZE = 1024  # images of one file: an interruption loses one file of each process
 ASSUMED_ASPECT_RATIO = 4 / 3  # of a photograph, to estimate the disk space only
@@ -155,7 +155,9 @@ def check_disk(args, shards: int) -> None:
 
 
 def write_all(args, shards: list[tuple[str, int]], done: int, total: int) -> None:
-    """Write ``shards`` in several processes; ends the program if an image cannot be read, or a process is stopped."""
+    """Write ``shards`` in several processes; ends the program if an image cannot be read, or a process is
+    stopped.
+    """
     unreadable: list[str] = []
     pool = ProcessPoolExecutor(args.processes, multiprocessing.get_context("fork"))
     with progress_bar(total, "images") as bar, pool:

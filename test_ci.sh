@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# The whole test, on the CPU of any machine: the tests, then a short run of each plugin as a user starts it.
+# All tests, on the CPU of any machine, then a short run of each plugin as a user starts it.
 #
-#   bash test_ci.sh            arguments go to pytest: bash test_ci.sh -k launch
+#   bash test_ci.sh            arguments are passed to pytest: bash test_ci.sh -k launch
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
 
-export CUDA_VISIBLE_DEVICES='' # two processes, whatever GPUs there are
-NEEDED=pytest install_environment
+export CUDA_VISIBLE_DEVICES='' # no GPU, also on a machine that has some
+NEEDED="pytest ruff mypy" install_environment
 
 status=0
-PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m pytest -q --rootdir "$HERE" "$HERE/tests" "$@" || status=$?
+(cd "$HERE" && "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && "$PYTHON" -m mypy) ||
+  status=$?
+PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} \
+  "$PYTHON" -m pytest -q --rootdir "$HERE" "$HERE/tests" "$@" || status=$?
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -17,12 +20,13 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 passed=0 failed=0
-for plugin in torch_ddp torch_ddp_fp16 low_level_zero gemini hybrid_parallel; do
+for plugin in torch_ddp torch_ddp_fp16 low_level_zero gemini torch_fsdp hybrid_parallel; do
   echo "--- $plugin"
   tensor_parallel=1
   [ "$plugin" != hybrid_parallel ] || tensor_parallel=2
-  if env INSTALL=0 PYTHON="$PYTHON" MODEL=vit-demo DATASET=drawn OUTPUT_PATH="$work/$plugin" PLUGIN="$plugin" GPUNUM=2 \
-    TP_SIZE="$tensor_parallel" BS=4 EPOCH=1 bash "$HERE/run_demo.sh" --max_train_samples 32 --max_eval_samples 16; then
+  if env INSTALL=0 PYTHON="$PYTHON" MODEL=vit-demo DATASET=drawn OUTPUT_PATH="$work/$plugin" \
+    PLUGIN="$plugin" GPUNUM=2 TP_SIZE="$tensor_parallel" BS=4 EPOCH=1 \
+    bash "$HERE/run_demo.sh" --max_train_samples 32 --max_eval_samples 16; then
     passed=$((passed + 1))
   else
     failed=$((failed + 1))

@@ -1,14 +1,14 @@
-"""Train a Vision Transformer from scratch by a config file, data parallel or 1d, 2d, 2.5d or 3d tensor parallel.
+"""Train a Vision Transformer from scratch by a config file, with data or tensor parallelism (1d to 3d).
 
-    DATA=/path/to/cifar-10-batches-py torchrun --nproc_per_node=4 train.py --config=configs/cifar10/vit_lite_7_4_2d.py
-    DATA=... CONFIG=... bash run_accuracy.sh
+    DATA=/path/to/cifar-10-batches-py CONFIG=configs/cifar10/vit_lite_7_4_2d.py bash run_accuracy.sh
+    DATA=... torchrun --nproc_per_node=4 train.py --config=configs/cifar10/vit_lite_7_4_2d.py
 
 Each process by itself, without a launcher:
 
     DATA=... python train.py --world_size=W --rank=R --local_rank=L --host=HOST --port=PORT --config=...
 
-In order: check config and settings, join the processes, read the images, build and boost the model, then epoch by
-epoch train, evaluate and save; at the end the last epoch is exported.
+In order: check config and settings, join the processes, read the images, build and boost the model, then
+epoch by epoch train, evaluate and save; at the end the last epoch is exported.
 """
 
 import time
@@ -17,7 +17,7 @@ from vit.console import silence_libraries
 
 silence_libraries()  # before anything imports colossalai or transformers
 
-from args import parse_scratch  # noqa: E402
+from args import parse_scratch
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -59,9 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         warmup = warmup_steps(config, plan.steps_per_epoch)
         if warmup >= total_steps:
             fifth = f"it has a fifth of them, {total_steps // 5}"
-            loaders.notes.append(
-                f"a warm-up of {warmup} steps does not fit a training of {total_steps}: {fifth}"
-            )
+            note = f"a warm-up of {warmup} steps does not fit a training of {total_steps}: {fifth}"
+            loaders.notes.append(note)
             warmup = total_steps // 5
         learning_rate = CosineWithWarmup(settings.peak_learning_rate, total_steps, warmup)
 
@@ -82,9 +81,8 @@ def main(argv: list[str] | None = None) -> None:
             if checkpoint := run.find_checkpoint(checkpoints):
                 trainer.resume(checkpoint)
             run.open()
-            print_rank0(
-                f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n"
-            )
+            ready = time.perf_counter() - started
+            print_rank0(f"  ready     {ready:.1f} s from the imports to the first step\n")
             trainer.fit()
         run.export(boosted, model.config)
         destroy_distributed()

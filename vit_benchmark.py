@@ -1,7 +1,8 @@
 """Measure training speed and memory of a plugin on synthetic images. `bash run_benchmark.sh` launches it.
 
-One JSON row per case (one batch size) is appended to --results as soon as the case ends; report.py makes tables and
-charts of them. A case that runs out of memory ends this program; benchmark.py starts another one for the rest.
+One JSON row per case (one batch size) is appended to --results as soon as the case ends; report.py makes
+tables and charts of them. A case that runs out of memory ends this program; benchmark.py starts another one
+for the rest.
 """
 
 import os
@@ -13,8 +14,8 @@ from vit.console import silence_libraries
 
 silence_libraries()  # before anything imports colossalai or transformers
 
-from args import Case, parse_benchmark  # noqa: E402
-from vit.console import print_rank0, rank  # noqa: E402
+from args import Case, parse_benchmark
+from vit.console import print_rank0, rank
 
 
 def measure_case(case: Case) -> dict:
@@ -22,7 +23,7 @@ def measure_case(case: Case) -> dict:
     import torch
 
     from vit.distributed import all_reduce_max, all_reduce_sum, device, peak_memory_gib, reset_peak_memory
-    from vit.flops import device_peak_tflops, time_on_device, training_flops
+    from vit.flops import time_on_device
     from vit.model import load_model
     from vit.parallel.boost import boost
     from vit.presets import preset_name
@@ -31,17 +32,15 @@ def measure_case(case: Case) -> dict:
     from vit.step_graph import StepGraph
 
     settings, layout = case.settings, case.settings.layout
-    on_gpu = torch.cuda.is_available()
     reset_peak_memory()
-    before = (
-        torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0
-    )  # by earlier cases, if they left something
+    on_gpu = torch.cuda.is_available()
+    before = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0  # by earlier cases, if anything
     torch.manual_seed(settings.seed)
     labels = [str(i) for i in range(case.num_labels)]
-    model = load_model(preset_name(settings.model_name_or_path), labels, settings.image_size).model
-    config = model.config
-    step = TrainStep(boost(model, settings), case.num_labels, Normalize((0.5,) * 3, (0.5,) * 3))
-    del model
+    loaded = load_model(preset_name(settings.model_name_or_path), labels, settings.image_size)
+    config = loaded.model.config
+    step = TrainStep(boost(loaded.model, settings), case.num_labels, Normalize((0.5,) * 3, (0.5,) * 3))
+    del loaded
 
     # the images are on the device before the clock starts
     plan = BatchPlan(0, settings.batch_size, settings.gradient_accumulation_steps, layout, settings.seed)
@@ -56,9 +55,8 @@ def measure_case(case: Case) -> dict:
 
     step.model.train()
     losses = [train()]
-    warmup = max(
-        case.warmup_steps, StepGraph.WARM_UP + 1 if step.graph else 0
-    )  # a step is recorded before the clock
+    # a step is recorded before the clock starts
+    warmup = max(case.warmup_steps, StepGraph.WARM_UP + 1 if step.graph else 0)
     for _ in range(warmup - 1):
         train()
 
@@ -75,24 +73,33 @@ def measure_case(case: Case) -> dict:
     if on_gpu:
         reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
         memory["peak_reserved_gib"] = all_reduce_max(reserved).item()
+    return (
+        memory
+        | speed_figures(case, plan.images_per_step, windows, config)
+        | {"first_loss": first, "last_loss": last}
+    )
+
+
+def speed_figures(case: Case, images: int, windows: list[float], config) -> dict:
+    """The row's figures of speed, from the images of a step and the seconds per step of each window."""
+    from vit.flops import device_peak_tflops, training_flops
+
+    settings, world_size = case.settings, case.settings.layout.world_size
     seconds = statistics.median(windows)
-    speed = plan.images_per_step / seconds
+    speed = images / seconds
     peak, source = device_peak_tflops(settings.precision)
-    flops = training_flops(config, case.num_labels)
-    tflops = flops * speed / layout.world_size / 1e12
-    return memory | {
+    tflops = training_flops(config, case.num_labels) * speed / world_size / 1e12
+    return {
         "step_ms": 1e3 * seconds,
         "step_ms_min": 1e3 * min(windows),
         "step_ms_max": 1e3 * max(windows),
         "steps_per_second": 1 / seconds,
         "images_per_second": speed,
-        "images_per_second_per_device": speed / layout.world_size,
+        "images_per_second_per_device": speed / world_size,
         "model_tflops_per_device": tflops,
         "mfu": tflops / peak,
         "peak_tflops": peak,
         "peak_source": source,
-        "first_loss": first,
-        "last_loss": last,
     }
 
 
@@ -146,9 +153,8 @@ def run_case(case: Case, rows, number: str) -> bool:
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"[:500]
         if case.settings.layout.world_size > 1:
-            time.sleep(
-                1 + rank()
-            )  # the rank that ran out of memory, which made the others fail, writes first
+            # the rank that ran out of memory, which made the others fail, writes first
+            time.sleep(1 + rank())
             if not rows.has(case):
                 rows.add(case, every_rank=True, status="failed", reason=reason)
             raise

@@ -13,7 +13,7 @@ from vit.console import exit_with_errors, silence_libraries
 
 silence_libraries()
 
-from vit.hub import is_cached, is_hub_name, reachable  # noqa: E402
+from vit.hub import is_cached, is_hub_name, reachable
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def parse(argv=None) -> argparse.Namespace:
         default="./output_model",
         help="folder written by vit_train_demo.py or train.py, or a hub name",
     )
-    parser.add_argument("--topk", type=int, default=1, help="classes listed per image")
+    parser.add_argument("--topk", type=int, default=1, help="number of classes per image")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table")
     parser.add_argument("--batch_size", type=int, default=32)
     args = parser.parse_args(argv)
@@ -37,7 +37,7 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def find_images(paths: list[str]) -> list[Path]:
-    """Files as they are, folders searched in depth by image suffix."""
+    """The given files, and all files with an image suffix below the given folders."""
     from vit.data.dataset import IMAGE_SUFFIXES
 
     found = []
@@ -50,7 +50,11 @@ def find_images(paths: list[str]) -> list[Path]:
 
 
 def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
-    """Yield (path, [(label, probability), ...] best first) or (path, error message), in order."""
+    """Classify images.
+
+    Yields:
+        (path, [(label, probability), ...] most probable first), or (path, error message), in the given order.
+    """
     import torch
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
@@ -61,7 +65,7 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
     try:
         model = AutoModelForImageClassification.from_pretrained(model_path).eval().to(device)
         processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
-    except (OSError, ValueError, SafetensorError) as error:  # no weights, no classifier, a damaged file
+    except (OSError, ValueError, SafetensorError) as error:  # no weights, no classifier, or a damaged file
         exit_with_errors(f"--model {model_path}: {str(error).strip().splitlines()[0]}")
     topk = min(topk, model.config.num_labels)
     for start in range(0, len(images), batch_size):
@@ -69,7 +73,7 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
         for path in images[start : start + batch_size]:
             try:
                 opened.append((path, open_image(path)))
-            except Exception as error:  # PIL raises many kinds on a damaged file
+            except Exception as error:  # PIL raises many types for a damaged file
                 results[path] = f"cannot be read: {error}"
         if opened:
             inputs = processor([image for _, image in opened], return_tensors="pt").to(device)
@@ -86,13 +90,13 @@ def main(argv=None) -> int:
     if not (Path(args.model) / "config.json").is_file():
         if not is_hub_name(args.model):
             exit_with_errors(
-                f"--model {args.model}: no such model folder (one with a config.json; bash "
-                "run_demo.sh writes ./output_model), and no hub name"
+                f"--model {args.model}: no such model folder (with a config.json; bash run_demo.sh writes "
+                "./output_model), and no hub name"
             )
         if not is_cached(args.model, "models") and not reachable():
             exit_with_errors(
-                f"--model {args.model}: no such folder, and the HuggingFace hub does not answer; name "
-                "a folder that a run wrote"
+                f"--model {args.model}: no such folder, and the HuggingFace hub does not answer; "
+                "name a folder that a run wrote"
             )
     images = find_images(args.images)
     if not images:

@@ -1,7 +1,7 @@
 """Fine-tune a Vision Transformer with a Colossal-AI plugin chosen by name. `bash run_demo.sh` launches it.
 
-In order: check the settings, join the processes, read the images, build and boost the model, then epoch by epoch
-train, evaluate and save; at the end the best (or the last) epoch is tested and exported.
+In order: check the settings, join the processes, read the images, build and boost the model, then epoch by
+epoch train, evaluate and save; at the end the best (or the last) epoch is tested and exported.
 """
 
 import time
@@ -10,7 +10,7 @@ from vit.console import silence_libraries
 
 silence_libraries()  # before anything imports colossalai or transformers
 
-from args import parse_finetune  # noqa: E402
+from args import parse_finetune
 
 
 def main() -> None:
@@ -62,10 +62,8 @@ def main() -> None:
             print_rank0("dry run: nothing was trained or written")
             return destroy_distributed()
         if settings.eval_only and loaded.new_classifier:
-            exit_with_errors(
-                f"--eval_only: {settings.model_name_or_path} was not trained on these labels: "
-                f"{loaders.labels_text}"
-            )
+            name = settings.model_name_or_path
+            exit_with_errors(f"--eval_only: {name} was not trained on these labels: {loaders.labels_text}")
 
         # --- optimizer, plugin, Booster.boost: vit/parallel/boost.py
         boosted = boost(model, settings)
@@ -85,9 +83,8 @@ def main() -> None:
             if checkpoint := run.find_checkpoint(checkpoints):
                 trainer.resume(checkpoint)
             run.open()
-            print_rank0(
-                f"  ready     {time.perf_counter() - started:.1f} s from the imports to the first step\n"
-            )
+            ready = time.perf_counter() - started
+            print_rank0(f"  ready     {ready:.1f} s from the imports to the first step\n")
             trainer.fit()
 
             # --- test and export the selected epoch

@@ -1,4 +1,4 @@
-"""`colossalai run`, with what it does to arguments, environment, signals and exit status corrected."""
+"""Runs `colossalai run`, with its handling of arguments, environment, signals and exit status corrected."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 
-# What describes one machine or one login, and so must not be copied to another machine.
+# Variables that describe one machine or one login, and so must not be copied to another machine.
 NOT_COPIED = re.compile(
     r"(PATH|LD_LIBRARY_PATH|HOME|HOST|HOSTNAME|PWD|OLDPWD|SHLVL|SHELL|USER|LOGNAME|MAIL|TERM|TMPDIR|TMP|TEMP|"
     r"LANG|DISPLAY|XAUTHORITY|_|(LC|SSH|XDG|DBUS|SLURM|BASH_FUNC)_.*)"
@@ -19,13 +19,19 @@ NOT_COPIED = re.compile(
 
 
 def import_cli():
-    """Takes seconds, in which a signal still ends the process. Its warnings are about packages not used here."""
+    """Import the command line of Colossal-AI (seconds), without its warnings on packages not used here."""
     with contextlib.redirect_stderr(io.StringIO()):
         return importlib.import_module("colossalai.cli").cli
 
 
 def run(options, script, args, stdin, stdin_writer, agent):
-    """Start ``script`` on every machine, each through ``agent`` (a program that runs torchrun). -> exit status"""
+    """Start ``script`` on every machine through ``agent``, which runs torchrun there. -> exit status
+
+    Args:
+        options: of `colossalai run`.
+        stdin, stdin_writer: the read end (file) and write end (descriptor) of the pipe that keeps the agents
+            alive.
+    """
     environment = dict(os.environ)
     failed = multiprocessing.Value("i", 0)
     several = any(option.startswith("--hostfile") for option in options)
@@ -36,7 +42,7 @@ def run(options, script, args, stdin, stdin_writer, agent):
     try:
         import_cli()(["run", *options, "--", script, *args])
     except SystemExit as end:
-        if end.code is None:  # how it leaves at its own errors; after a run the status is a number
+        if end.code is None:  # an error of its own; after a run the status is a number
             print("launch: `colossalai run` started nothing", file=sys.stderr)
             raise SystemExit(2) from None
         return failed.value or end.code
@@ -46,10 +52,10 @@ def run(options, script, args, stdin, stdin_writer, agent):
 
 
 def quote_command(script, args, agent, environment):
-    """It joins the command with blanks for a shell to read: quote every word.
+    """Quote every word of the command, because `colossalai run` joins them with blanks for a shell.
 
-    Programs and the folder are named in full, since the PATH of another machine may differ. Another machine also gets
-    this one's environment, quoted in the same way.
+    Programs and the folder get absolute paths, since the PATH of another machine may differ. ``environment``
+    is copied to the other machines, quoted in the same way.
     """
     launcher = importlib.import_module("colossalai.cli.launcher.run")
     copied = [f"{name}={value}" for name, value in environment.items() if not NOT_COPIED.fullmatch(name)]
@@ -64,9 +70,9 @@ def quote_command(script, args, agent, environment):
 
 
 def hide_environment(environment, stdin_writer):
-    """It writes `export NAME="VALUE"` for all of os.environ, so a value with $() would run.
+    """Show `colossalai run` one harmless variable; its child processes inherit the true environment.
 
-    It sees one harmless variable; its child processes get the true environment by inheritance.
+    It writes `export NAME="VALUE"` for all of os.environ to a shell, which would execute a value with $().
     """
 
     def in_child():
@@ -80,7 +86,7 @@ def hide_environment(environment, stdin_writer):
 
 
 def pass_stdin(stdin):
-    """The agent lives as long as its standard input is open."""
+    """Give ``stdin`` to the agents, which run as long as it is open."""
     import fabric
 
     for method in ("local", "run"):
@@ -89,9 +95,9 @@ def pass_stdin(stdin):
 
 
 def shorten_messages(failed, pid):
-    """It prints tables, and on a failure the whole command. Keep the exit status, and what is news.
+    """Store the exit status in ``failed``, and print errors without the tables of `colossalai run`.
 
-    When one machine fails, stop the others, which would wait for it.
+    If one machine fails, stop the others, which would wait for it, by SIGUSR1 to ``pid``.
     """
     import click
 

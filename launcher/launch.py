@@ -1,22 +1,22 @@
 """Start a Python script on several processes, with `colossalai run` or torchrun.
 
-launch.sh calls this file; nobody else needs to.
+Only launch.sh calls this file.
 
-    launch.py gpus                                      how many GPUs this process may use
+    launch.py gpus                                      number of GPUs that this process may use
     launch.py port [PORT]                               a free port, or PORT if it is free
-    launch.py hosts FILE                                how many machines a hostfile names
-    launch.py missing FILE [NEEDED...]                  what a requirements file names and is not installed
-    launch.py installed                                 everything installed, as pip constraints
-    launch.py needs PACKAGE                             what an installed package wants and is not installed
+    launch.py hosts FILE                                number of machines in a hostfile
+    launch.py missing FILE [NEEDED...]                  packages of a requirements file that are not installed
+    launch.py installed                                 all installed packages, as pip constraints
+    launch.py needs PACKAGE                             missing requirements of an installed package
     launch.py colossalai|torchrun OPTIONS -- SCRIPT ARGS...
 
-The last form starts this tree; what stops it travels down it, what is printed travels up:
+The last form starts this tree. Signals travel down, output travels up:
 
-    launch.py -> `colossalai run`: one child a machine -> shell, or ssh -> agent -> processes
-    launch.py ->                                                           agent -> processes
+    launch.py -> `colossalai run`: one child per machine -> shell, or ssh -> agent -> processes
+    launch.py ->                                                             agent -> processes
 
-The agent is torchrun, called by `launch.py agent`. Everything above the agent stops it by
-closing its standard input: that works through ssh, and also when something above it is killed.
+The agent is torchrun, called by `launch.py agent`. It is stopped by closing its standard input: that works
+through ssh, and also if a process above it is killed.
 """
 
 import contextlib
@@ -36,14 +36,14 @@ import threading
 import time
 from pathlib import Path
 
-# python -I and PYTHONSAFEPATH leave out this folder, too
+# this folder, which python -I and PYTHONSAFEPATH leave out, and the project
 sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
-import colossalai_run  # noqa: E402
+import colossalai_run
 
-from vit.system import count_gpus, host_exists  # noqa: E402
+from vit.system import count_gpus, host_exists
 
-OPTIONAL = {"pytest", "tensorboard"}  # a run goes without them
+OPTIONAL = {"pytest", "ruff", "mypy", "tensorboard"}  # not needed for a run
 SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
 
 
@@ -53,27 +53,28 @@ def fail(message):
 
 
 def free_port(wanted=0):
+    """``wanted`` if it is free, or any free port if it is 0; otherwise ends the program with a message."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", int(wanted)))
         except (ValueError, OverflowError, OSError) as error:
             fail(
-                f"MASTER_PORT={wanted} cannot be used ({error}): choose another, or leave it out to "
-                "get a free one"
+                f"MASTER_PORT={wanted} cannot be used ({error}): "
+                "choose another, or leave it out to get a free one"
             )
         return probe.getsockname()[1]
 
 
 def count_hosts(path):
-    """`colossalai run` leaves with status 0 at a bad hostfile, so it is read here first."""
+    """Number of machines in a hostfile. Checked here, because `colossalai run` exits with 0 for a bad one."""
     try:
         with open(path) as file:
             hosts = [line.strip() for line in file if line.strip()]
     except OSError as error:
         fail(f"HOSTFILE={path} cannot be read: {error.strerror}")
     if not hosts:
-        fail(f"HOSTFILE={path} names no machine: write one host name a line")
+        fail(f"HOSTFILE={path} names no machine: write one host name per line")
     for host in hosts:
         if hosts.count(host) > 1:
             fail(f"HOSTFILE={path} names {host} twice")
@@ -91,7 +92,7 @@ def version_of(requirement):
 
 
 def missing(path, *needed):
-    """Print what is missing; or, when a run can do without that, the versions, and leave with status 0."""
+    """Print the missing packages and exit with 1; if a run needs none of them, return the versions."""
     with open(path) as file:
         lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
     absent = [line for line in lines if not version_of(line)]
@@ -103,6 +104,7 @@ def missing(path, *needed):
 
 
 def installed():
+    """All installed packages as lines `name==version`."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
     return "\n".join(
         f"{name}=={v}" for name, v in found.items() if name and v and re.fullmatch(r"\d[\w.!+-]*", v)
@@ -110,22 +112,24 @@ def installed():
 
 
 def needs(package):
+    """Requirements of ``package`` that are not installed, one per line."""
     wanted = importlib.metadata.requires(package) or []
     return "\n".join(line for line in wanted if "extra ==" not in line and not version_of(line))
 
 
 def die_with_parent():
-    """Have the kernel send SIGTERM when the shell script is killed outright."""
+    """Have the kernel send SIGTERM if the shell script is killed by SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
 
 
 def run_torchrun(command, stdin):
+    """Run an agent on this machine. -> exit status"""
     return subprocess.run([sys.executable, __file__, "agent", *command], stdin=stdin).returncode
 
 
 def head(launcher, argv):
-    """Start everything, pass a signal on, and return the exit status."""
+    """Start the processes, pass a signal on to them, and return the exit status."""
     split = argv.index("--")
     options, (script, *args) = argv[:split], argv[split + 1 :]
     received = []
@@ -133,25 +137,23 @@ def head(launcher, argv):
     pid = os.getpid()
 
     def stop(signum, _frame):
-        if os.getpid() != pid or received:  # a child, or the second signal
+        if os.getpid() != pid or received:  # in a child, or a second signal
             return
         received.append(signum)
         os.close(writer)
         if signum != signal.SIGUSR1:
             print(
-                "\nlaunch: stopping; each process may finish its step and save, for 30 s at most",
-                file=sys.stderr,
+                "\nlaunch: stopping; each process may finish its step and save, within 30 s", file=sys.stderr
             )
 
     if os.getpgrp() != pid:
-        os.setsid()  # Ctrl-C at the terminal then reaches the script alone, and comes once, from there
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a background job of a script starts with it ignored
+        os.setsid()  # Ctrl-C then reaches only the script, which sends SIGINT once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a background job of a script
     die_with_parent()
     if launcher == "colossalai":
-        with contextlib.redirect_stderr(io.StringIO()):  # about packages that are not used here
-            importlib.import_module(
-                "colossalai.cli"
-            )  # takes seconds, in which a signal still ends us at once
+        with contextlib.redirect_stderr(io.StringIO()):  # warnings on packages that are not used here
+            # takes seconds, in which a signal ends this process immediately
+            importlib.import_module("colossalai.cli")
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(signum, stop)
     with os.fdopen(reader) as stdin:
@@ -168,17 +170,17 @@ def head(launcher, argv):
 
 
 def agent(argv):
-    """torchrun on one machine, told to stop by the end of its standard input, and without its tables."""
+    """Run torchrun on one machine, without its tables, until its standard input is closed. -> exit status"""
     lifeline = os.dup(0)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # what the processes inherit
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # standard input of the processes
 
     def watch():
         while os.read(lifeline, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
-        # torchrun passes that on, and waits 30 s. But it hears nothing while it waits in C++ for another
-        # machine,
-        # before its processes start and after they ended: then there is nothing left to save.
+        # torchrun passes the signal on and waits 30 s. It cannot while it waits in C++ for another machine,
+        # before its processes start and after they ended; then nothing has to be saved, and the agent ends
+        # itself.
         while True:
             time.sleep(1)
             try:
@@ -187,12 +189,12 @@ def agent(argv):
                 os._exit(128 + signal.SIGTERM)
 
     threading.Thread(target=watch, daemon=True).start()
-    # A kernel's first use calls ninja, which is beside Python, and on the PATH only of an activated
-    # environment.
+    # Compiling a kernel calls ninja, which is in Python's folder: on the PATH only if the environment is
+    # active.
     os.environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", os.defpath)
     processes = int(next(a.partition("=")[2] for a in argv if a.startswith("--nproc_per_node=")))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
-    logging.disable(logging.ERROR)  # the failure is told below, in one line
+    logging.disable(logging.ERROR)  # failures are reported below, in one line
 
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError

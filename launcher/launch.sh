@@ -1,21 +1,22 @@
 # shellcheck shell=bash
-# Sourced by the run scripts. In this order they call
+# Sourced by the run scripts. They call, in this order,
 #
-#   install_environment       find or make a Python environment; sets PYTHON
+#   install_environment       find or create a Python environment; sets PYTHON
 #   launch SCRIPT ARGS...     check the settings, then start SCRIPT on GPUNUM processes
 #
-# and may call count_gpus. Nothing here changes directory: paths the user gives stay relative to where they called.
-# Settings, all from the environment:
+# and may call count_gpus, count_processes and count_nodes. The current folder is not changed, so relative
+# paths stay relative to the folder of the user. Variables, all from the environment:
 #
 #   INSTALL=0        install nothing, check nothing
 #   PYTHON           the interpreter to use, instead of the active environment's
-#   GPUNUM           auto: one GPU, or 2 processes on a machine without; all: every GPU; or a number
-#   LAUNCHER         colossalai (run), or torchrun
+#   GPUNUM           auto: one GPU, or 2 processes without a GPU; all: every GPU; or a number
+#   LAUNCHER         colossalai (colossalai run) or torchrun
 #   MASTER_PORT      default: a free port
-#   LAUNCH_ARGS      further options of the launcher, such as --ssh-port=2222
+#   LAUNCH_ARGS      more options of the launcher, such as --ssh-port=2222
 #
-# Several machines need this folder and the Python environment at the same paths, and one MASTER_PORT; GPUNUM counts
-# on each. HOSTFILE holds one host a line, reached by ssh without a password; torchrun is started on each machine:
+# Several machines need this folder and the Python environment at the same paths, and one MASTER_PORT; GPUNUM
+# is the number per machine. HOSTFILE has one host per line, which ssh reaches without a password. With
+# torchrun, start it on each machine:
 #
 #   HOSTFILE=hosts MASTER_PORT=29500 bash run_demo.sh
 #   LAUNCHER=torchrun NNODES=2 LAUNCH_ARGS='--nnodes=2 --node_rank=0' \
@@ -30,18 +31,19 @@ die() {
   return 2
 }
 helper() { "$PYTHON" "$HERE/launcher/launch.py" "$@"; }
-missing_packages() { helper missing "$HERE/requirements.txt" ${NEEDED:+"$NEEDED"}; }
+missing_packages() { helper missing "$HERE/requirements.txt" ${NEEDED:-}; }
 
-# --- environment -----------------------------------------------------------------------------------------------------
+# --- environment ---
 
-# Sets PYTHON: the active environment, else .venv beside this file (made if need be), else a complete system Python.
+# Sets PYTHON: the active environment, otherwise .venv in the project, otherwise a system Python that has all
+# packages, otherwise a new .venv.
 choose_python() {
   local prefix=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
   if [ -n "${PYTHON:-}" ]; then
     command -v -- "$PYTHON" >/dev/null || die "PYTHON=$PYTHON is not a program"
   elif [ -n "$prefix" ]; then
     PYTHON=$prefix/bin/python
-    [ -x "$PYTHON" ] || die "the active environment has no $PYTHON: make it anew, or deactivate it"
+    [ -x "$PYTHON" ] || die "the active environment has no $PYTHON: create it again, or deactivate it"
   elif [ -x "$HERE/.venv/bin/python" ]; then
     PYTHON=$HERE/.venv/bin/python
   else
@@ -59,35 +61,36 @@ make_venv() {
       PYTHON=$HERE/.venv/bin/python
       return
     fi
-    rm -rf "$HERE/.venv" # half made, it would be taken for a good one next time
-    die "$candidate cannot make a virtual environment: install its venv module (Debian, Ubuntu: apt install" \
-      "python3-venv), or activate an environment of your own"
+    rm -rf "$HERE/.venv" # incomplete, it would be used by the next call
+    die "$candidate cannot create a virtual environment: install its venv module" \
+      "(Debian, Ubuntu: apt install python3-venv), or activate an environment of your own"
     return
   done
   die "no Python 3.10, 3.11 or 3.12 on the PATH: install one, or activate an environment that has it"
 }
 
-# An environment that has everything needed is taken as it is, whatever the versions: a GPU machine may have newer
-# builds of torch, and no package registry. NEEDED: an optional package that this script does need.
+# An environment that has all packages is used as it is, in any versions: a GPU machine may have newer builds
+# of torch and no package registry. NEEDED: an optional package that the calling script needs.
 install_environment() {
   local report missing keep status=0
   choose_python || return
   [ "${INSTALL:-1}" != 0 ] || return 0
-  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || die "$PYTHON is not Python 3.10 or later" || return
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+    die "$PYTHON is not Python 3.10 or later" || return
   if report=$(missing_packages); then
     say "$report"
     return
   fi
   mapfile -t missing <<<"$report"
-  say "installing ${#missing[@]} packages and what they need with pip (some minutes, some GB): ${missing[*]%%[<=]*}"
+  say "installing ${#missing[@]} packages and their requirements with pip (minutes, GB): ${missing[*]%%[<=]*}"
   keep=$(mktemp)
   install_missing || status=$?
   rm -f "$keep"
   return "$status"
 }
 
-# What is installed stays: $keep pins it. colossalai asks for torch<=2.5.1, so where a torch is present already,
-# colossalai comes alone and the rest of what it needs after it.
+# Installed packages keep their versions, by the constraints in $keep. colossalai requires torch<=2.5.1; if a
+# torch is installed, colossalai is installed without its requirements, and the missing ones after it.
 install_missing() {
   local others
   helper installed >"$keep" || return
@@ -105,14 +108,15 @@ pip_install() {
   "$PYTHON" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1 || status=$?
   if [ "$status" != 0 ]; then
     tail -n 12 "$log" >&2
-    die "pip could not install into $PYTHON; its last lines are above. Mend that and call again; or use a fresh" \
-      "environment (python3 -m venv NEW; . NEW/bin/activate); or set INSTALL=0 if the packages are there" || true
+    die "pip could not install into $PYTHON; its last lines are above. Fix that and run the command again;" \
+      "or use a new environment (python3 -m venv NEW; . NEW/bin/activate);" \
+      "or set INSTALL=0 if the packages are installed" || true
   fi
   rm -f "$log"
   return "$status"
 }
 
-# --- processes -------------------------------------------------------------------------------------------------------
+# --- processes ---
 
 count_gpus() { helper gpus; }
 
@@ -123,7 +127,9 @@ count_processes() {
   case $wanted in
     auto) wanted=$((gpus ? 1 : 2)) ;;
     all) wanted=$((gpus ? gpus : 2)) ;;
-    0* | *[!0-9]* | ?????*) die "GPUNUM=$wanted is neither auto nor all nor a number from 1 to 9999" || return ;;
+    0* | *[!0-9]* | ?????*)
+      die "GPUNUM=$wanted is neither auto nor all nor a number from 1 to 9999" || return
+      ;;
   esac
   if [ -z "${HOSTFILE:-}" ] && ((gpus && wanted > gpus)); then
     die "GPUNUM=$wanted is more than the GPUs this process may use: $gpus" \
@@ -133,7 +139,7 @@ count_processes() {
   fi
 }
 
-# Machines of the launch.
+# Number of machines.
 count_nodes() {
   if [ -n "${NNODES:-}" ]; then
     echo "$NNODES"
@@ -144,15 +150,18 @@ count_nodes() {
   fi
 }
 
-# Returns the script's status; 130 or 143 after Ctrl-C or SIGTERM, once every process has saved and ended.
+# Returns the status of the script; 130 or 143 after Ctrl-C or SIGTERM, when all processes have saved and
+# ended.
 launch() {
   local script=$1 launcher=${LAUNCHER:-colossalai} address=${MASTER_ADDR:-} port=${MASTER_PORT:-} nodes=1
   local processes options extra pid status=0
   shift
-  [[ $launcher =~ ^(colossalai|torchrun)$ ]] || die "LAUNCHER=$launcher is neither colossalai nor torchrun" || return
-  # The next two reach a shell, by way of `colossalai run`.
+  [[ $launcher =~ ^(colossalai|torchrun)$ ]] ||
+    die "LAUNCHER=$launcher is neither colossalai nor torchrun" || return
+  # `colossalai run` passes the next two to a shell.
   [[ $address =~ ^[[:alnum:].:_-]*$ ]] || die "MASTER_ADDR=$address is not a host name or address" || return
-  [[ ${LAUNCH_ARGS:-} =~ ^[[:alnum:]\ .,:=_/-]*$ ]] || die "LAUNCH_ARGS=$LAUNCH_ARGS is not a list of options" || return
+  [[ ${LAUNCH_ARGS:-} =~ ^[[:alnum:]\ .,:=_/-]*$ ]] ||
+    die "LAUNCH_ARGS=$LAUNCH_ARGS is not a list of options" || return
   [[ ${NNODES:-1} =~ ^[1-9][0-9]{0,4}$ ]] || die "NNODES=$NNODES is not a number of machines" || return
   read -ra extra <<<"${LAUNCH_ARGS:-}"
   processes=$(count_processes) || return
@@ -165,24 +174,25 @@ launch() {
   nodes=${NNODES:-$nodes}
   if ((nodes == 1)); then
     port=$(helper port "${port:-0}") || return
-  elif [ -z "$port" ]; then # what is free here may not be free there
+  elif [ -z "$port" ]; then # a port that is free on this machine may be in use on another
     die "several machines need MASTER_PORT: a port that is free on the first, the same for all" || return
   fi
   options+=("--master_port=$port" ${extra[@]+"${extra[@]}"})
 
-  # All settings are checked together, before anything is started. CHECKED: the caller has done it.
+  # All settings are checked together before anything is started. CHECKED: the caller has done that.
   [ -n "${CHECKED:-}" ] || "$PYTHON" "$script" "$@" --check --world_size "$((processes * nodes))" || return
 
-  # The processes print through pipes: tell them whether a terminal is at the end, and how wide it is.
-  [ -n "${PROGRESS:-}" ] || { [ -t 2 ] && PROGRESS=1 COLUMNS=$(tput cols 2>/dev/null || echo 100); } || PROGRESS=0
+  # The processes print through pipes, so they cannot see whether stderr is a terminal, and how wide it is.
+  [ -n "${PROGRESS:-}" ] ||
+    { [ -t 2 ] && PROGRESS=1 COLUMNS=$(tput cols 2>/dev/null || echo 100); } || PROGRESS=0
   export PROGRESS COLUMNS
 
-  # In the background, for bash runs a trap only after a foreground command.
+  # In the background, because bash runs a trap only after a foreground command has ended.
   "$PYTHON" "$HERE/launcher/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM
   trap 'kill -INT "$pid" 2>/dev/null || true' INT
-  while true; do # a trap ends `wait` early
+  while true; do # a signal ends `wait` early
     status=0
     wait "$pid" || status=$?
     kill -0 "$pid" 2>/dev/null || break

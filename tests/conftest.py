@@ -32,14 +32,14 @@ os.environ.setdefault("TORCH_WARM_POOL", "0")
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 
-from vit.console import silence_libraries  # noqa: E402
+from vit.console import silence_libraries
 
 silence_libraries()
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from golden import checkpoints  # noqa: E402
-from helpers import COUNTS, save_tiny_vit, write_folder  # noqa: E402
+import pytest
+import torch
+from golden import checkpoints
+from helpers import COUNTS, save_tiny_vit, write_folder
 
 torch.set_num_threads(1)
 

@@ -1,15 +1,16 @@
-"""Save and resume a run, for every plugin and layout; a kill at any instant leaves the previous checkpoint complete.
+"""Save and resume a run, for every plugin and layout; a kill at any instant leaves the previous checkpoint
+complete.
 
-A checkpoint is a folder ``<number>_epoch_<epochs done>_image_<images of the next>``, written under another name and
-renamed when complete. Numbers only rise and nothing is replaced, so the highest is the newest.
+A checkpoint is a folder ``<number>_epoch_<epochs done>_image_<images of the next>``, written under another
+name and renamed when complete. Numbers only rise and nothing is replaced, so the highest is the newest.
 
     meta.json             position, settings and the metrics so far
     state_<shard>.pt      weights, fp32 master weights, optimizer and loss scaler of one shard
     random_<rank>.pt      random states of one rank
 
-Each rank saves what it holds, bit for bit; equal copies are saved once. (Booster's own save functions gather 16-bit
-weights and would round the master weights.) All ranks must see one folder: with several machines, put it on a shared
-file system.
+Each rank saves what it holds, bit for bit; equal copies are saved once. (Booster's own save functions
+gather 16-bit weights and would round the master weights.) All ranks must see one folder: with several
+machines, put it on a shared file system.
 """
 
 from __future__ import annotations
@@ -142,12 +143,12 @@ def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
     reshards = boosted.is_sharded and saved_dp != layout.data_parallel_size
     random_path, damaged = path / f"random_{rank()}.pt", []
 
-    def read(file: Path) -> dict | None:
+    def read(file: Path) -> dict:
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception:  # torch raises many kinds
             damaged.append(file.name)
-            return None
+            return {}
 
     dp_ranks = range(saved_dp) if reshards else [layout.data_parallel_rank]
     shards = [read(path / f"state_{shard_name(boosted, dp_rank)}.pt") for dp_rank in dp_ranks]
@@ -155,7 +156,7 @@ def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
     random = read(random_path) if random_path.exists() and same_ranks else None
     if found := sorted(set().union(*all_gather_objects(damaged))):
         raise CheckpointError(f"--resume {path}: {', '.join(found)} missing or damaged: {DAMAGED_HINT}")
-    boosted.restore_state(boosted.reshard(shards) if reshards else shards[0])
+    boosted.restore_state(boosted.merge_shards(shards) if reshards else shards[0])
     if random:
         torch.set_rng_state(random["cpu"])
         for rng, state in zip(boosted.dropout_rngs(), random["layers"], strict=True):
@@ -166,7 +167,8 @@ def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
 
 
 def find_checkpoint(checkpoints: CheckpointFolder, settings, data: list) -> Path | None:
-    """The checkpoint that ``settings.resume`` names, compared with this run; None to start from the beginning.
+    """The checkpoint that ``settings.resume`` names, compared with this run; None to start from the
+    beginning.
 
     Args:
         data: number of training images and label names, which the checkpoint's must equal.

@@ -2,7 +2,8 @@
 
     config, problems = load_config("configs/cifar10/vit_lite_7_4_2d.py", ["NUM_EPOCHS=10"])
 
-Upper-case names are this program's, lower-case ones Colossal-AI's, as in its published configs. `FIELDS` lists them.
+Upper-case names are this program's, lower-case ones Colossal-AI's, as in its published configs. `FIELDS`
+lists them.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import builtins
 import difflib
 import enum
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vit.validate import Number, fraction, positive
@@ -71,7 +72,8 @@ def _rand_augment(value) -> str | None:
 _count = positive(optional=True).problem
 _alpha = Number(float, low=0).problem
 
-# name -> (default, check). The model's defaults are ViT-S/16, which the published ImageNet configs leave unsaid.
+# name -> (default, check). The model's defaults are ViT-S/16, which the published ImageNet configs leave
+# unsaid.
 FIELDS: dict[str, tuple] = {
     # optimisation
     "TOTAL_BATCH_SIZE": (None, _count),  # images of a step, over all processes
@@ -175,7 +177,7 @@ def execute_config(path: Path, overrides: dict) -> dict:
         return builtins.__import__(name, globals, locals, fromlist, level)
 
     tree = _with_overrides(_parse(path), overrides)
-    names = {"__builtins__": vars(builtins) | {"__import__": import_base}}
+    names: dict = {"__builtins__": vars(builtins) | {"__import__": import_base}}
     names |= {"__overrides__": overrides, "__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(tree, str(path), "exec"), names)
@@ -224,8 +226,11 @@ def _line_in(path: Path, error: BaseException) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
-    """``NAME=VALUE`` words to values: Python expressions as in a config, bare words as texts. -> (values, problems)"""
+def parse_overrides(words: Sequence[str]) -> tuple[dict, list[str]]:
+    """``NAME=VALUE`` words to values: Python expressions as in a config, bare words as texts.
+
+    -> (values, problems)
+    """
     values, problems = {}, []
     for word in words:
         name, equals, text = word.partition("=")
@@ -241,7 +246,7 @@ def parse_overrides(words: list[str]) -> tuple[dict, list[str]]:
     return values, problems
 
 
-def load_config(path: str, overrides: list[str] = ()) -> tuple[dict, list[str]]:
+def load_config(path: str, overrides: Sequence[str] = ()) -> tuple[dict, list[str]]:
     """-> (the value of every name in `FIELDS`, problems of names and kinds)
 
     Raises:

@@ -20,7 +20,10 @@ RESOLVED = (
 
 
 def resolve(config: dict) -> list[str]:
-    """Fill in what follows from other values, in place: batch sizes, mode, tp, pp, depth, precision. -> problems"""
+    """Fill in what follows from other values, in place: batch sizes, mode, tp, pp, depth, precision.
+
+    -> problems
+    """
     problems = _resolve_batch_size(config) + _resolve_parallelism(config)
     fp16 = config["fp16"]
     if fp16 is not None:
@@ -100,7 +103,10 @@ def _resolve_parallelism(config: dict) -> list[str]:
 
 
 def config_problems(config: dict, world_size: int, machine: Machine) -> list[str]:
-    """Everything in a loaded config that does not fit together or with ``world_size`` ranks. Calls `resolve`."""
+    """Everything in a loaded config that does not fit together or with ``world_size`` ranks.
+
+    Calls `resolve`.
+    """
     problems = resolve(config) + _value_problems(config, machine)
     mode, tp, pp = config["mode"], config["tp"], config["pp"]
     if tp * pp > 1:
@@ -203,7 +209,9 @@ def _parallelism_problems(config: dict, local_batch_size: int) -> list[str]:
 
 
 def vit_config(config: dict, labels: list[str] | None = None):
-    """The HuggingFace config of the model: a ViT, or I-JEPA's form of it, which classifies the mean of the patches."""
+    """The HuggingFace config of the model: a ViT, or I-JEPA's form of it, which classifies the mean of the
+    patches.
+    """
     hidden = config["HIDDEN_SIZE"]
     sizes = VitPreset(
         config["IMG_SIZE"],

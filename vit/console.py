@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import warnings
+from typing import NoReturn
 
 
 def rank() -> int:
@@ -22,9 +23,9 @@ def print_rank0(text: str = "") -> None:
 
 
 def progress_bar(steps: int, label: str):
-    """tqdm on rank 0, if someone watches: a terminal, or PROGRESS=1 (launch.sh sets it.
+    """A tqdm bar on rank 0 if the output is a terminal, or if PROGRESS=1.
 
-    The launchers are in between).
+    launch.sh sets PROGRESS, because processes of a launcher print through pipes.
     """
     from tqdm import tqdm
 
@@ -39,14 +40,13 @@ def progress_bar(steps: int, label: str):
     )
 
 
-def exit_with_errors(*problems: str, code: int = 2) -> None:
-    """End the program with every problem named, once a machine, for it may be this one's alone, and no
-    traceback.
+def exit_with_errors(*problems: str, code: int = 2) -> NoReturn:
+    """Print each problem on stderr, once per machine, and end the program without a traceback.
 
     Raises:
-        SystemExit: always, with ``code`` (2: the user's input, as argparse does).
+        SystemExit: always, with ``code`` (2: wrong input, as in argparse).
     """
-    alone = "TORCHELASTIC_RUN_ID" not in os.environ  # started by hand, each in its own window
+    alone = "TORCHELASTIC_RUN_ID" not in os.environ  # started without torchrun, in a terminal of its own
     if alone or os.environ["LOCAL_RANK"] == "0":
         where = f" on {socket.gethostname()}" if rank() else ""
         for problem in problems:
@@ -56,17 +56,17 @@ def exit_with_errors(*problems: str, code: int = 2) -> None:
 
 
 def silence_libraries() -> None:
-    """Call before colossalai or transformers is imported.
+    """Silence warnings of libraries. Call before colossalai or transformers is imported.
 
-    They advise installing apex, tensornvme, bitsandbytes and flash-attention, log every plugin choice, and
-    print torch's deprecations of calls we do not make. None of it is about the user's run.
+    They recommend apex, tensornvme, bitsandbytes and flash-attention, log every choice of a plugin, and pass
+    on deprecation warnings for calls that this program does not make.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # a library's warning tells its developer something; ours are printed with say()
+    # Python warnings address the libraries' developers; messages for users are printed with print_rank0
     warnings.filterwarnings("ignore")
     os.environ.setdefault("PYTHONWARNINGS", "ignore")  # data workers and compile workers
     for name in (

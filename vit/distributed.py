@@ -1,4 +1,4 @@
-"""The process group: joining and leaving it, its device, collectives and peak memory."""
+"""The process group: joining and leaving it, the device of a process, collectives and peak memory."""
 
 import os
 import re
@@ -16,19 +16,19 @@ from vit.system import free_port
 
 
 def import_libraries() -> None:
-    """The slow imports (4 to 10 s), in one place, so that what comes after them can be timed by itself."""
-    # torch's compiler would start a process for each core now, which take the cores from the first
-    # seconds of training
-    # (a step of batch 8 on two cores: 128 ms instead of 16); so it does when there is something to compile
+    """Do the slow imports (4 to 10 s) at one point, so that the time after them is measured separately."""
+    # By default torch's compiler starts a process per core at import. These take the cores from the first
+    # seconds of training (a step of batch 8 on two cores: 128 ms instead of 16). 0: start them when something
+    # is compiled.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
     import colossalai.booster.plugin  # noqa: F401
     import transformers.models.vit.modeling_vit  # noqa: F401
 
 
 def init_distributed(seed: int) -> None:
-    """Join the process group of this launch (torchrun's environment variables) and pick the device.
+    """Join the process group of this launch (torchrun's environment variables) and choose the device.
 
-    Without a GPU, mends Colossal-AI for the CPU first.
+    Without a GPU, the patches of vit/patches/colossalai_cpu.py are applied first.
     """
     import colossalai
 
@@ -37,7 +37,7 @@ def init_distributed(seed: int) -> None:
         from vit.patches.colossalai_cpu import run_on_cpu
 
         run_on_cpu()
-    # started without a launcher: a group of one
+    # started without a launcher: one process
     for name, value in {
         "RANK": "0",
         "LOCAL_RANK": "0",
@@ -48,14 +48,17 @@ def init_distributed(seed: int) -> None:
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     with _default_signals():
         colossalai.launch_from_torch(seed=seed, verbose=False)
-    if "LOCAL_WORLD_SIZE" not in os.environ:  # one process at a time
+    if "LOCAL_WORLD_SIZE" not in os.environ:  # processes were started without torchrun
         host = socket.gethostname()
         os.environ["LOCAL_WORLD_SIZE"] = str(all_gather_objects(host).count(host))
 
 
 @contextmanager
 def _default_signals():
-    """While processes wait for each other no Python runs, and a handler in Python would never be called."""
+    """Context with the default handlers of SIGINT and SIGTERM.
+
+    While processes wait for each other no Python code runs, so a handler in Python would not be called.
+    """
     previous = {s: signal.signal(s, signal.SIG_DFL) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -65,7 +68,7 @@ def _default_signals():
 
 
 def destroy_distributed() -> None:
-    """Leave the process group; a process that just exits makes the others' libraries complain."""
+    """Leave the process group. Collective: if a process exits without it, the others may log errors."""
     dist.barrier()
     dist.destroy_process_group()
 
@@ -80,20 +83,20 @@ def device() -> torch.device:
 
 
 def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
-    """Sum over all processes, in place."""
+    """Sum over all processes, in place. Collective. -> ``values``"""
     dist.all_reduce(values)
     return values
 
 
 def all_gather_objects(value) -> list:
-    """What every process has, by rank; anything that can be pickled. Collective."""
+    """The values of all processes, ordered by rank. ``value`` must be picklable. Collective."""
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:
-    """Maximum over all processes, in place."""
+    """Maximum over all processes, in place. Collective. -> ``values``"""
     dist.all_reduce(values, op=dist.ReduceOp.MAX)
     return values
 
@@ -102,7 +105,7 @@ PROC_SELF = Path("/proc/self")  # Linux
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` count from here, where the system can."""
+    """Restart the measurement of `peak_memory_gib`, if the system supports it."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     elif PROC_SELF.exists():
@@ -111,9 +114,9 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """GiB: the most that any process has had allocated on its GPU so far; without a GPU, its resident set.
+    """Peak memory in GiB: allocated on the GPU; without a GPU, resident set size. Collective.
 
-    Collective.
+    The maximum over processes.
     """
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()

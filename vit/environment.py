@@ -17,13 +17,16 @@ PACKAGES = ("torch", "colossalai", "transformers", "torchvision", "datasets")
 
 
 def environment(processes: int | None = None) -> dict:
-    """Date, hardware, Python and package versions. ``processes``: of the launch, one a GPU; default: this launch's."""
+    """Date, hardware, Python and package versions.
+
+    ``processes``: of the launch, one a GPU; default: this launch's.
+    """
     packages = {name: _version(name) for name in PACKAGES}
     packages["torch"] = torch.__version__  # with its CUDA build
     if torch.cuda.is_available():
         hardware = f"{processes or os.environ.get('WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
     else:
-        own, cores = len(os.sched_getaffinity(0)), os.cpu_count()  # runs side by side share the cores
+        own, cores = len(os.sched_getaffinity(0)), os.cpu_count() or 1  # runs side by side share the cores
         hardware = (
             f"CPU, {own} of {plural(cores, 'core')}" if own < cores else f"CPU, {plural(cores, 'core')}"
         )

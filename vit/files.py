@@ -1,4 +1,4 @@
-"""Files: written so that a reader, or a kill, never sees half of one; rows as JSON lines."""
+"""Files: atomic writes, JSON lines, CSV. A reader, or a killed program, never sees half a file."""
 
 import csv
 import io
@@ -7,9 +7,15 @@ import os
 import shutil
 from pathlib import Path
 
+# What a run writes into its output folder, and --overwrite_output removes.
+RUN_FILES = (
+    "checkpoints tensorboard model.safetensors config.json preprocessor_config.json "
+    "metrics.jsonl metrics.png README.md"
+).split()
+
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a kill halfway leaves nothing that looks complete."""
+    """Rename a folder and remove it, so that no incomplete folder has its name if the program is killed."""
     doomed = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -17,30 +23,29 @@ def remove_folder(folder: Path) -> None:
 
 
 def cache_home() -> Path:
-    """The user's folder of caches (XDG Base Directory Specification)."""
-    return Path(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    )  # Path.home() fails for a user without one
+    """The user's cache folder (XDG Base Directory Specification)."""
+    # not Path.home(), which fails for a user without a home folder
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename: a reader, or a kill, never sees half a file."""
+    """Write a temporary file in the same folder and rename it."""
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     os.replace(partial, path)
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line, atomically."""
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class DamagedRows(ValueError):
-    """A file of rows that is none; the message says where."""
+    """A line of a JSON-lines file is no JSON object; the message names file and line."""
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """Inverse of `write_rows`.
+    """Inverse of `write_jsonl`; empty lines are ignored.
 
     Raises:
         DamagedRows: a line is no JSON object.
@@ -58,7 +63,7 @@ def read_jsonl(path: Path) -> list[dict]:
 
 
 def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:
-    """A column for each name that any row has, in the order in which they come."""
+    """Write a column for each key of any row, in order of first appearance, except those in ``without``."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in without))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")

@@ -1,10 +1,9 @@
-"""Floating-point operations of a training step, the peak of a device, and timing on it."""
+"""Floating-point operations per image, peak performance of a device, and timing on it."""
 
 import re
 import time
 
-# Dense (not sparse) peak of the matrix units, TFLOP/s, from the vendor's data sheets: (16-bit, fp32
-# without TF32).
+# Dense (not sparse) peak in TFLOP/s from the vendor's data sheets: (16 bit, fp32 without TF32).
 PEAK_TFLOPS = {
     "H200": (989, 67),
     "H100 PCIe": (756, 51),
@@ -26,12 +25,14 @@ PEAK_TFLOPS = {
 def training_flops(config, labels: int) -> float:
     """Floating-point operations to train a ViT on one image: forward, and twice that backward.
 
-    Counts the matrix products (2 per multiply-add), not recomputation: gradient checkpointing does not make a model
-    bigger, so it lowers the model FLOPs utilisation (Chowdhery et al., 2022, appendix B). By formula, not by
-    torch.utils.flop_counter: that counts 0.2 % less for ViT-B/16, since it leaves out the gradient of the pixels.
+    Counts matrix products (2 per multiply-add), not recomputation: gradient checkpointing adds no useful
+    work, so it lowers the model FLOPs utilisation (Chowdhery et al., 2022, appendix B). A formula is used
+    instead of torch.utils.flop_counter, which counts 0.2 % less for ViT-B/16: it leaves out the gradient of
+    the pixels.
 
     Args:
         config: HuggingFace config of the model.
+        labels: number of classes.
     """
     patch, hidden, mlp = config.patch_size, config.hidden_size, config.intermediate_size
     patches = (config.image_size // patch) ** 2
@@ -43,7 +44,7 @@ def training_flops(config, labels: int) -> float:
 
 
 def device_peak_tflops(precision: str) -> tuple[float, str]:
-    """(peak of one device, where the number comes from)."""
+    """Peak of one device. -> (TFLOP/s, where the number comes from)"""
     import torch
 
     if torch.cuda.is_available():
@@ -55,7 +56,7 @@ def device_peak_tflops(precision: str) -> tuple[float, str]:
 
 
 def measured_tflops(precision: str) -> float:
-    """TFLOP/s of a large matrix product on this device, on random data."""
+    """TFLOP/s of a large product of random matrices on this device: the best of five."""
     import torch
 
     from vit.distributed import device
@@ -75,13 +76,13 @@ def measured_tflops(precision: str) -> float:
 
 
 def time_on_device(work) -> float:
-    """Seconds of ``work``, by device events on a GPU, else by the clock."""
+    """Seconds that the function ``work`` takes, by CUDA events on a GPU, otherwise by the clock."""
     import torch
 
     if not torch.cuda.is_available():
-        start = time.perf_counter()
+        began = time.perf_counter()
         work()
-        return time.perf_counter() - start
+        return time.perf_counter() - began
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     work()

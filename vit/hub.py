@@ -1,4 +1,4 @@
-"""The HuggingFace hub and its local cache: what can be reached, and uploading a result."""
+"""The HuggingFace hub and its local cache: checking what is available, and uploading a result."""
 
 import functools
 import http.client
@@ -15,17 +15,18 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
 
 def endpoint() -> str:
+    """Address of the hub."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether ``name`` is one on the hub, owner/name, and not a local path."""
+    """Whether ``name`` has the form of a hub name, owner/name, and is no local path."""
     return HUB_NAME.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
-@functools.cache  # asked once, whatever the number of settings or runs that need to know
+@functools.cache  # one request per process
 def reachable(seconds: float = 6) -> bool:
-    """Whether the hub answers HTTP at all, within ``seconds`` (name resolution included)."""
+    """Whether the hub answers an HTTP request within ``seconds``, name resolution included."""
     heard = []
 
     def ask():
@@ -49,12 +50,13 @@ def is_online() -> bool:
 
 
 def go_offline_if_possible(names: list, uploads: bool) -> None:
-    """Keep the libraries from looking for updates, which takes minutes of retries where the hub does not answer.
+    """Keep transformers and datasets from contacting the hub if that is not needed or does not work.
 
-    Call before transformers or datasets is imported.
+    Otherwise they retry for minutes where the hub does not answer. Call before they are imported.
 
     Args:
-        names: what has to come from the hub. uploads: whether the result goes there.
+        names: the models and data sets that come from the hub.
+        uploads: whether the result is uploaded.
     """
     if names and not is_online():
         os.environ["HF_HUB_OFFLINE"] = "1"
@@ -63,7 +65,10 @@ def go_offline_if_possible(names: list, uploads: bool) -> None:
 
 
 def is_cached(name: str, kind: str) -> bool:
-    """Whether a hub repository has a local copy (the layout of huggingface_hub's and datasets' caches)."""
+    """Whether the caches of huggingface_hub or datasets have a copy of a repository.
+
+    ``kind``: "models" or "datasets".
+    """
     home = Path(os.environ.get("HF_HOME") or cache_home() / "huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     copies = [hub / f"{kind}--{name.replace('/', '--')}" / "snapshots"]
@@ -75,10 +80,10 @@ def is_cached(name: str, kind: str) -> bool:
 
 
 def upload(folder: Path, repository: str) -> None:
-    """Upload an output folder, without its checkpoints, to a model repository of the hub; made where it
-    does not exist.
+    """Upload an output folder, without its checkpoints, to a model repository of the hub.
 
-    The folder stays; if it cannot be uploaded, ends the program with the reason and how to do it later.
+    The repository is created if needed. The folder stays. If the upload fails, the program ends with the
+    reason and a command to upload it later.
     """
     from huggingface_hub import HfApi
 
@@ -90,11 +95,11 @@ def upload(folder: Path, repository: str) -> None:
             ignore_patterns=["checkpoints/**", "tensorboard/**"],
             commit_message="Fine-tuned with Colossal-AI",
         )
-    except Exception as error:  # the hub refuses in many ways: no right, no name, no space, no answer
+    except Exception as error:  # many types: no permission, wrong name, no space, no answer
         reason = str(error).strip().splitlines()[0]
         exit_with_errors(
-            f"--push_to_hub {repository}: {reason}. The result is whole in {folder}: "
-            f"`huggingface-cli upload {repository} {folder}` later",
+            f"--push_to_hub {repository}: {reason}. The result is complete in {folder}: "
+            f"`huggingface-cli upload {repository} {folder}` uploads it later",
             code=1,
         )
     print_rank0(f"uploaded to {url}")

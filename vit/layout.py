@@ -1,4 +1,4 @@
-"""Parallel layouts: how many processes there are and what each one does. Arithmetic only, no torch."""
+"""Parallel layouts: how ranks form data-, tensor- and pipeline-parallel groups. Arithmetic only, no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """``world_size`` processes as data-parallel groups of tensor x pipeline parallel processes.
+    """``world_size`` processes as data parallel x pipeline parallel x tensor parallel.
 
-    Ranks are laid out as Colossal-AI's hybrid_parallel does: data parallel outermost, then pipeline, then tensor, so
-    that the processes of one tensor-parallel group are neighbours.
+    Ranks are ordered as in Colossal-AI's hybrid_parallel: data parallel outermost, then pipeline, then
+    tensor, so that the ranks of a tensor-parallel group are neighbours.
     """
 
     world_size: int
@@ -24,7 +24,7 @@ class ParallelLayout:
 
     @property
     def data_parallel_size(self) -> int:
-        """Number of data-parallel groups; each sees other images."""
+        """Number of data-parallel ranks; each trains on other images."""
         return self.world_size // (self.tensor_size * self.pipeline_size)
 
     @property
@@ -41,11 +41,11 @@ class ParallelLayout:
 
     @property
     def reports_loss(self) -> bool:
-        """Whether this rank adds its group's loss to global sums: tensor rank 0 of the last stage has the logits."""
+        """Whether this rank adds to global sums of losses: tensor rank 0 of the last stage has the logits."""
         return self.tensor_rank == 0 and self.pipeline_rank == self.pipeline_size - 1
 
     def problems(self) -> list[str]:
-        """What makes this layout impossible, and how to fix it; empty when it is possible."""
+        """Why this layout is impossible, and how to fix it; empty if it is possible."""
         group = self.tensor_size * self.pipeline_size
         if self.world_size % group == 0:
             return []
@@ -61,21 +61,21 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class MeshSharding:
-    """How the library cuts parameters in one mode. A letter is a side of the mesh; "cr" cuts by c, then by r.
+    """How colossalai.legacy shards parameters in one mode.
 
-    ``up`` and ``down`` are the two linear layers of a pair (qkv and projection, fc1 and fc2), (in, out) as
-    the
-    library keeps them: in 3D two sides of the mesh change roles from one to the other.
+    A letter is a dimension of the mesh; "cr" shards a tensor dimension over c, then over r. ``up`` and
+    ``down`` are the two linear layers of a pair (qkv and projection, fc1 and fc2), stored as (in, out). In 3D
+    two dimensions of the mesh change roles between them.
     """
 
-    mesh: str  # sides, outermost first
+    mesh: str  # dimensions of the mesh, outermost first
     up: tuple[str, str]
     up_bias: str
     down: tuple[str, str]
     down_bias: str
     norm: str  # LayerNorm weight and bias
     hidden: str  # hidden dimension of the embeddings and the classifier
-    batch: tuple[str, ...]  # process groups that cut the batch, innermost first
+    batch: tuple[str, ...]  # process groups over which the batch is sharded, innermost first
 
 
 MESH_SHARDINGS = {
@@ -91,9 +91,7 @@ MESH_SHARDINGS = {
 
 @dataclass(frozen=True)
 class MeshLayout:
-    """``size`` processes as a ``mode`` mesh with ``side`` (q) processes on a side and ``depth`` (2.5D)
-    layers.
-    """
+    """``size`` processes as a mesh of ``side`` (q) processes per dimension, in 2.5D ``depth`` times."""
 
     mode: str
     size: int
@@ -101,20 +99,22 @@ class MeshLayout:
 
     @property
     def side(self) -> int:
+        """q, the number of processes per dimension."""
         return round((self.size / self.depth) ** (1 / 3 if self.mode == "3d" else 1 / 2))
 
     @property
     def batch_parts(self) -> int:
-        """Number of parts in which the images of a data-parallel group are cut."""
+        """Number of shards of the batch of a data-parallel rank."""
         return self.side * (self.side if self.mode == "3d" else self.depth)
 
     def problems(self) -> list[str]:
+        """Why this mesh is impossible, and how to fix it; empty if it is possible."""
         sizes = f"{self.mode} tensor parallelism of size {self.size}"
         if self.mode not in MESH_SHARDINGS:
             return [f"tensor parallel mode {self.mode!r} is none of {', '.join(MESH_SHARDINGS)}"]
         if self.mode != "2.5d" and self.depth != 1:
             return [f"{sizes}: depth {self.depth} is for 2.5d alone: leave it out"]
-        fits = self.size > 0 and self.depth > 0 and self.side > 1  # the library's SUMMA fails on a side of 1
+        fits = self.size > 0 and self.depth > 0 and self.side > 1  # colossalai's SUMMA fails with q = 1
         if self.mode == "2d" and not (fits and self.size == self.side**2):
             return [f"{sizes}: the size must be a square: 4, 9 or 16"]
         if self.mode == "2.5d" and not (fits and self.size == self.depth * self.side**2):
@@ -126,14 +126,18 @@ class MeshLayout:
         return []
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """Where the process of this rank within its tensor-parallel group stands, by side."""
+        """Coordinate of ``rank`` (within its tensor-parallel group) in each dimension of the mesh."""
         found = {}
         for side in reversed(MESH_SHARDINGS[self.mode].mesh):
             rank, found[side] = divmod(rank, self.depth if side == "d" else self.side)
         return found
 
     def piece(self, whole: torch.Tensor, cut: tuple[str, ...], rank: int) -> torch.Tensor:
-        """View of the part of ``whole`` that the process of this rank holds."""
+        """View of the shard of the full tensor ``whole`` that ``rank`` holds.
+
+        Args:
+            cut: for each tensor dimension, the mesh dimensions over which it is sharded; "": not sharded.
+        """
         at = self.coordinates(rank)
         for dim, sides in enumerate(cut):
             index = 0
@@ -144,13 +148,14 @@ class MeshLayout:
 
 
 def mesh_problems(mode: str, size: int, depth: int, config, batch: int | None = None) -> list[str]:
-    """What does not fit, each with its mend; empty when all fits. Needs no process group.
+    """Why a model cannot be sharded over such a mesh, with fixes; empty if it can. Needs no process group.
 
     Args:
         mode: "2d", "2.5d" or "3d".
-        size: processes of a tensor-parallel group. depth: of them, layers in 2.5D; 1 otherwise.
-        config: HuggingFace ViTConfig. The number of classes is free.
-        batch: images of a data-parallel group in a micro-step; None: not checked.
+        size: processes of a tensor-parallel group.
+        depth: layers of the mesh in 2.5D; 1 otherwise.
+        config: HuggingFace ViTConfig. Any number of classes is possible.
+        batch: images of a data-parallel rank in a micro-step; None: not checked.
     """
     mesh = MeshLayout(mode, size, depth)
     if found := mesh.problems():
@@ -160,21 +165,20 @@ def mesh_problems(mode: str, size: int, depth: int, config, batch: int | None = 
         "hidden size": (config.hidden_size, q * q),
         "MLP size": (config.intermediate_size, q if mode == "2.5d" else q * q),
         "number of heads": (config.num_attention_heads, q),
-        "batch of a data-parallel group": (batch or 0, mesh.batch_parts),
+        "batch of a data-parallel rank": (batch or 0, mesh.batch_parts),
     }
     found = [
         f"{mode} tensor parallelism of size {size}: the {what} {value} is no multiple of {multiple}: "
-        f"take {nearest_multiples(value, multiple)}"
+        f"use {nearest_multiples(value, multiple)}"
         for what, (value, multiple) in needs.items()
         if value % multiple
     ]
     if config.hidden_act != "gelu" or not config.qkv_bias:
-        found.append(
-            f"{mode} tensor parallelism: only ViTs with hidden_act='gelu' and qkv_bias=True are built"
-        )
+        found.append(f"{mode} tensor parallelism supports only ViTs with hidden_act='gelu' and qkv_bias=True")
     return found
 
 
 def nearest_multiples(value: int, multiple: int) -> str:
+    """The multiples of ``multiple`` below and above ``value``, as text for a message."""
     below = value // multiple * multiple
     return f"{below} or {below + multiple}" if below else str(multiple)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ def read_config(folder: Path) -> dict:
 
 @dataclass
 class LoadedModel:
-    """A model to train and what the rest must know of it."""
+    """A model to train, with its image processor."""
 
     model: nn.Module
     processor: object  # transformers' image processor: size, mean, std, interpolation
@@ -34,8 +35,10 @@ def load_model(name: str, labels: list[str], image_size: int | None = None) -> L
     """Build the ViT ``name`` with one logit per entry of ``labels``.
 
     Args:
-        name: hub name, local folder, or a key of `PRESETS` (random initial weights from torch's current seed).
-        image_size: pixels; position embeddings are interpolated when it differs from the model's.
+        name: hub name, local folder, or a key of `PRESETS` (random initial weights from torch's current
+            seed).
+        labels: class names. The classifier of a checkpoint with the same names is kept, in this order.
+        image_size: pixels; position embeddings are interpolated if it differs from the model's; None: that.
 
     Raises:
         DataError: the model is no ViT, is damaged, or ``image_size`` is no multiple of its patch size.
@@ -62,7 +65,7 @@ def _random_model(name: str, labels: int, label_maps: dict) -> LoadedModel:
     from transformers import ViTForImageClassification, ViTImageProcessor
 
     size = PRESETS[name].image_size
-    model = ViTForImageClassification(PRESETS[name].config(labels, **label_maps))
+    model: Any = ViTForImageClassification(PRESETS[name].config(labels, **label_maps))
     processor = ViTImageProcessor(
         size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
     )
@@ -94,7 +97,7 @@ def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedM
     if new:
         notes.append(f"new classifier with {len(labels)} outputs (checkpoint has {len(trained)})")
     elif sorted(trained) == sorted(labels):
-        order = [trained.index(label) for label in labels]  # the data set may have them in another order
+        order = [trained.index(label) for label in labels]  # the data set may order its classes differently
         with torch.no_grad():
             model.classifier.weight.copy_(model.classifier.weight[order].clone())
             model.classifier.bias.copy_(model.classifier.bias[order].clone())
@@ -109,7 +112,10 @@ def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedM
 def resize_position_embeddings(model: nn.Module, image_size: int) -> None:
     """Make the model take ``image_size`` pixels: bicubic interpolation of its position embeddings, in place.
 
-    As in fine-tuning at higher resolution (Dosovitskiy et al., 2021, section 3.2).
+    As for fine-tuning at higher resolution in Dosovitskiy et al., 2021, section 3.2.
+
+    Raises:
+        DataError: ``image_size`` is no multiple of the patch size.
     """
     embeddings, patch = model.base_model.embeddings, model.config.patch_size
     if image_size % patch:
@@ -129,9 +135,9 @@ def resize_position_embeddings(model: nn.Module, image_size: int) -> None:
 
 @torch.no_grad()
 def pad_classifier(model: nn.Module, multiple: int) -> None:
-    """Grow the classifier to a multiple of ``multiple`` rows, in place.
+    """Pad the classifier with zero rows to a multiple of ``multiple``, in place.
 
-    The added logits take part in nothing.
+    `TrainStep` and `evaluate` ignore the added logits, and `export_model` removes the rows.
     """
     old = model.classifier
     padding = -old.out_features % multiple
@@ -145,9 +151,7 @@ def pad_classifier(model: nn.Module, multiple: int) -> None:
 
 
 def build_vit(config) -> nn.Module:
-    """A classifier with random initial weights from torch's current seed, of the kind that the HuggingFace
-    config names.
-    """
+    """The image classifier of a HuggingFace config, with random initial weights from torch's current seed."""
     from transformers import AutoModelForImageClassification
 
     return AutoModelForImageClassification.from_config(config)
@@ -157,9 +161,10 @@ def export_model(state: dict[str, torch.Tensor], config, processor, folder: Path
     """Write a folder that transformers opens: model.safetensors, config.json, preprocessor_config.json.
 
     Args:
-        state: full state dict; padded classifier rows are trimmed to the config's labels; saved as fp32,
-            which
-            every device can run.
+        state: full state dict, in any precision; saved in fp32, which every device supports. Padded rows of
+            the classifier are removed.
+        config: HuggingFace config of the model.
+        processor: image processor of transformers.
     """
     model = build_vit(config)
     labels = len(config.id2label)

@@ -1,4 +1,4 @@
-"""Changes to a ViT for training from scratch: drop path, mean pooling, fixed positions, initial weights."""
+"""Variants of a ViT for training from scratch: drop path, mean pooling, fixed positions, initial weights."""
 
 import re
 
@@ -7,27 +7,27 @@ from torch import nn
 
 
 def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
-    """Stochastic depth (Huang et al., 2016): in training an image skips a layer's attention, and its MLP,
-    at random.
+    """Stochastic depth (Huang et al., 2016), in place: each image skips attention or MLP branches at random.
 
     Args:
-        model: boosted already, for sharding puts other modules in the place of those changed here.
-        rate: chance in the last of ``layers``; falls linearly to 0 in the first.
+        model: after boosting, because sharding replaces the modules that are changed here.
+        rate: probability in the last of ``layers`` layers; it falls linearly to 0 in the first.
     """
     from torchvision.ops import StochasticDepth
 
     for name, module in model.named_modules():
+        name = name.replace("_fsdp_wrapped_module.", "")
         if layer := re.search(r"\.layer\.(\d+)\.(attention\.)?output$", name):
-            # the last thing that happens to a branch before it is added
+            # the last operation of a branch before it is added
             module.dropout = nn.Sequential(
                 module.dropout, StochasticDepth(rate * int(layer[1]) / max(1, layers - 1), "row")
             )
 
 
 def mean_pooled_config(config):
-    """The same sizes without a class token, the mean of the patches classified.
+    """The config of a ViT of the same sizes that has no class token and classifies the mean of its patches.
 
-    In transformers that is I-JEPA's ViT (Assran et al., 2023).
+    In transformers that is the ViT of I-JEPA (Assran et al., 2023).
     """
     from transformers import IJepaConfig
 
@@ -42,9 +42,9 @@ def mean_pooled_config(config):
 
 @torch.no_grad()
 def sincos_position_embeddings_(model: nn.Module) -> None:
-    """Sines and cosines of each patch's place as position embeddings, not trained, in place.
+    """Set fixed (not trained) position embeddings: sines and cosines of each patch's coordinates. In place.
 
-    Half of the channels tell x, half y, as in Beyer et al., 2022 (after MoCo v3); a class token has zeros.
+    Half of the channels encode x, half y, as in Beyer et al., 2022 (after MoCo v3); a class token gets zeros.
     """
     positions = model.base_model.embeddings.position_embeddings  # (1, [1 +] patches, hidden)
     side, quarter = model.config.image_size // model.config.patch_size, positions.shape[-1] // 4
@@ -58,22 +58,18 @@ def sincos_position_embeddings_(model: nn.Module) -> None:
 
 @torch.no_grad()
 def mimetic_init(model: nn.Module) -> None:
-    """Initial weights of attention as pretrained ViTs have them, from torch's current seed, in place.
+    """Initialise attention similar to that of pretrained ViTs, from torch's current seed, in place.
 
-    Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers" (arXiv:2305.09828): in each
-    head queries times
-    keys are near the identity, so that a patch looks at those like itself, and values times the output
-    projection near its
-    negative. Their numbers for ViTs. It asks for positions that tell near from far: learned ones start as
-    sines and cosines.
+    Trockman and Kolter, 2023, "Mimetic initialization of self-attention layers" (arXiv:2305.09828), with
+    their numbers for ViTs. In each head the product of query and key weights is near the identity, so that a
+    patch attends to similar ones; the product of value and output weights is near the negative identity. The
+    method needs position embeddings that show distance, so learned ones start from sines and cosines.
     """
     config = model.config
     hidden, width = config.hidden_size, config.hidden_size // config.num_attention_heads
 
     def factors(noise: float, identity: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Two (hidden, hidden) matrices, whose product is noise plus a multiple of the identity, both the
-        same in size
-        """
+        """Two (hidden, hidden) matrices of equal norm; their product is noise plus the scaled identity."""
         draws = torch.empty(hidden, hidden).uniform_(-1, 1) * (3 / hidden) ** 0.5
         left, sizes, right = torch.linalg.svd(noise * draws + identity * torch.eye(hidden))
         return left * sizes.sqrt(), sizes.sqrt()[:, None] * right
@@ -82,10 +78,8 @@ def mimetic_init(model: nn.Module) -> None:
         attention, output = layer.attention.attention, layer.attention.output.dense
         for rows in torch.arange(hidden).split(width):
             left, right = factors(0.7, 0.7)
-            attention.query.weight[rows], attention.key.weight[rows] = (
-                left[:, :width].T,
-                right[:width],
-            )  # the largest part of it
+            # the best approximation of the product by matrices of one head's width
+            attention.query.weight[rows], attention.key.weight[rows] = left[:, :width].T, right[:width]
         left, right = factors(0.4, -0.4)
         output.weight.copy_(left)
         attention.value.weight.copy_(right)
@@ -96,7 +90,7 @@ def mimetic_init(model: nn.Module) -> None:
 
 
 def initialise(model: nn.Module, positions: str = "learned", weights: str = "usual") -> None:
-    """The position embeddings and initial weights that a config file names, in place."""
+    """Apply POSITIONS (learned, sincos) and INITIAL_WEIGHTS (usual, mimetic) of a config, in place."""
     if positions == "sincos":
         sincos_position_embeddings_(model)
     if weights == "mimetic":

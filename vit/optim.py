@@ -1,4 +1,4 @@
-"""Parameter groups, the optimizer, and the moving average of the weights."""
+"""Parameter groups, the optimizer, and the exponential moving average of the weights."""
 
 import re
 from collections.abc import Callable
@@ -13,9 +13,9 @@ from vit.parallel.plugins import plugin_named
 
 
 class GeminiAdamW(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter, 2019) on fp32 master weights whose gradients are fp16 or bf16.
+    """AdamW (Loshchilov and Hutter, 2019) for fp32 master weights with fp16 or bf16 gradients.
 
-    Parameters may lie on the CPU (offloaded) and on the GPU side by side.
+    Some parameters may be on the CPU (offloaded) and others on the GPU.
     """
 
     num_fp32_shards_per_param = 4  # weight, gradient, two moments: Gemini's `auto` placement budgets with it
@@ -26,7 +26,7 @@ class GeminiAdamW(torch.optim.Optimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
 
     @torch.no_grad()
-    def step(self, closure=None, div_scale: float = -1) -> None:
+    def step(self, closure=None, div_scale: float = -1) -> None:  # type: ignore[override]
         """One update. ``div_scale`` divides the gradients (loss scale x clipping factor); -1 means 1."""
         for group in self.param_groups:
             for params in _chunks_by_size([param for param in group["params"] if param.grad is not None]):
@@ -60,7 +60,7 @@ class GeminiAdamW(torch.optim.Optimizer):
 
 
 def _chunks_by_size(params: list[torch.Tensor], elements: int = 2**23):
-    """Lists on one device of about ``elements`` each: few kernels, and few gradients in fp32 at a time."""
+    """Lists of about ``elements`` elements, each on one device: few kernels, few fp32 gradients at a time."""
     batch, size = [], 0
     for param in params:
         if batch and (size + param.numel() > elements or param.device != batch[0].device):
@@ -75,12 +75,12 @@ def _chunks_by_size(params: list[torch.Tensor], elements: int = 2**23):
 class WeightEMA:
     """Exponential moving average of this rank's part of the weights, in fp32.
 
-    The average of a slice is the slice of the average, so ranks need not communicate. (torch's AveragedModel copies
-    the whole module, which sharded plugins cannot; its averaging function is used here.)
+    The average of a slice is the slice of the average, so ranks need not communicate. (torch's AveragedModel
+    copies the module, which sharded plugins do not allow; its averaging function is used here.)
 
     Args:
-        tensors: returns (model weights, fp32 master weights) in a fixed order; the same list twice if there are no
-            separate master weights. Called on every update, because Gemini may reallocate its chunks.
+        tensors: returns (model weights, fp32 master weights) in a fixed order; the same list twice if there
+            are no separate master weights. Called on every update, because Gemini may reallocate its chunks.
         decay: the average after a step is ``decay`` of itself and ``1 - decay`` of the new weights.
     """
 
@@ -91,13 +91,13 @@ class WeightEMA:
 
     @torch.no_grad()
     def update(self) -> None:
-        """After every optimizer step."""
+        """Add the current weights to the average. Call after every optimizer step."""
         self.blend(self.averages, [original.float() for original in self.tensors()[1]], None)
 
     @contextmanager
     @torch.no_grad()
     def applied(self):
-        """The weights are their averages inside."""
+        """Context in which the model has the averaged weights."""
         kept = [[tensor.clone() for tensor in tensors] for tensors in self._held()]
         for tensors in self._held():
             torch._foreach_copy_(tensors, self.averages)
@@ -108,20 +108,22 @@ class WeightEMA:
                 torch._foreach_copy_(tensors, values)
 
     def _held(self) -> list[list[torch.Tensor]]:
-        """The weights, and their originals where they are others: gemini's export reads those."""
+        """The model weights, and the master weights if there are any: gemini exports the latter."""
         weights, originals = self.tensors()
         return [weights] if originals is weights else [weights, originals]
 
     def load(self, averages: list[torch.Tensor]) -> None:
+        """Restore averages from a checkpoint."""
         for average, saved in zip(self.averages, averages, strict=True):
             average.copy_(saved)
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Matrices are decayed; biases, LayerNorms and embeddings are not.
+    """Parameter groups: matrices get weight decay; biases, LayerNorms and embeddings do not.
 
-    ``layer_decay``: learning rates fall by this factor per layer, from the head (1) down to the embeddings, as the
-    ``lr_scale`` of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
+    Args:
+        layer_decay: factor of the learning rate per layer, from the classifier (1) down to the embeddings;
+            stored as ``lr_scale`` of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
     """
     layers, groups = model.config.num_hidden_layers, {}
     for name, param in model.named_parameters():
@@ -135,7 +137,7 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
 
 
 def build_optimizer(model: nn.Module, settings) -> torch.optim.Optimizer:
-    """AdamW: torch's fused kernel, or Colossal-AI's HybridAdam by ``--optimizer hybrid_adam``."""
+    """AdamW: torch's fused kernel, or Colossal-AI's with ``--optimizer hybrid_adam``, if that compiles."""
     groups = param_groups(model, settings.weight_decay, settings.layer_decay)
     lr = settings.learning_rate
     if settings.optimizer == "hybrid_adam":
@@ -143,12 +145,11 @@ def build_optimizer(model: nn.Module, settings) -> torch.optim.Optimizer:
 
         try:
             return HybridAdam(groups, lr=lr)
-        except Exception as error:  # no nvcc, or one that does not match torch: many kinds
+        except Exception as error:  # no nvcc, or one that does not match torch: many types
             reason = str(error).strip().splitlines()[0]
             print_rank0(
-                f"  note      HybridAdam's kernels cannot be built here ({reason}): using torch's "
-                "fused AdamW, the "
-                "same update"
+                f"  note      HybridAdam's kernels cannot be compiled on this machine ({reason}): "
+                "using torch's fused AdamW, the same update"
             )
     if plugin_named(settings.plugin).own_adam:
         from colossalai.zero.gemini import gemini_optimizer

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 from vit.checkpoint import CheckpointError, CheckpointFolder, find_checkpoint
 from vit.console import exit_with_errors, print_rank0, rank
 from vit.data.dataset import shorten_list
 from vit.distributed import all_gather_objects
 from vit.environment import environment, predict_command, recorded_command
-from vit.files import remove_folder, write_atomically, write_jsonl
+from vit.files import RUN_FILES, remove_folder, write_atomically, write_jsonl
 from vit.model import export_model
 from vit.report.card import model_card
 from vit.report.charts import epoch_chart
 from vit.report.tables import ranking_key
 from vit.schedule import BatchPlan, CosineWithWarmup
 from vit.settings import augmentation_flags
-
-# What a run writes into its output folder, and --overwrite_output removes.
-RUN_FILES = (
-    "checkpoints tensorboard model.safetensors config.json preprocessor_config.json "
-    "metrics.jsonl metrics.png README.md"
-).split()
 
 
 class RunFolder:
@@ -39,7 +34,7 @@ class RunFolder:
     def __init__(self, settings, loaders, started: float):
         self.settings, self.loaders, self.started = settings, loaders, started
         self.path = Path(settings.output_path)
-        self.writer = None
+        self.writer: Any = None  # of TensorBoard
         first = {
             "kind": "run",
             **environment(),
@@ -49,9 +44,9 @@ class RunFolder:
         self.rows = [first | {"settings": settings.record, "held_out": loaders.held_out}]
 
     @property
-    def best(self) -> dict | None:
-        """The row of the epoch that is tested and exported, so far."""
-        return next((row for row in self.rows if row["kind"] == "epoch" and row["best"]), None)
+    def best(self) -> dict:
+        """The row of the epoch that is tested and exported, so far; empty before the first one."""
+        return next((row for row in self.rows if row["kind"] == "epoch" and row["best"]), {})
 
     @property
     def data_identity(self) -> list:
@@ -88,14 +83,19 @@ class RunFolder:
     # ---- resume and start
 
     def find_checkpoint(self, checkpoints: CheckpointFolder) -> Path | None:
-        """The checkpoint to resume, None to start from the beginning; ends the program if it is of another run."""
+        """The checkpoint to resume, None to start from the beginning; ends the program if it is of another
+        run.
+        """
         try:
             return find_checkpoint(checkpoints, self.settings, self.data_identity)
         except CheckpointError as error:
             exit_with_errors(str(error))
 
     def restore_rows(self, rows: list[dict], checkpoints: CheckpointFolder) -> None:
-        """The rows of a checkpoint. If its best epoch is not here, in another run's folder, the choice starts again."""
+        """The rows of a checkpoint.
+
+        If its best epoch is not here, in another run's folder, the choice starts again.
+        """
         self.rows += rows
         if self.best and self.settings.keep == "best" and checkpoints.end_of(self.best["epoch"]) is None:
             print_rank0(
@@ -105,7 +105,9 @@ class RunFolder:
             self.best["best"] = False
 
     def open(self) -> None:
-        """Make the folder, without an earlier run's files if --overwrite_output allows, and write the first row."""
+        """Make the folder, without an earlier run's files if --overwrite_output allows, and write the first
+        row.
+        """
         if rank() != 0:
             return
         if self.settings.overwrite_output and self.path.exists():
@@ -158,8 +160,8 @@ class RunFolder:
         if self.settings.skip_bad_images:
             row["skipped_images"] = count_skipped(skipped.take_skipped(), skipped.missing)
         best = self.best
-        row["best"] = best is None or self.settings.keep == "last" or ranking_key(row) > ranking_key(best)
-        if row["best"] and best is not None:
+        row["best"] = not best or self.settings.keep == "last" or ranking_key(row) > ranking_key(best)
+        if row["best"] and best:
             best["best"] = False
         self.rows.append(row)
 
@@ -194,7 +196,7 @@ class RunFolder:
             "epoch": position.epoch,
             "progress": vars(position.progress),
             "rows": self.rows[1:],
-            "best_epoch": self.best and self.best["epoch"],
+            "best_epoch": self.best.get("epoch"),
             "processes": self.settings.layout.world_size,
             "settings": self.settings.record,
             "data": self.data_identity,

@@ -38,8 +38,9 @@ Batch = list[tuple[int, int]]  # (epoch, image) pairs; image -1 is padding
 class BatchPlan:
     """Which images make up which step: a function of seed, epoch and sizes, the same on any machine.
 
-    One step takes ``batch_size * accumulation * data-parallel size`` images. The last step of an epoch takes what is
-    left, its batches filled up with padding, because pipelines and compiled graphs need one batch size.
+    One step takes ``batch_size * accumulation * data-parallel size`` images. The last step of an epoch
+    takes what is left, its batches filled up with padding, because pipelines and compiled graphs need one
+    batch size.
     """
 
     images: int
@@ -92,7 +93,9 @@ class BatchPlan:
                 yield [(epoch, image) for image in batch]
 
     def evaluation_batches(self, images: int) -> list[Batch]:
-        """This rank's evaluation batches: each image once over all ranks, padded to equally many full batches."""
+        """This rank's evaluation batches: each image once over all ranks, padded to equally many full
+        batches.
+        """
         size, layout = self.local_batch_size, self.layout
         per_round = size * layout.data_parallel_size
         rounds = -(-images // per_round)

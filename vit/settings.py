@@ -5,22 +5,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import PurePath
+from typing import Any
 
 from vit.layout import ParallelLayout
 
+AUTO: Any = (
+    None  # as a default: follows from the machine, the model or another setting; resolved in every run
+)
 MESH_MODES = ("2d", "2.5d", "3d")  # tensor parallelism over a mesh of processes: vit/parallel/mesh.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Everything that decides a run. The defaults are those of the flags; None follows the machine or the model.
+    """Everything that decides a run. The defaults are those of the flags; None follows the machine or the
+    model.
 
     Make a changed copy with `dataclasses.replace`.
     """
 
     # model and data
-    model_name_or_path: str | None = None
-    dataset: str | None = None
+    model_name_or_path: str = AUTO
+    dataset: str = AUTO
     image_size: int | None = None  # pixels; None: the model's
     image_column: str | None = None
     label_column: str | None = None
@@ -32,17 +37,17 @@ class Settings:
     data_memory: float | None = None  # GiB
     num_workers: int | None = None
     # optimisation
-    batch_size: int | None = None  # images per data-parallel rank and micro-step
-    learning_rate: float | None = None  # peak, before scaling
+    batch_size: int = AUTO  # images per data-parallel rank and micro-step
+    learning_rate: float = AUTO  # peak, before scaling
     scale_lr: bool = True
-    num_epoch: int | None = None
-    weight_decay: float | None = None
-    warmup_ratio: float | None = None
+    num_epoch: int = AUTO
+    weight_decay: float = AUTO
+    warmup_ratio: float = AUTO
     max_norm: float = 0.0
     gradient_accumulation_steps: int = 1
     seed: int = 42
     # augmentation and regularisation; off by default
-    augment: bool | None = None
+    augment: bool = AUTO
     auto_augment: str | None = None
     label_smoothing: float = 0.0
     layer_decay: float = 1.0
@@ -53,19 +58,19 @@ class Settings:
     mix_epochs: int | None = None  # mix the first epochs only; None: all
     keep: str = "best"
     # parallelism, precision and memory
-    plugin: str | None = None
+    plugin: str = AUTO
     preset: str | None = None
-    precision: str | None = None
+    precision: str = AUTO
     tp_size: int = 1
     pp_size: int = 1
     tp_depth: int = 1  # of 2.5d
-    num_microbatches: int | None = None
-    zero_stage: int | None = None
+    num_microbatches: int = AUTO
+    zero_stage: int = AUTO
     placement_policy: str = "static"
-    offload_optim_frac: float | None = None
+    offload_optim_frac: float = AUTO
     offload_param_frac: float = 0.0
     optimizer: str = "adamw"
-    grad_checkpoint: bool | None = None
+    grad_checkpoint: bool = AUTO
     compile: bool = False
     cuda_graphs: bool = False
     layout: ParallelLayout = ParallelLayout(1)
@@ -81,7 +86,7 @@ class Settings:
     eval_only: bool = False
     dry_run: bool = False
     # a run by a config file: its values, see vit/config.py
-    config: Mapping | None = None
+    config: Mapping[str, Any] = AUTO
     config_path: str | None = None
     notes: tuple[str, ...] = ()  # what the user should know, one line each
 
@@ -104,7 +109,7 @@ class Settings:
         parts += [f"preset {self.preset}"] if self.preset else []
         parts += [f"depth {self.tp_depth}"] * (self.tp_depth > 1)
         parts += ["gradient checkpointing"] * bool(self.grad_checkpoint)
-        offloaded = self.offload_optim_frac or 0.0
+        offloaded = self.offload_optim_frac
         parts += [f"{offloaded:.0%} of optimizer states offloaded"] * (offloaded > 0)
         parts += [f"{self.num_microbatches} micro-batches"] * (self.pp_size > 1)
         return ", ".join(parts)

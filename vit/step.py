@@ -36,7 +36,8 @@ def _channel_tensor(values: tuple[float, ...], device: torch.device) -> torch.Te
 
 
 class Mixup:
-    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by torchvision.
+    """MixUp (Zhang et al., 2018) and CutMix (Yun et al., 2019) of a batch, one of the two at random, by
+    torchvision.
 
     Args:
         mixup, cutmix: alpha of the Beta distribution of the mixing ratio; 0: never.
@@ -73,9 +74,9 @@ class Mixup:
 class TrainStep:
     """One optimizer step, the same for every plugin and layout.
 
-    Gradients are the mean over exactly the real images of the step, whatever the layout, the accumulation and the
-    padding of an epoch's last batch: the loss is a sum over images, scaled by data-parallel size / images, because
-    plugins average gradients over data-parallel ranks.
+    Gradients are the mean over exactly the real images of the step, whatever the layout, the accumulation
+    and the padding of an epoch's last batch: the loss is a sum over images, scaled by data-parallel size /
+    images, because plugins average gradients over data-parallel ranks.
 
     Args:
         boosted: what `boost` returned.
@@ -120,7 +121,8 @@ class TrainStep:
             images: real images in this step, over all data-parallel ranks.
 
         Returns:
-            This rank's share of the step's mean loss, a scalar on the device: the shares of all ranks add up to it.
+            This rank's share of the step's mean loss, a scalar on the device: the shares of all ranks add
+            up to it.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
@@ -151,7 +153,10 @@ class TrainStep:
         }
 
     def forward_backward_update(self, batches: Iterable[dict], scale: float, count: int = 1) -> torch.Tensor:
-        """Forward and backward pass of ``count`` batches, then the optimizer's step. -> sum of the losses x ``scale``"""
+        """Forward and backward pass of ``count`` batches, then the optimizer's step.
+
+        -> sum of the losses x ``scale``
+        """
         loss = torch.zeros((), device=device())
         for i, batch in enumerate(batches):
             if self.layout.pipeline_size > 1:
@@ -173,7 +178,7 @@ class TrainStep:
         return loss.detach()
 
     def pipeline_batch(self, batch: dict, scale: float) -> torch.Tensor:
-        """The same through the pipeline, which cuts the batch and divides each part's loss by their number."""
+        """The same through the pipeline, which divides each loss by its number of micro-batches."""
         parts = self.booster.plugin.scheduler.num_microbatches
         # not given to the model, which would compute a loss of its own; the last stage asks for them in order
         labels = iter(batch.pop("labels").chunk(parts))
@@ -192,7 +197,10 @@ class TrainStep:
     def sum_cross_entropy(
         self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
     ) -> torch.Tensor:
-        """Cross-entropy summed over the real images of a batch, in fp32. ``labels``: (N,), or probabilities (N, C)."""
+        """Cross-entropy summed over the real images of a batch, in fp32.
+
+        ``labels``: (N,), or probabilities (N, C).
+        """
         return F.cross_entropy(
             logits[:, : self.num_labels].float(),
             labels,
@@ -206,10 +214,12 @@ class TrainStep:
 def evaluate(
     step: TrainStep, batches: Iterable[dict], images: int, check_interrupt: Callable[[], None] | None = None
 ) -> dict:
-    """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights if there are any.
+    """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights if there
+    are any.
 
     Args:
-        batches: of this data-parallel rank, all of the training batch size; padding has the label `IGNORE_INDEX`.
+        batches: of this data-parallel rank, all of the training batch size; padding has the label
+            `IGNORE_INDEX`.
         images: number of images in the split.
         check_interrupt: called every 20 batches; may raise.
 
@@ -240,8 +250,8 @@ def evaluate(
     return {"average_loss": loss / counted, "accuracy": correct / counted, "images": int(counted)}
 
 
-def _evaluation_logits(step: TrainStep, batch: dict) -> torch.Tensor | None:
-    """Logits (N, C) of a batch; None on ranks of a pipeline that do not have them."""
+def _evaluation_logits(step: TrainStep, batch: dict) -> torch.Tensor:
+    """Logits (N, C) of a batch; on ranks of a pipeline that do not have them, an empty tensor."""
     if step.layout.pipeline_size == 1:
         return step.model(pixel_values=batch["pixel_values"]).logits
 
@@ -251,4 +261,4 @@ def _evaluation_logits(step: TrainStep, batch: dict) -> torch.Tensor | None:
     result = step.booster.execute_pipeline(
         iter([batch]), step.model, no_loss, return_loss=False, return_outputs=True
     )
-    return result["outputs"]["logits"] if step.layout.reports_loss else None
+    return result["outputs"]["logits"] if step.layout.reports_loss else torch.empty(0)

@@ -1,7 +1,4 @@
-"""A whole train step recorded once as a CUDA graph and replayed.
-
-One start, where a step of small kernels has hundreds.
-"""
+"""Records a complete train step as a CUDA graph and replays it: one launch, not hundreds of kernels."""
 
 from collections.abc import Callable
 
@@ -9,35 +6,36 @@ import torch
 
 
 class StepGraph:
-    """Replays ``update``: forward, backward, the reduction over the processes, clipping and the optimizer's
-    step.
+    """Replays ``update``: forward, backward, gradient reduction, clipping and the optimizer step.
 
-    After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel").
-    Steps of other
-    shapes, kinds or scale have a graph of their own; the last one of an epoch, which has padding, is run as
-    it is.
+    After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Each
+    combination of shapes, types and scale has its own graph. The last step of an epoch, which has padding,
+    runs without a graph.
 
     Args:
-        update: (batches, scale) -> a device scalar. Reads nothing back from the device, and draws from
-            torch's own
-            generator only.
-        optimizer: whose ``param_groups`` have the learning rates; its step must be capturable.
-        stream: where the model was made parallel; a recording cannot be made on the default stream.
+        update: (batches, scale) -> scalar on the device. Must not synchronise with the device, and must draw
+            random numbers from torch's default generator only.
+        optimizer: its ``param_groups`` have the learning rates; its step must be capturable.
+        stream: on which the model was made parallel; the default stream cannot be captured.
     """
 
-    # steps that are not recorded: the first set things up, and DistributedDataParallel's timers run in
-    # ten
+    # Steps before the first recording: the first ones initialise buffers, and DistributedDataParallel runs
+    # its timers in the first ten.
     WARM_UP = 11
 
     def __init__(self, update: Callable, optimizer, stream: torch.cuda.Stream):
         self.update, self.optimizer, self.stream = update, optimizer, stream
         self.steps = 0
-        self.recorded = {}  # kind of step -> (graph, its inputs, its result)
-        # what the recorded optimizer reads its learning rates from
+        self.recorded = {}  # (scale, shapes and types) -> (graph, its inputs, its result)
+        # the recorded optimizer step reads its learning rates from these tensors
         self.rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
 
     def __call__(self, batch: dict[str, torch.Tensor], scale: float, replayable: bool) -> torch.Tensor:
-        """``update`` of one batch. ``replayable``: a step as most are, worth recording."""
+        """Run ``update`` on one batch. -> scalar on the device
+
+        Args:
+            replayable: whether the step has the usual form, without padding, so that recording it pays.
+        """
         self.steps += 1
         if not replayable or self.steps <= self.WARM_UP:
             return self._aside(lambda: self.update([batch], scale))
@@ -49,7 +47,7 @@ class StepGraph:
         for rate, group in zip(self.rates, self.optimizer.param_groups):
             rate.fill_(group["lr"])
         graph.replay()
-        return result.clone()  # the next replay writes over it
+        return result.clone()  # the next replay overwrites it
 
     def _aside(self, work: Callable) -> torch.Tensor:
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -70,7 +68,7 @@ class StepGraph:
         for group, rate in zip(groups, self.rates):
             group["lr"], group["capturable"] = rate, True
         try:
-            # the threads of NCCL go on asking for its events meanwhile
+            # thread_local: NCCL's threads query CUDA events during the capture
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 result = self.update([dict(inputs)], scale)
         finally:

@@ -28,7 +28,9 @@ def this_machine() -> Machine:
 
 
 def count_gpus() -> int:
-    """GPUs that the NVIDIA driver shows this process: exact for CUDA_VISIBLE_DEVICES, and no torch to import."""
+    """GPUs that the NVIDIA driver shows this process: exact for CUDA_VISIBLE_DEVICES, and no torch to
+    import.
+    """
     count = ctypes.c_int()
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
@@ -58,7 +60,7 @@ def local_world_size() -> int:
 
 
 def memory_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that this process may use: the machine's memory, or the limit of its container (Linux cgroups)."""
+    """Bytes that this process may use: the machine's memory, or its container's limit (Linux cgroups)."""
     import psutil
 
     limits = [psutil.virtual_memory().total]

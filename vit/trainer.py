@@ -71,7 +71,10 @@ class SignalHandler:
 
 @dataclass
 class EpochProgress:
-    """Sums over an epoch so far. Saved in checkpoints under these names, so that a resumed epoch reports all of it."""
+    """Sums over an epoch so far.
+
+    Saved in checkpoints under these names, so that a resumed epoch reports all of it.
+    """
 
     loss_sum: float = 0.0  # over images
     images: int = 0
@@ -147,7 +150,10 @@ class Trainer:
             raise
 
     def train_epoch(self, batches: Iterator[dict]) -> None:
-        """The rest of the current epoch. The loss is read from the device about once a second, not in every step."""
+        """The rest of the current epoch.
+
+        The loss is read from the device about once a second, not in every step.
+        """
         self.step.model.train()
         epoch, first = self.position.epoch, self.position.step_in_epoch(self.plan)
         images_per_step = self.plan.real_images_per_step[first:]
@@ -205,7 +211,9 @@ class Trainer:
         self.run.report_epoch()  # after the checkpoint: no row speaks of a state that is not there
 
     def batches(self) -> Iterator[dict]:
-        """This rank's batches from the current position to the end, from one loader, whose workers stay alive."""
+        """This rank's batches from the current position to the end, from one loader, whose workers stay
+        alive.
+        """
         first, step = self.position.epoch, self.position.step_in_epoch(self.plan)
         epochs = [(epoch, step if epoch == first else 0) for epoch in range(first, self.settings.num_epoch)]
         return self.loaders.train.batches(
@@ -220,8 +228,8 @@ class Trainer:
         """Wait for the device and agree with the other ranks.
 
         Returns:
-            The mean loss of each step, the signal that any rank received (0: none), and the seconds ``since``, as
-            the mean over ranks. The same on every rank.
+            The mean loss of each step, the signal that any rank received (0: none), and the seconds
+            ``since``, as the mean over ranks. The same on every rank.
         """
         local = torch.stack(losses).tolist()  # waits for the steps to end
         mine = torch.tensor([*local, time.perf_counter() - since], device=device(), dtype=torch.float64)
@@ -239,7 +247,9 @@ class Trainer:
         self.checkpoints.save(self.step.boosted, self.run.checkpoint_meta(self.position, self.plan))
 
     def resume(self, path: Path) -> None:
-        """Continue from a checkpoint of this run, which `RunFolder.find_checkpoint` compared with the settings."""
+        """Continue from a checkpoint of this run, which `RunFolder.find_checkpoint` compared with the
+        settings.
+        """
         meta = read_meta(path)
         load_checkpoint(path, self.step.boosted, meta)
         self.run.restore_rows(meta["rows"], self.checkpoints)
@@ -253,6 +263,7 @@ class Trainer:
         """Put the state of the epoch to export back into the model, if it is not the one there."""
         if self.run.best["epoch"] != self.position.epoch:
             path = self.checkpoints.end_of(self.run.best["epoch"])
+            assert path is not None  # it is never pruned
             load_checkpoint(path, self.step.boosted, read_meta(path))
 
 

@@ -1,9 +1,10 @@
 """ViT-S/16 on ImageNet-1k from scratch, 2d tensor parallel. Model and recipe: vit_s_16_vanilla.py.
 
-Command   DATA=/path/to/imagenet torchrun --nproc_per_node=8 train.py --config=configs/imagenet/vit_s_16_2d.py
-          4 processes, a mesh of 2 x 2, times a power of two of data parallel
+Command   export DATA=/path/to/imagenet
+          torchrun --nproc_per_node=8 train.py --config=configs/imagenet/vit_s_16_2d.py
+          4 processes, a mesh of 2 x 2, times a power of two of data parallelism
 Published about 74.5 % top-1 in 16.5 hours on eight A100s
-Measured  accuracy not, in this form
+Measured  accuracy not measured with this config
 """
 
 from vit_s_16_vanilla import *

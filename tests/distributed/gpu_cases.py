@@ -53,6 +53,8 @@ def cases(world: int) -> dict[str, dict]:
         ("low_level_zero", "bf16"),
         ("gemini", "fp16"),
         ("gemini", "bf16"),
+        ("torch_fsdp", "fp32"),
+        ("torch_fsdp", "bf16"),
         ("hybrid_parallel", "fp32"),
         ("hybrid_parallel", "fp16"),
         ("hybrid_parallel", "bf16"),
@@ -70,7 +72,7 @@ def cases(world: int) -> dict[str, dict]:
             found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} offloaded"] | dict(
                 recipe=True
             )
-        elif precision == "bf16" and torch.cuda.is_available():
+        elif precision == "bf16" and torch.cuda.is_available() and plugin != "torch_fsdp":
             found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
             found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | dict(cuda_graphs=True)
     if torch.cuda.is_available():  # whole steps as graphs
@@ -85,7 +87,7 @@ def cases(world: int) -> dict[str, dict]:
 
 
 def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
-    """Losses of the steps, and of an evaluation. ``recipe``: layer decay, averaged weights, label smoothing."""
+    """Losses of the steps, and of an evaluation. ``recipe``: layer decay, EMA, label smoothing."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
@@ -114,7 +116,7 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     labels_of_padded = labels.index_fill(0, torch.tensor([BATCH - 1]), IGNORE_INDEX)
     padded = {"pixel_values": pixels[mine], "labels": labels_of_padded[mine]}
     losses = []
-    # a graph is recorded after eleven steps; the learning rate changes, and one step is as the last of an epoch
+    # a graph is recorded after eleven steps; the learning rate changes, and one step has padding
     for number in range(STEPS):
         last = number == STEPS - 2
         share = step([padded if last else batch], BATCH - last, 1e-3 if number % 2 else 5e-4, number)

@@ -22,17 +22,10 @@ from pathlib import Path
 import helpers
 import torch
 import torch.distributed as dist
+from cases import EVALUATIONS, LAYOUTS, RESUMES, trainings, zero
 from colossalai.tensor.d_tensor.api import layout_converter
 from golden import checkpoints
-from helpers import (
-    EMA,
-    LABEL_SMOOTHING,
-    LAYER_DECAY,
-    LEARNING_RATES,
-    MAX_NORM,
-    WEIGHT_DECAY,
-    in_memory_images,
-)
+from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, WEIGHT_DECAY, in_memory_images
 
 import vit_train_demo
 from data import load_dataset
@@ -70,7 +63,7 @@ RECIPE = dict(layer_decay=LAYER_DECAY, ema=EMA, label_smoothing=LABEL_SMOOTHING)
 
 def build(model, tp=1, pp=1, recipe=False, **changes) -> tuple[TrainStep, Settings]:
     """A model under a plugin. ``recipe``: layer decay, weight average, label smoothing."""
-    # Colossal-AI keeps how to gather a tensor by its shape alone; these processes have had other groups before
+    # Colossal-AI remembers how to gather a tensor by its shape alone; these processes had other groups before
     layout_converter.cached_solution.clear()
     layout = ParallelLayout(WORLD, tp, pp, RANK)
     options = BASE | (RECIPE if recipe else {}) | changes
@@ -137,7 +130,7 @@ def exported_loss(step: TrainStep, tp: int, held_out) -> float | None:
 
 
 def evaluate(tp=1, pp=1, **changes) -> dict:
-    """The validation folder, read as a run does, by a model whose true logits are far below the padding's 0."""
+    """The validation folder, read as a run does, by a model whose true logits are far below the padding."""
     settings = helpers.settings("--dataset", FOLDER / "images")
     dataset = load_dataset(settings)
     loaded = load_model(str(FOLDER / "model"), dataset.label_names)
@@ -164,7 +157,7 @@ def evaluate(tp=1, pp=1, **changes) -> dict:
 
 
 def entry(output: str, *argv, dataset="images", model="model") -> dict:
-    """vit_train_demo.py's main in these processes, as if started anew; the process group lives on."""
+    """vit_train_demo.py's main in these processes, as if started again; the process group stays."""
     words = [
         "--model_name_or_path",
         FOLDER / model,
@@ -228,7 +221,7 @@ def golden(name: str, step: int, *flags) -> dict:
 
 
 def terminated(name: str, at: int = 5, *flags) -> dict:
-    """SIGTERM reaches one process in its step ``at``; --resume auto goes on."""
+    """SIGTERM reaches one process in its step ``at``; --resume auto continues."""
     run = (*RUN, *flags)
     straight = entry(f"{name}_straight", *run)
     original, steps = TrainStep.__call__, []
@@ -284,124 +277,6 @@ def failing_write() -> dict:
 
 
 # ---------------------------------------------------------------------------------------------- the list
-
-
-def zero(stage=1, **changes):
-    return dict(plugin="low_level_zero", zero_stage=stage, **changes)
-
-
-def hybrid(tp=1, pp=1, microbatches=None, **changes):
-    return dict(
-        plugin="hybrid_parallel", tp=tp, pp=pp, num_microbatches=microbatches or max(1, pp), **changes
-    )
-
-
-def gemini(precision="bf16", **changes):
-    return dict(plugin="gemini", precision=precision, **changes)
-
-
-# name -> settings, on one process and on two
-EVERYWHERE = {
-    "ddp": dict(),
-    "zero1": zero(1),
-    "zero2": zero(2),
-    "ddp bf16": dict(precision="bf16"),
-    "ddp fp16": dict(plugin="torch_ddp_fp16", precision="fp16"),
-    "zero1 bf16": zero(1, precision="bf16"),
-    "zero1 fp16": zero(1, precision="fp16"),
-    "zero2 bf16": zero(2, precision="bf16"),
-    "gemini bf16": gemini(),
-    "gemini fp16": gemini("fp16"),
-}
-LAYOUTS = {
-    1: {"hybrid": hybrid(), "hybrid fp16": hybrid(precision="fp16")},
-    2: {
-        "tp2": hybrid(tp=2),
-        "pp2": hybrid(pp=2),
-        "pp2 of 4 micro-batches": hybrid(pp=2, microbatches=4),
-        "hybrid dp2": hybrid(),
-        "tp2 bf16": hybrid(tp=2, precision="bf16"),
-        "pp2 fp16": hybrid(pp=2, precision="fp16"),
-        "hybrid zero1 bf16": hybrid(zero_stage=1, precision="bf16"),
-        "hybrid zero2 fp16": hybrid(zero_stage=2, precision="fp16"),
-    },
-    4: {
-        "ddp": dict(),
-        "zero1": zero(1),
-        "gemini bf16": gemini(),
-        "tp4": hybrid(tp=4),
-        "pp4": hybrid(pp=4),
-        "tp2 pp2": hybrid(tp=2, pp=2),
-        "dp2 tp2": hybrid(tp=2),
-        "dp2 pp2": hybrid(pp=2),
-        "dp2 tp2 zero1 bf16": hybrid(tp=2, zero_stage=1, precision="bf16"),
-        "dp2 pp2 zero1 bf16": hybrid(pp=2, zero_stage=1, precision="bf16"),
-    },
-}
-
-
-def trainings(processes: int) -> dict[str, dict]:
-    """Name -> arguments of `train`.
-
-    Each plugin and layout plain, clipped, accumulated over two micro-steps, and by the recipe.
-    """
-    plain = (EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4]
-    cases = {f"{name}, clipped": case | dict(max_norm=MAX_NORM) for name, case in plain.items()}
-    cases |= {f"{name}, accumulated": case | dict(k=2, max_norm=MAX_NORM) for name, case in plain.items()}
-    refused = "dp2 pp2 zero1 bf16"  # layer decay there: args.py
-    cases |= {
-        f"{name}, recipe": case | dict(recipe=True, max_norm=MAX_NORM)
-        for name, case in plain.items()
-        if name != refused
-    }
-    if processes < 4:  # four processes share two cores
-        cases |= {name: case for name, case in plain.items() if not name.endswith("16") or "gemini" in name}
-        for name in ("ddp", "zero1", "gemini bf16", "hybrid", "tp2", "pp2"):
-            if name in plain:
-                cases[f"{name}, recomputed"] = plain[name] | dict(grad_checkpoint=True)
-    return cases
-
-
-EVALUATIONS = {
-    1: {"ddp": dict(), "zero1": zero(), "hybrid": hybrid()},
-    2: {"ddp": dict(), "zero1": zero(), "tp2": hybrid(tp=2), "pp2": hybrid(pp=2)},
-    4: {
-        "ddp": dict(),
-        "tp4": hybrid(tp=4),
-        "pp4": hybrid(pp=4),
-        "tp2 pp2": hybrid(tp=2, pp=2),
-        "dp2 pp2": hybrid(pp=2),
-    },
-}
-ALL_OF_THE_RECIPE = "--label_smoothing 0.1 --layer_decay 0.8 --drop_path 0.3 --mixup 0.8 --cutmix 1 --ema 0.8"
-# name -> (step of the checkpoint, flags); an epoch has 6 steps of 4 images on one process, 3 of 8 on two
-RESUMES = {
-    1: {
-        "ddp": (6, "--plugin torch_ddp"),
-        "ddp mid-epoch": (2, "--plugin torch_ddp"),
-        "ddp_fp16": (8, "--plugin torch_ddp_fp16"),
-        "recipe": (8, f"--plugin torch_ddp {ALL_OF_THE_RECIPE}"),
-        "gemini": (4, "--plugin gemini"),
-    },
-    2: {
-        "ddp": (2, "--plugin torch_ddp"),
-        "ddp bf16": (3, "--plugin torch_ddp --precision bf16"),
-        "ddp_fp16": (4, "--plugin torch_ddp_fp16"),
-        "zero1": (2, "--plugin low_level_zero --precision fp32"),
-        "zero1 fp16": (4, "--plugin low_level_zero --precision fp16"),
-        "zero2 bf16": (2, "--plugin low_level_zero --precision bf16 --zero_stage 2"),
-        "gemini bf16": (2, "--plugin gemini --precision bf16"),
-        "gemini fp16": (4, "--plugin gemini --precision fp16"),
-        "tp2": (2, "--plugin hybrid_parallel --tp_size 2"),
-        "pp2": (4, "--plugin hybrid_parallel --pp_size 2"),
-        "pp2 bf16": (2, "--plugin hybrid_parallel --pp_size 2 --precision bf16"),
-        "hybrid zero1 fp16": (2, "--plugin hybrid_parallel --precision fp16 --zero_stage 1"),
-        "zero1 recipe": (4, f"--plugin low_level_zero --precision fp32 {ALL_OF_THE_RECIPE}"),
-        "gemini recipe": (4, f"--plugin gemini --precision bf16 {ALL_OF_THE_RECIPE}"),
-        "pp2 recipe": (4, f"--plugin hybrid_parallel --pp_size 2 {ALL_OF_THE_RECIPE}"),
-    },
-    4: {"tp2 pp2": (2, "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --precision fp16")},
-}
 
 
 def all_cases() -> dict:
@@ -491,7 +366,7 @@ def elsewhere() -> dict:
 
 
 def continued() -> dict:
-    """The run "best first", stopped after its first epoch on one process, goes on with two."""
+    """The run "best first", stopped after its first epoch on one process, continues with two."""
     if RANK == 0:
         shutil.copytree(FOLDER / "best_first", FOLDER / "continued")
         for step in (12, 18):

@@ -1,8 +1,9 @@
-"""Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does: parallel_cases.py."""
+"""Every plugin and layout trains, evaluates and accumulates as a plain PyTorch loop does."""
 
 import copy
 import functools
 
+import cases
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,44 +25,7 @@ from vit.schedule import BatchPlan
 # A wrong learning rate, clip or average moves the losses by 1e-2 or more.
 BOUNDS = {"fp32": 2e-5, "fp16": 5e-4, "bf16": 2.5e-3}
 
-PLAIN = (
-    "ddp",
-    "zero1",
-    "zero2",
-    "ddp bf16",
-    "ddp fp16",
-    "zero1 bf16",
-    "zero1 fp16",
-    "zero2 bf16",
-    "gemini bf16",
-    "gemini fp16",
-)
-NAMES = {
-    1: (*PLAIN, "hybrid", "hybrid fp16"),
-    2: (
-        *PLAIN,
-        "tp2",
-        "pp2",
-        "pp2 of 4 micro-batches",
-        "hybrid dp2",
-        "tp2 bf16",
-        "pp2 fp16",
-        "hybrid zero1 bf16",
-        "hybrid zero2 fp16",
-    ),
-    4: (
-        "ddp",
-        "zero1",
-        "gemini bf16",
-        "tp4",
-        "pp4",
-        "tp2 pp2",
-        "dp2 tp2",
-        "dp2 pp2",
-        "dp2 tp2 zero1 bf16",
-        "dp2 pp2 zero1 bf16",
-    ),
-}
+NAMES = {processes: cases.names(processes) for processes in (1, 2, 4)}
 EVERY = [(processes, name) for processes, names in NAMES.items() for name in names]
 
 

@@ -8,31 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cases import RESUMES
 from safetensors.torch import load_file
 
-RESUMED = [
-    (1, "ddp"),
-    (1, "ddp mid-epoch"),
-    (1, "ddp_fp16"),
-    (1, "recipe"),
-    (1, "gemini"),
-    (2, "ddp"),
-    (2, "ddp bf16"),
-    (2, "ddp_fp16"),
-    (2, "zero1"),
-    (2, "zero1 fp16"),
-    (2, "zero2 bf16"),
-    (2, "gemini bf16"),
-    (2, "gemini fp16"),
-    (2, "tp2"),
-    (2, "pp2"),
-    (2, "pp2 bf16"),
-    (2, "hybrid zero1 fp16"),
-    (2, "zero1 recipe"),
-    (2, "gemini recipe"),
-    (2, "pp2 recipe"),
-    (4, "tp2 pp2"),
-]
+RESUMED = [(processes, name) for processes, runs in RESUMES.items() for name in runs]
 MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
 
 
@@ -81,7 +60,7 @@ def test_the_weights_compared_above_are_trained_ones(two, shared):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("name, tolerance", [("ddp", 2e-5), ("zero1", 2e-5), ("zero2 bf16", 2.5e-3)])
 def test_checkpoint_of_half_as_many_processes_goes_on_alike(launched, processes, name, tolerance):
-    """At the same global batch; the optimizer's shards are cut anew."""
+    """At the same global batch; the optimizer's states are resharded."""
     saved, loaded = launched(processes // 2)[f"save {name}"], launched(processes)[f"load {name}"]
     assert loaded["losses"] == pytest.approx(saved["losses"][3:], abs=tolerance)
     assert loaded["evaluations"][0]["average_loss"] == pytest.approx(
@@ -198,7 +177,10 @@ def save_and_die(folder, steps: list[int], at: int) -> None:
             setattr(owner, name, killed.before(getattr(owner, name)))
     for step in steps:
         boosted = SimpleNamespace(
-            layout=ParallelLayout(1), is_sharded=False, capture_state=lambda: {"of": step}, dropout_rngs=list
+            layout=ParallelLayout(1),
+            is_sharded=False,
+            capture_state=lambda step=step: {"of": step},
+            dropout_rngs=list,
         )
         meta = {"step": step, "epoch": step, "progress": {"images": 0}, "best_epoch": None}
         CheckpointFolder(folder, 1).save(boosted, meta)

@@ -164,9 +164,9 @@ def test_meshes_that_do_not_fit(mesh, said):
     [
         (("2d", 4, 1), {"num_attention_heads": 3}, 64, ["number of heads 3", "2 or 4"]),
         (("2d", 4, 1), {"hidden_size": 198}, 64, ["hidden size 198", "multiple of 4", "196 or 200"]),
-        (("2.5d", 8, 2), {}, 6, ["batch of a data-parallel group 6", "4 or 8"]),
+        (("2.5d", 8, 2), {}, 6, ["batch of a data-parallel rank 6", "use 4 or 8"]),
         (("2.5d", 8, 2), {"intermediate_size": 511}, 8, ["MLP size 511", "multiple of 2"]),
-        (("3d", 8, 1), {}, 2, ["batch of a data-parallel group 2", "take 4"]),
+        (("3d", 8, 1), {}, 2, ["batch of a data-parallel rank 2", "use 4"]),
         (("3d", 8, 1), {"hidden_act": "relu"}, 4, ["hidden_act"]),
     ],
 )
@@ -185,5 +185,5 @@ def test_all_problems_are_reported_together():
 
 
 def test_build_needs_start():
-    with pytest.raises(RuntimeError, match="start"):
+    with pytest.raises(RuntimeError, match="call init_mesh"):
         load_mesh_vit(vit(), {})

@@ -256,7 +256,6 @@ BENCHMARK = """
 --plugin none --cuda_graphs --batch_size 8
 --plugin none --offload_optim_frac 1 --compile --batch_size 8
 --plugin torch_ddp --precision fp16 --image_size 60 --batch_size 8
---plugin none --check_settings
 GPUS=1 --plugin none --batch_size 8
 --results a_file/rows.jsonl --batch_size 8 --plugin none --precision bf16
 --results damaged.jsonl --batch_size 8

@@ -135,13 +135,16 @@ def read(name: str) -> dict:
     return json.loads((GOLDEN / name).read_text())
 
 
+def _dump(value) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
 def write(name: str, golden: dict) -> None:
     """One case a line, so that a change of one is one line in a diff."""
     parts = []
     for part, cases in golden.items():
-        dump = lambda value: json.dumps(value, ensure_ascii=False)
-        lines = ",\n".join(f"  {dump(case)}: {dump(cases[case])}" for case in cases)
-        parts.append(f" {dump(part)}: {{\n{lines}\n }}")
+        lines = ",\n".join(f"  {_dump(case)}: {_dump(cases[case])}" for case in cases)
+        parts.append(f" {_dump(part)}: {{\n{lines}\n }}")
     (GOLDEN / name).write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 

@@ -1,6 +1,6 @@
-"""Record the goldens anew:  python tests/golden/record.py [what pytest shall select, such as -k losses]
+"""Record the goldens again:  python tests/golden/record.py [what pytest shall select, such as -k losses]
 
-It runs tests/test_golden.py with RECORD_GOLDENS=1: every `goldens.check` writes what it would have compared.
+It runs tests/golden/test_golden.py with RECORD_GOLDENS=1: every `goldens.check` writes what it would have compared.
 A part can be recorded alone, but a file has the numbers of one machine: on another one, all its parts are
 recorded together.
 
@@ -12,15 +12,11 @@ When that is allowed:
   it changes nothing else, and only the cases that have to do with it change.
 - A library's version was raised, or the goldens move to another machine: the code is that of the commit
   before, so that all differences are the machine's. First see that they lie within the tolerance.
-- A checkpoint stands for those that users have, and they cannot record theirs anew. So it is NOT recorded
-  anew because the program cannot read it any more; only where the numbers it is compared with have
-  changed by one of the reasons above.
+- A checkpoint stands for those that users have, and they cannot record theirs again. So it is
+  NOT recorded again because the program cannot read it any more; only where the numbers it is compared
+  with have changed by one of the reasons above.
 
 Never to make a red test green: a move of code changes no golden.
-
-collected.txt is not recorded here. It is the list of the tests before the code was moved:
-
-    python -m pytest --collect-only -q | grep :: | LC_ALL=C sort | diff tests/golden/collected.txt -
 """
 
 import os
@@ -32,6 +28,4 @@ import pytest
 if __name__ == "__main__":
     os.environ["RECORD_GOLDENS"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    sys.exit(
-        pytest.main([str(Path(__file__).resolve().parent.parent / "test_golden.py"), "-q", *sys.argv[1:]])
-    )
+    sys.exit(pytest.main([str(Path(__file__).resolve().parent / "test_golden.py"), "-q", *sys.argv[1:]]))

@@ -25,7 +25,8 @@ BAD = [
     ("--offload_optim_frac 2", "--offload_optim_frac 2: must be a number >= 0 and <= 1"),
     (
         "--plugin ddp",
-        "--plugin ddp: must be one of torch_ddp, torch_ddp_fp16, low_level_zero, gemini, hybrid_parallel",
+        "--plugin ddp: must be one of torch_ddp, torch_ddp_fp16, low_level_zero, gemini, torch_fsdp, "
+        "hybrid_parallel, none",
     ),
     ("--precision int8", "--precision int8: must be one of fp32, fp16, bf16"),
     ("--augmentation", "--augmentation: no such option"),
@@ -221,7 +222,7 @@ def test_overwriting_spares_what_the_run_is_made_from(parse, problems, tmp_path)
 def test_a_run_that_was_started_from_another_ones_checkpoint_can_be_started_again(parse, problems, tmp_path):
     for name, last in (("started", "epoch"), ("done", "end")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text('{"kind": "run"}\n{"kind": "%s"}\n' % last)
+        (tmp_path / name / "metrics.jsonl").write_text(f'{{"kind": "run"}}\n{{"kind": "{last}"}}\n')
     (tmp_path / "other" / "checkpoints").mkdir(parents=True)
     assert parse("--output_path started --resume other").resume == "other"
     assert "done: is not empty" in problems("--output_path done --resume other")[0]

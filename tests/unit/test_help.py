@@ -7,7 +7,8 @@ import sys
 import pytest
 from helpers import ROOT
 
-from args import DEMO_DEFAULTS, TRAINING_DEFAULTS, benchmark_parser, finetune_parser, scratch_parser
+from args import benchmark_parser, finetune_parser, scratch_parser
+from vit.resolve import DEMO_DEFAULTS, TRAINING_DEFAULTS
 
 GROUPS = [
     "most used",

@@ -64,7 +64,7 @@ def test_names_of_folders_on_this_machine_stay_out_of_the_metadata(tmp_path):
 def test_parts_of_a_split_are_no_result_of_it(part):
     settings = {"model_name_or_path": "google/vit-base-patch16-224", "dataset": "AI-Lab-Makerere/beans"}
     text = model_card(
-        rows(0.984375), settings | {name: None for name in ("fold", "max_eval_samples")} | part, ["a", "b"]
+        rows(0.984375), settings | dict.fromkeys(("fold", "max_eval_samples")) | part, ["a", "b"]
     )
     card = ModelCard(text)
     assert card.data.datasets == ["AI-Lab-Makerere/beans"] and card.data.eval_results is None
@@ -84,7 +84,7 @@ def test_a_part_held_out_of_train_is_no_split_of_the_set(tested):
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload of small files asks for."""
 
-    def do_POST(self):  # noqa: N802 (the library's name)
+    def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.asked.append((self.path, body, self.headers.get("Authorization")))
         status, answer = 200, {}

@@ -1,4 +1,7 @@
-"""CIFAR-10 in the form in which it is published (Krizhevsky, "Learning Multiple Layers of Features", 2009)."""
+"""Reads CIFAR-10 as it was published: cifar-10-batches-py.
+
+Krizhevsky, "Learning Multiple Layers of Features from Tiny Images", 2009.
+"""
 
 import pickle
 from pathlib import Path
@@ -15,7 +18,7 @@ FIX = "unpack cifar-10-python.tar.gz again"
 
 
 class _NumpyUnpickler(pickle.Unpickler):
-    """Unpickles numpy arrays, and refuses to run anything else that a file may name."""
+    """Unpickles numpy arrays and refuses everything else: unpickling a foreign file could run any code."""
 
     NEEDED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
         (f"numpy.{core}.{module}", name)
@@ -34,7 +37,7 @@ class _NumpyUnpickler(pickle.Unpickler):
 
 
 def find_batches_folder(name: str) -> Path | None:
-    """The folder in torchvision's format that ``name`` is or holds; None where there is none."""
+    """The folder in torchvision's format that ``name`` is or contains; None if there is none."""
     for folder in (Path(name), Path(name) / CIFAR10_FOLDER):
         if folder.name == CIFAR10_FOLDER and folder.is_dir():
             return folder
@@ -44,10 +47,10 @@ def find_batches_folder(name: str) -> Path | None:
 
 
 def is_cifar10(name: str) -> bool:
-    """Whether ``name`` is, or holds, torchvision's folder, with all of the training images.
+    """Whether ``name`` is, or contains, torchvision's folder with all of the training images.
 
     Raises:
-        DataError: files of it are missing.
+        DataError: some of its files are missing.
     """
     folder = find_batches_folder(name)
     if folder and (missing := [file for file in REQUIRED_FILES if not (folder / file).is_file()]):
@@ -64,14 +67,22 @@ def _unpickle(path: Path) -> dict:
 
 
 def cifar10_label_names(name: str) -> list[str]:
+    """Class names, in the order of the labels.
+
+    Raises:
+        DataError: batches.meta is damaged.
+    """
     return list(_unpickle(find_batches_folder(name) / "batches.meta")["label_names"])
 
 
 def read_cifar10(name: str) -> tuple[dict[str, Split], list[str]]:
-    """-> (splits, class names). There is no test split in a copy without the test batch.
+    """Read all splits.
+
+    Returns:
+        {"train": Split, "test": Split} and the class names; no "test" in a copy without test_batch.
 
     Raises:
-        DataError: the folder is damaged.
+        DataError: a file is damaged.
     """
     folder, splits = find_batches_folder(name), {}
     for split, files in (("train", TRAIN_FILES), ("test", ["test_batch"])):

@@ -1,4 +1,4 @@
-"""A data set in memory: splits of images and their labels."""
+"""Data sets: splits of images and labels, and the error for data that a user has to fix."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
-IGNORE_INDEX = (
-    -100
-)  # label of a padding image: it fills a batch and counts nowhere (torch's cross_entropy ignores it)
+# Label of a padding image, which fills a batch and is not counted: torch's cross_entropy ignores it.
+IGNORE_INDEX = -100
 
 
 class DataError(ValueError):
@@ -27,51 +27,52 @@ class DataError(ValueError):
         super().__init__(problem if source is None else f"{source}: {problem}")
         self.has_source = source is not None
 
-    # not called `message`: torch's DataLoader takes an exception with that name for one of another form
+    # There must be no attribute `message`: torch's DataLoader would then call DataError(message=...).
     def with_option(self, option: str) -> str:
-        """The text with the option that names the data set: "--dataset ", "DATA="."""
+        """The text, after the option by which the program names the data set: "--dataset " or "DATA="."""
         return f"{option}{self}" if self.has_source else str(self)
 
     def in_one_line(self) -> str:
-        """The text without the traceback that a loader's worker process puts in front of it."""
+        """The text without the traceback that a DataLoader worker puts in front of it."""
         return str(self).strip().rpartition("DataError: ")[2].splitlines()[-1]
 
 
 @dataclass
 class Split:
-    """Encoded images and their labels.
+    """Images and labels, one entry each per image.
 
-    ``images[i]`` is a path, or the bytes of an image file, or a PIL image, or uint8 (H, W, 3). ``labels`` is
-    int64 (N,).
+    ``images[i]`` is a path, the bytes of an image file, a PIL image, or uint8 (H, W, 3). ``labels`` is int64
+    (N,). Images are decoded when they are used, except those in the cached columns.
     """
 
     name: str
-    images: Sequence | None
+    images: Sequence | np.ndarray | None
     labels: np.ndarray
-    names: Sequence | None = None  # of the images, for messages; None: their index
-    cached_pixels: Sequence | None = None  # uint8 (3, S, S) each, resized for evaluation, if kept in memory
-    cached_images: Sequence | None = (
-        None  # uint8 (H, W, 3) each, to take random crops from, if kept in memory
-    )
-    unreadable: tuple[str, ...] = ()  # names of images that were left out
+    names: Sequence | None = None  # of the images, for messages; None: messages give the index
+    cached_pixels: Sequence | np.ndarray | None = None  # uint8 (3, S, S) each, for evaluation
+    cached_images: Sequence | np.ndarray | None = None  # uint8 (H, W, 3) each, for random crops
+    unreadable: tuple[str, ...] = ()  # names of the images that were left out
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices) -> Split:
-        """The images at ``indices``, in that order."""
+        """A split of the images at ``indices``, in that order."""
         columns = {
             name: getattr(self, name) for name in ("images", "names", "cached_pixels", "cached_images")
         }
-        taken = {name: LazySubset(column, indices) for name, column in columns.items() if column is not None}
+        taken: dict[str, Any] = {
+            name: LazySubset(column, indices) for name, column in columns.items() if column is not None
+        }
         return replace(self, labels=self.labels[indices], **taken)
 
     def describe(self, i: int) -> str:
+        """Name of image ``i`` for messages."""
         return self.names[i] if self.names is not None else f"{self.name} image {i}"
 
 
 class LazySubset(Sequence):
-    """A view of a sequence; nothing is read before it is used."""
+    """The elements of a sequence at ``indices``; each is read when it is accessed."""
 
     def __init__(self, images, indices):
         self.images, self.indices = images, np.asarray(indices)
@@ -84,7 +85,7 @@ class LazySubset(Sequence):
 
 
 class PathArray(Sequence):
-    """Paths below a folder in one array: a million Python strings, copied to every worker, would fill the memory."""
+    """Paths below a folder, in one array: a million Python strings in each worker would fill the memory."""
 
     def __init__(self, root: Path, paths: list[str]):
         self.root = str(root)
@@ -100,27 +101,29 @@ class PathArray(Sequence):
 
 @dataclass
 class ImageDataset:
-    """Splits that share ``label_names``."""
+    """The splits of a run; their labels are indices into ``label_names``."""
 
     train: Split
     validation: Split | None
     test: Split | None
     label_names: list[str]
     notes: list[str] = field(default_factory=list)  # what the user should know, one line each
-    held_out: bool = False  # the evaluated split was cut from train
-    minival: Split | None = None  # cut from train, beside an evaluated split that is its own
+    held_out: bool = False  # the evaluated split was held out of the training split
+    minival: Split | None = None  # held out of the training split although there is an evaluation split
 
     def splits(self) -> list[Split]:
+        """The splits that exist."""
         found = (self.train, self.validation, self.test, self.minival)
         return [split for split in found if split is not None]
 
 
 def shorten_list(names: list[str]) -> str:
-    """For a message: ten of the names, and how many more there are."""
+    """Text for a message: the first ten names, and how many more there are."""
     return "; ".join(names[:10]) + (f"; and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 def check_class_count(source: str, labels: list[str], classes: int) -> None:
+    """Raise `DataError` unless there are ``classes`` class names."""
     if len(labels) != classes:
         problem = (
             f"has {len(labels)} classes, NUM_CLASSES is {classes}: complete the set, or change the config"
@@ -129,7 +132,7 @@ def check_class_count(source: str, labels: list[str], classes: int) -> None:
 
 
 def check_all_classes(source: str, split: str, present: list[str], labels: list[str]) -> None:
-    """A class without images to evaluate is usually a half-extracted set."""
+    """Raise `DataError` if a class has no image in an evaluated split: often an incompletely unpacked set."""
     if absent := sorted(set(labels) - set(present)):
         names = ", ".join(absent[:10]) + (f" and {len(absent) - 10} more" if len(absent) > 10 else "")
-        raise DataError(f"the {split} split has no images of class {names}: unpack the whole set", source)
+        raise DataError(f"the {split} split has no images of class {names}: unpack the complete set", source)

@@ -1,4 +1,4 @@
-"""Decoding image files to RGB, and keeping a data set decoded in memory."""
+"""Decodes image files to RGB, and keeps a decoded data set in memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -15,14 +16,17 @@ from PIL import ExifTags, Image, ImageOps
 from vit.data.dataset import DataError, ImageDataset, Split, shorten_list
 from vit.system import memory_limit
 
-# A larger training split is not read completely before the training: that would take minutes.
+# A larger training split is not decoded before the training starts: that would take minutes.
 MAX_CACHED_TRAIN_IMAGES = 200_000
-# Images that take less time are decoded by one thread: several wait for each other in Python longer than they save.
+# Images that decode faster than this are decoded in one thread: several would mostly wait for Python's lock.
 FAST_DECODE_SECONDS = 1e-3
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright 8-bit RGB from any mode. Transparency is laid over white; 16-bit grey keeps its 8 high bits."""
+    """Convert any mode to 8-bit RGB.
+
+    EXIF orientation is applied, transparency is laid over white, 16-bit grey keeps its 8 high bits.
+    """
     if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
         image = ImageOps.exif_transpose(image)
     image.load()
@@ -39,7 +43,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(encoded) -> Image.Image:
-    """An RGB image from an entry of `Split.images`: a path, bytes of a file, a PIL image, or uint8 (H, W, 3)."""
+    """Decode an entry of `Split.images` (path, bytes of a file, PIL image, or uint8 (H, W, 3)) to RGB."""
     if isinstance(encoded, np.ndarray):
         return Image.fromarray(encoded)
     if isinstance(encoded, Image.Image):
@@ -54,25 +58,28 @@ def decode_dataset(dataset: ImageDataset, resize, crop, settings, processes: int
     """Decode every split once and keep it as uint8, as far as the memory budget of this process allows.
 
     Args:
-        resize: the transform of evaluation. crop: the random crop of training, or None.
-        processes: on this machine; they share ``settings.data_memory`` GiB (default: a quarter of its memory).
+        resize: the transform of evaluation.
+        crop: the random crop of training, or None.
+        processes: on this machine; they share ``settings.data_memory`` GiB (default: a quarter of its
+            memory).
 
     Returns:
-        The data, without unreadable images where --skip_bad_images allows it, and the bytes kept.
+        The data set, with --skip_bad_images without its unreadable images, and the bytes kept in memory.
 
     Raises:
-        DataError: unreadable images, all named, unless --skip_bad_images.
+        DataError: there are unreadable images and --skip_bad_images is off; it names them.
     """
     limit = settings.data_memory * 2**30 if settings.data_memory else memory_limit() / 4
     budget, threads = limit / processes, max(1, min(16, len(os.sched_getaffinity(0)) // processes))
-    decoded, notes, total = {}, [], 0
+    decoded: dict[str, Any] = {}
+    notes, total = [], 0
     for split in dataset.splits():
         if crop and split.name == "train":
             decode, column = crop.keep, "cached_images"
         else:
             decode, column = resize, "cached_pixels"
             if split.cached_pixels is not None and split.cached_pixels[0].shape[-1] != resize.size:
-                split = replace(split, cached_pixels=None)  # CIFAR-10 comes with pixels of its own size
+                split = replace(split, cached_pixels=None)  # CIFAR-10 has cached pixels of its own size
         is_huge = split.name == "train" and len(split) > MAX_CACHED_TRAIN_IMAGES
         if getattr(split, column) is None and not is_huge:
             split, size, skipped = _decode_split(
@@ -89,14 +96,14 @@ def _decode_split(
 ) -> tuple[Split, int, list[str]]:
     """`decode_dataset` for one split. -> (split, bytes kept in ``column``, notes)
 
-    Beyond the budget, images are read once all the same, to find the bad ones: every count is exact from the start,
-    and no epoch is trained to fail in its evaluation.
+    Images beyond the budget are read once too, to find the unreadable ones. So counts are exact from the
+    start, and no evaluation fails after an epoch was trained.
     """
 
     def decode_one(i: int) -> np.ndarray | str:
         try:
             return decode(open_image(split.images[i]))
-        except Exception as error:  # PIL raises many kinds on a damaged file
+        except Exception as error:  # PIL raises many types for a damaged file
             return f"{split.describe(i)} ({error})"
 
     fits, is_fast = _measure(split, decode_one, budget)
@@ -114,15 +121,16 @@ def _decode_split(
             results = list(pool.map(decode_or_check, range(len(split))))
     bad, notes = [i for i, item in enumerate(results) if isinstance(item, str)], []
     if bad:
-        split, notes = _without(split, bad, [results[i] for i in bad], skip_bad)
-        results = [item for item in results if not isinstance(item, str)]
+        split, notes = _without(split, bad, [str(results[i]) for i in bad], skip_bad)
     if not fits:
         return split, 0, notes
-    return replace(split, **{column: results}), sum(array.nbytes for array in results), notes
+    arrays = [item for item in results if isinstance(item, np.ndarray)]
+    columns: dict[str, Any] = {column: arrays}
+    return replace(split, **columns), sum(array.nbytes for array in arrays), notes
 
 
 def _measure(split: Split, decode_one: Callable, budget: float) -> tuple[bool, bool]:
-    """Whether the split fits into ``budget`` bytes, and whether its images decode fast; from a sample of 32."""
+    """Whether the split fits into ``budget`` bytes, and whether it decodes fast, from about 32 images."""
     sizes, seconds = [], []
     for i in range(0, len(split), max(1, len(split) // 32)):
         started = time.perf_counter()
@@ -135,12 +143,16 @@ def _measure(split: Split, decode_one: Callable, budget: float) -> tuple[bool, b
 
 
 def _without(split: Split, bad: list[int], names: list[str], skip_bad: bool) -> tuple[Split, list[str]]:
-    """The split without its unreadable images, and a note that names them."""
+    """The split without its unreadable images, and a note that names them.
+
+    Raises:
+        DataError: they must not be skipped, or no image is readable.
+    """
     shown = shorten_list(names)
     if not skip_bad:
         raise DataError(
-            f"{len(bad)} unreadable image(s) in {split.name}: {shown}. Repair or delete them, or "
-            "pass --skip_bad_images"
+            f"{len(bad)} unreadable image(s) in {split.name}: {shown}. "
+            "Repair or delete them, or pass --skip_bad_images"
         )
     if len(bad) == len(split):
         raise DataError(f"no readable image in {split.name}: {shown}")

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on the device."""
+"""Random augmentation of image batches on the device: crop, flip, AutoAugment and RandAugment."""
 
 import torch
 import torch.nn.functional as F
@@ -9,19 +9,18 @@ _MASK = 2**32 - 1
 
 
 def _hash32(x: torch.Tensor) -> torch.Tensor:
-    """Mix the 32 low bits of an int64: shifts and odd factors below 2^31, so that no product reaches 2^63."""
+    """Hash the 32 low bits of an int64. The factors are odd and below 2^31: no product reaches 2^63."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
     x = (x ^ (x >> 15)) * 0x2C1B3C6D & _MASK
     return x ^ (x >> 16)
 
 
 def counter_uniform(seed: int, epoch: int, index: torch.Tensor, draws: int) -> torch.Tensor:
-    """Numbers in [0, 1), (N, draws), that depend on seed, epoch and the image's index alone.
+    """Uniform numbers in [0, 1), float (N, draws), that depend on seed, epoch and image index (N,) alone.
 
     So they are equal on all processes of a tensor-parallel group, on any device, in any batch and after a
-    resume. A
-    hash of a counter instead of a generator's state (Salmon et al., 2011, "Parallel random numbers: as easy
-    as 1, 2, 3").
+    resume. They are a hash of a counter, not a generator's state (Salmon et al., 2011, "Parallel random
+    numbers: as easy as 1, 2, 3").
     """
     key = hash_seed(seed, epoch)
     image = _hash32(_hash32((index + (key & _MASK)) & _MASK) ^ (key >> 32))
@@ -48,7 +47,7 @@ OPERATIONS = (
 
 
 def _gather_pixels(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """``pixels[n, :, y, x]`` with whole numbers x, y (N, H, W); black outside."""
+    """``pixels[n, :, y, x]`` for integers x, y (N, H, W); black outside the image. -> (N, C, H, W)"""
     n, channels, height, width = pixels.shape
     inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
     flat = (
@@ -61,13 +60,13 @@ def _gather_pixels(pixels: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> to
 
 
 def _affine(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """Shear, translate and rotate, to the nearest pixel. ``operation`` (N,) is an index into `OPERATIONS`."""
+    """Shear, translate or rotate, to the nearest pixel. ``operation`` (N,) is an index into `OPERATIONS`."""
     height, width = pixels.shape[-2:]
 
     def amount(name: str) -> torch.Tensor:
         return torch.where(operation == OPERATIONS.index(name), magnitude, 0.0).view(-1, 1, 1)
 
-    # centres of the pixels, from the top left corner; a sum of a row and a column is made whole only once
+    # pixel centres from the top left corner; row and column terms are broadcast to (N, H, W) in one sum
     y = torch.arange(height, device=pixels.device).view(1, -1, 1) + 0.5
     x = torch.arange(width, device=pixels.device).view(1, 1, -1) + 0.5
     angle = amount("Rotate").deg2rad()
@@ -82,12 +81,13 @@ def _affine(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tens
 
 
 def _grey(image: torch.Tensor) -> torch.Tensor:
+    """Luminance, float (N, 1, H, W), rounded down as PIL does."""
     red, green, blue = image.unbind(1)
     return (0.2989 * red + 0.587 * green + 0.114 * blue).floor()[:, None]
 
 
 def _blend(image: torch.Tensor, other: torch.Tensor | float, magnitude: torch.Tensor) -> torch.Tensor:
-    """Further from ``other`` by a magnitude above 0, nearer to it by one below; both are floats."""
+    """Extrapolate away from ``other`` (magnitude > 0) or interpolate towards it (< 0); float -> uint8."""
     factor = 1 + magnitude.view(-1, 1, 1, 1)
     return (factor * image + (1 - factor) * other).clamp(0, 255).to(torch.uint8)
 
@@ -131,13 +131,13 @@ def _autocontrast(pixels: torch.Tensor, *_) -> torch.Tensor:
 
 def _equalize(pixels: torch.Tensor, *_) -> torch.Tensor:
     levels = pixels.flatten(2).long()
-    one = torch.ones((), dtype=torch.int32, device=pixels.device)  # not a whole tensor of them
+    one = torch.ones((), dtype=torch.int32, device=pixels.device)  # expanded below, not stored per pixel
     counts = (
         torch.zeros(*levels.shape[:2], 256, dtype=torch.int32, device=pixels.device)
         .scatter_add_(2, levels, one.expand_as(levels))
         .long()
     )
-    # as PIL: the brightest level's pixels are left out of the step
+    # as in PIL, pixels of the brightest level do not count for the step
     step = (counts.sum(2, keepdim=True) - counts.gather(2, levels.amax(2, keepdim=True))) // 255
     flat = ((counts.cumsum(2) - counts + step // 2) // step.clamp(min=1)).clamp(0, 255)
     flat = torch.where(step > 0, flat, torch.arange(256, device=pixels.device))
@@ -148,7 +148,7 @@ def _invert(pixels: torch.Tensor, *_) -> torch.Tensor:
     return 255 - pixels
 
 
-# Each image goes through its own operation only; those that move pixels are one.
+# The function of each entry of `OPERATIONS`. The first five move pixels and share one function.
 CHANGES = (
     *[_affine] * 5,
     _brightness,
@@ -164,13 +164,16 @@ CHANGES = (
 
 
 def apply_operations(pixels: torch.Tensor, operation: torch.Tensor, magnitude: torch.Tensor) -> torch.Tensor:
-    """One operation on each image of a batch, as torchvision's AutoAugment does it on one.
+    """Apply one operation to each image of a batch, as torchvision's AutoAugment does to a single image.
 
     Args:
         pixels: uint8 (N, 3, H, W).
-        operation: (N,) index into `OPERATIONS`; -1: none. On the CPU, which thus knows what to do without
-            waiting for a GPU.
+        operation: (N,) index into `OPERATIONS`; -1: none. On the CPU, so that choosing the images of each
+            operation needs no synchronisation with the GPU.
         magnitude: (N,) in the operation's own unit (Posterize: bits kept). On the CPU.
+
+    Returns:
+        uint8 (N, 3, H, W)
     """
     changed = pixels.clone()
     for change in dict.fromkeys(CHANGES):
@@ -186,10 +189,9 @@ def apply_operations(pixels: torch.Tensor, operation: torch.Tensor, magnitude: t
 
 
 def magnitude_of(name: str, bin: int | None, size: int, bins: int = 10) -> float:
-    """The magnitude number ``bin`` of ``bins`` of an operation in its own unit, as torchvision's
-    AutoAugment and RandAugment have it.
+    """Magnitude ``bin`` of ``bins`` in the operation's own unit, as in torchvision's auto-augment classes.
 
-    After Cubuk et al., 2019, table 6, where there are ten.
+    After Cubuk et al., 2019 ("AutoAugment"), table 6, which has ten. ``size``: pixels of the image's side.
     """
     part = (bin or 0) / (bins - 1)
     if name == "Posterize":
@@ -208,15 +210,17 @@ def magnitude_of(name: str, bin: int | None, size: int, bins: int = 10) -> float
 
 
 class BatchAugment:
-    """Random crop out of the padded image, random flip, then AutoAugment or RandAugment (Cubuk et al.,
-    2019, both).
+    """Random crop of the padded image, random flip, then AutoAugment or RandAugment.
+
+    Cubuk et al., 2019, "AutoAugment", arXiv:1805.09501, and "RandAugment", arXiv:1909.13719.
 
     Args:
-        seed: with epoch and image it decides every draw (`uniform`).
-        size: of the images.
+        seed: with epoch and image index it decides every draw (`counter_uniform`).
+        size: pixels of the images' sides.
         padding: black pixels around the image before the crop; 0: no crop.
+        flip: mirror half of the images.
         policy: torchvision's name of an AutoAugment policy, or None.
-        rand_augment: (layers, magnitude, magnitudes there are) of RandAugment, or None.
+        rand_augment: (operations per image, magnitude, number of magnitudes) of RandAugment, or None.
     """
 
     def __init__(
@@ -232,9 +236,8 @@ class BatchAugment:
         if policy:
             from torchvision.transforms import AutoAugment, AutoAugmentPolicy
 
-            policies = AutoAugment(
-                AutoAugmentPolicy(policy)
-            ).policies  # pairs of (operation, probability, bin)
+            # pairs of (operation, probability, bin)
+            policies = AutoAugment(AutoAugmentPolicy(policy)).policies
             self.operations = torch.tensor(
                 [[OPERATIONS.index(name) for name, _, _ in pair] for pair in policies]
             )
@@ -247,11 +250,11 @@ class BatchAugment:
         self.layers = 0
         if rand_augment:
             self.layers, bin, bins = rand_augment
-            # all but Invert, with the identity at its place, as -1: torchvision's fourteen
+            # torchvision's fourteen: these, with the identity (-1) instead of Invert
             self.rand_magnitudes = torch.tensor([magnitude_of(name, bin, size, bins) for name in OPERATIONS])
 
     def __call__(self, pixels: torch.Tensor, epoch: int, index: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W), on the device, of the images ``index`` (N,), on the CPU -> the same shape"""
+        """Augment uint8 (N, 3, H, W), on the device, of images ``index`` (N,), on the CPU. -> same shape"""
         right, down, mirrored, policy, *chances = counter_uniform(
             self.seed, epoch, index, 8 + 2 * self.layers
         ).unbind(1)
@@ -291,5 +294,5 @@ class BatchAugment:
 
 
 def _signed(operation: torch.Tensor, magnitude: torch.Tensor, chance: torch.Tensor) -> torch.Tensor:
-    """Of operations that go both ways, half of the magnitudes negated."""
+    """Negate half of the magnitudes, for the operations that have a direction."""
     return torch.where((operation <= OPERATIONS.index("Sharpness")) & (chance < 0.5), -magnitude, magnitude)

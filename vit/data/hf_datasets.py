@@ -1,4 +1,4 @@
-"""Data sets through the `datasets` library: the hub, saved directories, parquet and arrow files."""
+"""Reads data sets with the `datasets` library: the hub, saved directories, parquet and arrow files."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from vit.data.sources import SPLIT_ALIASES
 def read_hf_dataset(
     name: str, kind: str, image_column: str | None = None, label_column: str | None = None
 ) -> tuple[dict[str, Split], list[str]]:
-    """-> (splits, class names). Images stay encoded in the memory-mapped table until they are used.
+    """Read all splits. Images stay encoded in the memory-mapped table until they are used.
 
     Args:
         kind: what `find_source` returned: hub, saved, parquet or arrow.
-        image_column, label_column: None: found by their types.
+        image_column, label_column: names; None: found by their types.
+
+    Returns:
+        {name: Split} and the class names. Names such as "val" become "validation", others stay.
 
     Raises:
         DataError: the columns cannot be found, or differ between splits.
@@ -46,7 +49,11 @@ def read_hf_dataset(
 
 
 def open_tables(name: str, kind: str) -> dict:
-    """The table of each split. Files are named or foldered by split (test/0.parquet), as on the hub."""
+    """The table of each split. The name or folder of a file names its split (test/0.parquet), as on the hub.
+
+    Raises:
+        DataError: parquet or arrow files have different columns.
+    """
     import datasets
 
     datasets.disable_progress_bars()
@@ -70,7 +77,11 @@ def open_tables(name: str, kind: str) -> dict:
 
 
 def read_labels(name: str, tables: dict, column: str) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Class names, and of each split the class index of every image; -1: it has no label."""
+    """Class names, and for each split the class index of every image, int64 (N,); -1: no label.
+
+    Raises:
+        DataError: splits have different class names.
+    """
     import datasets
 
     feature = next(iter(tables.values())).features[column]
@@ -109,6 +120,7 @@ class _ImageColumn(Sequence):
 
 
 def find_image_column(name: str, features) -> str:
+    """The only column that has images; `DataError` if there are none or several."""
     import datasets
 
     def holds_images(feature) -> bool:
@@ -123,6 +135,11 @@ def find_image_column(name: str, features) -> str:
 
 
 def find_label_column(name: str, features, image_column: str) -> str:
+    """The only ClassLabel column; without one `label` or `labels`, or the only column of integers or texts.
+
+    Raises:
+        DataError: none or several fit.
+    """
     import datasets
 
     found = [column for column, feature in features.items() if isinstance(feature, datasets.ClassLabel)]

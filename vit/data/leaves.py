@@ -1,10 +1,9 @@
-"""Drawn leaves: a small stand-in for the Beans data set that needs no download.
+"""Synthetic leaf images: a small stand-in for the Beans data set that needs no download.
 
-Every image is drawn from a seed with numpy and Pillow. The classes differ in
-the *shape* of what is on the leaf, not in how much brown the picture holds:
-both diseases cover a similar share of the leaf, healthy leaves are softly
-bronzed instead, and background, light and white balance vary far more. A mean
-colour or a thumbnail therefore says little; texture has to be learned.
+Every image is drawn from a seed with numpy and Pillow. The classes differ in the *shape* of the spots, not in
+the amount of brown: both diseases cover a similar part of the leaf, healthy leaves are softly bronzed
+instead, and background, light and white balance vary far more. So a mean colour or a thumbnail does not
+separate the classes; a model has to learn texture.
 """
 
 import json
@@ -15,18 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
 LABELS = ("angular_leaf_spot", "bean_rust", "healthy")  # names and order of Beans
-
-
 SIZES = {"train": 2400, "validation": 240, "test": 240}  # images per split
-
-
 IMAGE_SIZE = 64  # pixels
+DRAWING = 1  # version of the drawing; raise it when the drawing changes, so that older folders are not reused
 
-
-DRAWING = 1  # raise when the drawing changes, so that older folders are not reused
-
-
-# Dark and light colour of what lies behind the leaf.
+# Dark and light colour of the background.
 BACKGROUNDS = (
     ((70, 48, 34), (140, 105, 75)),  # soil
     ((120, 150, 185), (215, 225, 235)),  # sky
@@ -34,13 +26,11 @@ BACKGROUNDS = (
     ((85, 85, 85), (175, 170, 165)),  # stone
     ((125, 100, 60), (205, 185, 135)),  # straw
 )
-
-
-SLANT = 0.22  # how far side veins run towards the tip on their way to the margin
+SLANT = 0.22  # how far side veins run towards the tip on their way to the margin, in leaf lengths
 
 
 class _Leaf:
-    """Shape and pose of one leaf; maps vein coordinates to pixels."""
+    """Random shape and pose of one leaf; maps vein coordinates to pixels."""
 
     def __init__(self, rng, pixels):
         self.length = rng.uniform(0.85, 1.15) * pixels
@@ -51,9 +41,9 @@ class _Leaf:
         self.axes = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
     def at(self, u, s):
-        """(x, y) pixels of u (0 base, 1 tip) along the midrib and s (-1..1) across: float (..., 2).
+        """Pixels (x, y), float (..., 2), of u (0 base, 1 tip) along the midrib and s (-1..1) across it.
 
-        Constant u is a side vein.
+        A constant u is a side vein.
         """
         t = np.clip(u + SLANT * np.abs(s), 0, 1)
         across = s * self.width * np.sin(np.pi * t**0.72) * (1 - 0.25 * t) + self.bend * t * (1 - t) * 4
@@ -61,7 +51,7 @@ class _Leaf:
 
 
 def _field(rng, cells, pixels):
-    """Smooth random field in 0..1, about `cells` bumps wide: float (pixels, pixels, 1)."""
+    """Smooth random field in 0..1, about ``cells`` bumps wide: float (pixels, pixels, 1)."""
     grid = rng.integers(0, 256, (cells, cells), dtype=np.uint8)
     return np.asarray(Image.fromarray(grid).resize((pixels, pixels), Image.BICUBIC))[..., None] / np.float32(
         255
@@ -94,7 +84,7 @@ def _dot(draw, centre, radius, colour):
 
 
 def _angular_spots(draw, rng, leaf, veins, area, brown):
-    """Polygons that fill a piece of the strip between two side veins, so veins bound them."""
+    """Draw polygons that fill a part of the strip between two side veins, so that veins bound them."""
     while area > 0:
         k = rng.integers(len(veins) - 2)
         low, high = veins[k] + 0.008, veins[k + 1] - 0.008
@@ -109,7 +99,7 @@ def _angular_spots(draw, rng, leaf, veins, area, brown):
 
 
 def _pustules(draw, rng, inside, unit, area, brown, halo):
-    """Many small round spots, each in a paler ring."""
+    """Draw many small round spots, each in a paler ring."""
     while area > 0:
         centre, radius = _pick(rng, inside), unit * rng.uniform(1.0, 1.7)
         _dot(draw, centre, radius * 1.6, halo)
@@ -118,9 +108,9 @@ def _pustules(draw, rng, inside, unit, area, brown, halo):
 
 
 def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
-    """Draw one leaf as an RGB image of `size` x `size` pixels (16 or more).
+    """Draw one leaf of class ``label``, an index into `LABELS`, with all random numbers from ``rng``.
 
-    `label` indexes LABELS; ValueError if it does not. All randomness is `rng`'s.
+    -> RGB image of ``size`` x ``size`` pixels (16 or more). Raises ValueError for another label.
     """
     if label not in range(len(LABELS)):
         raise ValueError(f"label must be in 0..{len(LABELS) - 1}, got {label}")
@@ -128,7 +118,7 @@ def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
     leaf = _Leaf(rng, n)
     green = np.array([rng.uniform(50, 110), rng.uniform(125, 165), rng.uniform(35, 75)])
     brown = _mix((105, 65, 38), (165, 105, 58), rng.random()) + rng.normal(0, 6, 3)
-    share = rng.uniform(0.15, 0.25)  # of the leaf that is sick, or bronzed if it is healthy
+    share = rng.uniform(0.15, 0.25)  # part of the leaf that is diseased, or bronzed if it is healthy
 
     ends = np.linspace(-SLANT, 1 - SLANT, 30)  # of all veins, on the margin from base to tip
     mask = Image.new("L", (n, n))
@@ -163,39 +153,46 @@ def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
     dark, light = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     ground = _mix(dark, light, 0.7 * _field(rng, 4, n) + 0.3 * _field(rng, n // 5, n))
     shadow = mask.filter(ImageFilter.BoxBlur(n / 25)).transform(
-        (n, n), Image.AFFINE, (1, 0, -n / 30, 0, 1, -n / 25)
+        (n, n), Image.Transform.AFFINE, (1, 0, -n / 30, 0, 1, -n / 25)
     )
     ground *= 1 - 0.5 * np.asarray(shadow)[..., None] / 255
     picture = Image.composite(blade, _image(ground), mask).reduce(2)
 
     # Light: a gradient across the picture, exposure, and a white balance that is never quite right.
-    picture = np.asarray(picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.006) * size)), np.float32)
+    pixels = np.asarray(picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.006) * size)), np.float32)
     slope, (gx, gy) = np.linspace(-1, 1, size), rng.uniform(-0.2, 0.2, 2)
     light = 1 + gx * slope + gy * slope[:, None]
-    picture = picture * light[..., None] * rng.uniform(0.8, 1.15) * np.exp(rng.normal(0, 0.08, 3))
-    picture += rng.uniform(1, 5) * rng.standard_normal(picture.shape, np.float32)
-    return _image(picture)
+    pixels = pixels * light[..., None] * rng.uniform(0.8, 1.15) * np.exp(rng.normal(0, 0.08, 3))
+    pixels += rng.uniform(1, 5) * rng.standard_normal(pixels.shape, np.float32)
+    return _image(pixels)
 
 
 def write_leaves(
     root: Path, sizes: dict[str, int] = SIZES, image_size: int = IMAGE_SIZE, seed: int = 42
 ) -> Path:
-    """Write RGB JPEG files as `<root>/<split>/<class>/<nnnn>.jpg` and return `root`.
+    """Write RGB JPEG files as ``<root>/<split>/<class>/<nnnn>.jpg``; the same arguments give the same files.
 
-    `sizes` gives the images per split, shared evenly by the classes; `image_size`
-    is their side in pixels. The same arguments give the same files. A folder this
-    function wrote with the same arguments is reused; FileExistsError if `root`
-    holds anything else.
+    A folder that this function wrote with the same arguments is reused.
+
+    Args:
+        sizes: images per split, the same number of each class.
+        image_size: pixels of each side.
+
+    Returns:
+        ``root``
+
+    Raises:
+        FileExistsError: ``root`` contains other files.
     """
     root = Path(root)
     settings = json.dumps({"drawing": DRAWING, "sizes": sizes, "image_size": image_size, "seed": seed})
     if not _is_written(root, settings):
         root.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside and renamed whole: nobody ever sees a half-made `root`.
+        # Written under a temporary name and renamed, so that `root` is never incomplete.
         with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
             folder = Path(scratch, "leaves")
             for split, count in sizes.items():
-                for label, name in enumerate(LABELS):
+                for name in LABELS:
                     (folder / split / name).mkdir(parents=True)
                 for i in range(count):
                     label, number = i % len(LABELS), i // len(LABELS)
@@ -210,7 +207,7 @@ def write_leaves(
             try:
                 folder.rename(root)
             except OSError:
-                # Another process was faster; its folder is as good if its settings are ours.
+                # Another process was faster; its folder is used if it was made with the same arguments.
                 if not _is_written(root, settings):
                     raise
     return root

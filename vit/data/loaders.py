@@ -1,7 +1,8 @@
-"""Batches of a split: from device memory, from loader workers, or synthetic.
+"""Loaders: batches of a split from device memory, from worker processes, or synthetic.
 
-A loader has a ``name``, a length in images, ``batches(order)`` for the batches of `vit.schedule.BatchPlan`, and for
---skip_bad_images ``missing``, the names of images left out from the start, and ``take_skipped()``, those met since.
+A loader has a ``name``, a length in images, and ``batches(order)`` for the batches of
+`vit.schedule.BatchPlan`. For --skip_bad_images it has ``missing``, the names of images left out from the
+start, and ``take_skipped()``, the names of those that were unreadable since.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,18 +20,21 @@ from vit.data.dataset import IGNORE_INDEX, DataError, Split
 from vit.data.decode import open_image
 from vit.data.gpu_augment import BatchAugment
 
-AUGMENT_BYTES = 2**25  # of pixels that are augmented together
+AUGMENT_BYTES = 2**25  # of pixels that are augmented in one call
 
 
 class BatchDataset(torch.utils.data.Dataset):
-    """Batches of (epoch, image) pairs: ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,), ``skipped`` names.
+    """Batches of (epoch, image) pairs.
 
-    torch's DataLoader gives a whole batch of indices to ``__getitems__``.
+    A batch has ``pixel_values`` uint8 (N, 3, S, S), ``labels`` int64 (N,) and ``skipped``, a list of names.
+    torch's DataLoader passes all indices of a batch to ``__getitems__``.
 
     Args:
-        resize: the transform of evaluation. crop: the random crop of training, or None.
-        skip_bad: name an unreadable image in ``skipped`` instead of raising `DataError`. In training the next image
-            of the split takes its place, so that a batch stays full; in evaluation it becomes padding.
+        resize: the transform of evaluation.
+        crop: the random crop of training, or None.
+        skip_bad: list unreadable images in ``skipped`` instead of raising `DataError`. In training the next
+            image of the split takes the place of such an image, so that batches stay full; in evaluation it
+            is padding.
     """
 
     def __init__(self, split: Split, resize, crop=None, skip_bad: bool = False):
@@ -70,7 +75,7 @@ class BatchDataset(torch.utils.data.Dataset):
 
 
 class _BatchOrder:
-    """An iterable of batches as DataLoader's batch sampler."""
+    """DataLoader's batch sampler over an iterable of batches."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -79,13 +84,17 @@ class _BatchOrder:
         return iter(self.batches)
 
 
-def _identity(batch: dict) -> dict:
-    """DataLoader's collate_fn: `BatchDataset` returns whole batches."""
+def _identity(batch: Any) -> Any:
+    """DataLoader's collate_fn: `BatchDataset` returns complete batches."""
     return batch
 
 
 def _leave_process_group(worker: int) -> None:
-    """Ctrl-C and torchrun signal a whole group, but the step that is finished before saving needs its workers."""
+    """Move a worker to its own process group.
+
+    Ctrl-C and torchrun signal the entire group, but the step that is finished before saving needs the
+    workers.
+    """
     os.setpgrp()
 
 
@@ -98,22 +107,22 @@ def make_loader(dataset: BatchDataset, order: Iterable, workers: int) -> DataLoa
         worker_init_fn=_leave_process_group,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # or each loader would draw from the state that dropout depends on
+        generator=torch.Generator(),  # otherwise it would draw from the generator that dropout uses
     )
 
 
 def default_num_workers(split: Split, crop, processes: int) -> int:
-    """Workers of one process: none if batches are mere copies, else its share of the cores, at most 16."""
+    """Workers of a process: 0 if batches are copied from memory, else its share of the cores, at most 16."""
     if split.cached_pixels is not None and not crop:
         return 0
     return max(0, min(16, len(os.sched_getaffinity(0)) // processes - 1))
 
 
 class WorkerLoader:
-    """Batches decoded, cropped and resized ahead of the training, by worker processes.
+    """Serves batches that DataLoader workers decode, crop and resize ahead of the training.
 
     Args:
-        augment: what happens to whole batches on the device, or None.
+        augment: augmentation of a batch on the device, or None.
     """
 
     def __init__(
@@ -127,7 +136,7 @@ class WorkerLoader:
         return len(self.dataset)
 
     def take_skipped(self) -> list[str]:
-        """Names of unreadable images met since the last call."""
+        """Names of the images that were unreadable since the last call."""
         skipped, self.skipped = self.skipped, []
         return skipped
 
@@ -142,21 +151,21 @@ class WorkerLoader:
 
 
 class DeviceLoader:
-    """Batches of a split that lies in the memory of the device.
+    """Serves batches of a split that is kept in device memory.
 
     Args:
         split: with ``cached_pixels`` of one size.
-        augment: what happens to whole batches, or None.
+        augment: augmentation of a batch, or None.
     """
 
     def __init__(self, split: Split, device: torch.device, augment: BatchAugment | None = None):
         self.name, self.missing, self.augment = split.name, split.unreadable, augment
-        self.pixels = torch.from_numpy(np.stack(split.cached_pixels)).to(device)  # uint8 (N, 3, S, S)
+        self.pixels = torch.from_numpy(np.stack(list(split.cached_pixels))).to(device)  # uint8 (N, 3, S, S)
         self.labels = torch.from_numpy(split.labels).to(device)
 
     @staticmethod
     def fits(split: Split, device: torch.device) -> bool:
-        """Whether the split is decoded to one size, and takes at most a quarter of the device's free memory."""
+        """Whether the split is decoded to one size and needs at most 1/4 of the device's free memory."""
         if split.cached_pixels is None:
             return False
         size = len(split) * split.cached_pixels[0].nbytes
@@ -169,7 +178,7 @@ class DeviceLoader:
         return []  # all were read at the start
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Of all pixels of each channel, in units of 255."""
+        """Mean and standard deviation of each channel over all pixels, in 0..1."""
         channels = self.pixels.unbind(1)
         counts = torch.stack(
             [torch.bincount(channel.flatten().int(), minlength=256) for channel in channels]
@@ -178,15 +187,15 @@ class DeviceLoader:
         weights = counts / counts.sum(1, keepdim=True)
         mean = (weights * levels).sum(1)
         std = ((weights * levels**2).sum(1) - mean**2).clamp(min=0).sqrt()
-        return tuple(mean.tolist()), tuple(
-            std.clamp(min=1 / 255).tolist()
-        )  # a one-coloured set has a std of 0
+        # images of one colour have a std of 0, by which nothing can be divided
+        return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())
 
     def pixels_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """Pixels of the images at ``indices`` (N,): uint8 (N, 3, S, S)."""
         return self.pixels[indices]
 
     def batch(self, pairs: list[tuple[int, int]]) -> dict:
-        """The batch of (epoch, image) pairs of one epoch."""
+        """The batch of (epoch, image) pairs, all of one epoch; image -1 is padding."""
         index = torch.tensor([image for _, image in pairs])
         on_device = index.to(self.labels.device, non_blocking=True)
         real = on_device.clamp(min=0)
@@ -196,23 +205,24 @@ class DeviceLoader:
         return {"pixel_values": pixels, "labels": labels.masked_fill(on_device < 0, IGNORE_INDEX)}
 
     def batches(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[dict]:
-        """Small batches are augmented several at once: starting kernels takes longer than running them."""
+        """The batches in ``order``. Small ones are augmented several at a time, to start fewer kernels."""
         for _, epoch in itertools.groupby(order, key=lambda pairs: pairs[0][0]):
             for first in epoch:
                 together = AUGMENT_BYTES // (len(first) * self.pixels[0].nbytes) if self.augment else 0
-                taken = [first, *itertools.islice(epoch, max(0, together - 1))]
+                more = itertools.islice(epoch, max(0, together - 1))  # noqa: B031 - once for each ``first``
+                taken = [first, *more]
                 joined = self.batch(list(itertools.chain(*taken)))
                 for parts in zip(*(joined[name].split(len(first)) for name in joined), strict=True):
                     yield dict(zip(joined, parts, strict=True))
 
 
 class SyntheticLoader(DeviceLoader):
-    """Noise with random labels, to measure the speed of training when images cost nothing."""
+    """Serves noise with random labels, to measure the speed of training without reading images."""
 
     POOL = 1024  # images; they repeat
 
-    def __init__(self, name: str, images: int, size: int, classes: int, device: torch.device):
-        self.name, self.missing, self.augment = name, (), None
+    def __init__(self, name: str, images: int, size: int, classes: int, device: torch.device, augment=None):
+        self.name, self.missing, self.augment = name, (), augment
         generator = torch.Generator().manual_seed(0)
         shape = (min(images, self.POOL), 3, size, size)
         self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)

@@ -1,34 +1,30 @@
-"""A data set decoded and resized once: many images in a few files, read through memory maps.
-prepare_images.py writes it.
+"""Prepared folders: a data set decoded and resized once by prepare_images.py, in a few memory-mapped files.
 
-prepared.json        what it was made of and with, class names, images and skipped images of each split
-train.npz            of each image: part, offset and length (bytes), height and width (pixels), label
-train-00000.bin ...  the images of each part one behind the other: uint8 RGB, or JPEG files
+prepared.json        source and settings, class names, images and skipped images of each split
+train.npz            of each image: part (shard), offset and length (bytes), height and width (pixels), label
+train-00000.bin ...  the images of each shard, one after the other: uint8 RGB, or JPEG files
 """
 
 import json
 import os
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vit.data.dataset import DataError, Split
 from vit.files import write_atomically
 
-PREPARED_INDEX = "prepared.json"  # in a folder that prepare_images.py wrote (packed.py)
-
-
+PREPARED_INDEX = "prepared.json"
 VERSION = 1  # raise when the format changes
-
-
 COLUMNS = {"offset": np.int64, "length": np.int64, "height": np.int32, "width": np.int32, "label": np.int64}
 
 
 class PreparedImages:
-    """The images of a split, each a view of a memory map: uint8 (H, W, 3), or the bytes of a JPEG file.
+    """The images of a split, read from memory maps when they are accessed.
 
-    Nothing is read before it is asked for.
+    Each is uint8 (H, W, 3), a view of the map, if ``raw``, otherwise the bytes of a JPEG file.
     """
 
     def __init__(self, folder: Path, split: str, index: dict[str, np.ndarray], raw: bool):
@@ -49,16 +45,18 @@ class PreparedImages:
 
 
 def shard_path(folder: Path, split: str, part: int) -> Path:
+    """File of shard number ``part``."""
     return folder / f"{split}-{part:05d}.bin"
 
 
 def write_shard(folder: Path, split: str, part: int, images, skipped: list[str]) -> None:
-    """One part and its index, each written beside and renamed, the index last: where it is, the part is
-    whole.
+    """Write one shard, then its index. If the index exists, the shard is complete.
+
+    Both are written under another name and renamed.
 
     Args:
         images: yields (bytes, height, width, label).
-        skipped: names of the images left out; filled while ``images`` are drawn.
+        skipped: names of the images left out; filled while ``images`` is iterated over.
     """
     path, rows, offset = shard_path(folder, split, part), [], 0
     beside = path.with_suffix(".writing")
@@ -74,11 +72,12 @@ def write_shard(folder: Path, split: str, part: int, images, skipped: list[str])
 
 
 def is_shard_written(folder: Path, split: str, part: int) -> bool:
+    """Whether the shard is complete."""
     return shard_path(folder, split, part).with_suffix(".npz").exists()
 
 
 def merge_shard_indices(folder: Path, split: str, parts: int) -> tuple[int, int, list[str]]:
-    """One index of the split from those of its parts. -> (images, bytes, names of the skipped images)"""
+    """Write the index of a split from those of its shards. -> (images, bytes, names of the skipped images)"""
     paths = [shard_path(folder, split, part).with_suffix(".npz") for part in range(parts)]
     found = [dict(np.load(path)) for path in paths]
     index = {name: np.concatenate([part[name] for part in found]) for name in COLUMNS}
@@ -91,18 +90,19 @@ def merge_shard_indices(folder: Path, split: str, parts: int) -> tuple[int, int,
     )
 
 
-def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _save(path: Path, arrays: dict[str, Any]) -> None:
     beside = path.with_suffix(".writing.npz")
     np.savez(beside, **arrays)
     os.replace(beside, path)
 
 
 def write_index(folder: Path, about: dict) -> None:
+    """Write prepared.json."""
     write_atomically(folder / PREPARED_INDEX, json.dumps({"version": VERSION} | about, indent=1))
 
 
 def read_index(folder: Path) -> dict:
-    """What prepared.json says.
+    """The contents of prepared.json.
 
     Raises:
         DataError: it is damaged, or of another version.
@@ -120,10 +120,10 @@ def read_index(folder: Path) -> dict:
 
 
 def read_complete_index(folder: Path) -> dict:
-    """`read_index` of a folder that can be trained on.
+    """`read_index` of a folder whose preparation is finished.
 
     Raises:
-        DataError: it cannot.
+        DataError: it is not finished, or `read_index` failed.
     """
     about = read_index(folder)
     if not about["complete"]:
@@ -133,10 +133,13 @@ def read_complete_index(folder: Path) -> dict:
 
 
 def read_prepared(folder: Path) -> tuple[dict[str, Split], list[str]]:
-    """-> (splits, class names). Reads the index, not the images.
+    """Read all splits. Reads the indices, not the images.
+
+    Returns:
+        {name: Split} and the class names.
 
     Raises:
-        DataError: the folder is unfinished, or not all of it was copied.
+        DataError: the folder is unfinished, or was copied incompletely.
     """
     about, splits = read_complete_index(folder), {}
     for split in about["splits"]:
@@ -149,6 +152,6 @@ def read_prepared(folder: Path) -> tuple[dict[str, Split], list[str]]:
             path = shard_path(folder, split, part)
             if not path.exists() or path.stat().st_size != ends[index["part"] == part].max():
                 raise DataError(f"{path.name} is missing or cut short: copy the folder again", folder)
-        images = PreparedImages(folder, split, index, about["format"] == "raw")
+        images: Any = PreparedImages(folder, split, index, about["format"] == "raw")
         splits[split] = Split(split, images, index["label"], cached_images=images if images.raw else None)
     return splits, about["labels"]

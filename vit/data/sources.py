@@ -1,4 +1,4 @@
-"""Where images come from: what a name stands for, and image folders."""
+"""Where images come from: which kind of source a name is, and reading image folders."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ TABLE_SUFFIXES = (".parquet", ".arrow")
 
 
 def find_source(name: str) -> str:
-    """What ``name`` is: drawn, synthetic, imagefolder, cifar10, prepared, saved, parquet, arrow, or hub.
+    """The kind of source: drawn, synthetic, imagefolder, cifar10, prepared, saved, parquet, arrow, or hub.
 
-    A local path wins over a hub name. Reads directory entries only.
+    A local path takes precedence over a hub name. Reads directory entries, no images.
 
     Raises:
-        DataError: the path exists and holds none of these, or looks like a path and does not exist.
+        DataError: the path exists and contains none of these, or looks like a path and does not exist.
     """
     path = Path(name)
     if name == DEMO_DATASET:
@@ -76,7 +76,9 @@ def _source_of_folder(path: Path, name: str) -> str:
 
 
 def class_folders(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
-    """The folders of splits, and the class names of each: ``root/<split>/<class>/**/image`` or ``root/<class>/**/image``.
+    """The folder of each split, and the class names in it.
+
+    ``root/<split>/<class>/**/image``, or ``root/<class>/**/image``, which is all train.
 
     Raises:
         DataError: there is no train split, it has no classes, or another split has classes that it lacks.
@@ -93,19 +95,21 @@ def class_folders(root: Path) -> tuple[dict[str, Path], dict[str, list[str]]]:
     for split, folder in folders.items():
         if unknown := sorted(set(classes[split]) - set(classes["train"])):
             raise DataError(
-                f"class {', '.join(unknown)} is in {folder.name}/ but not in {train.name}/: rename or "
-                "remove the "
-                "folder, or add training images of it",
+                f"class {', '.join(unknown)} is in {folder.name}/ but not in {train.name}/: "
+                "rename or remove the folder, or add training images of it",
                 root,
             )
     return folders, classes
 
 
 def read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str]]:
-    """-> (splits, class names). Reads names of files, not the images.
+    """Read all splits of an image folder. Reads file names, not the images.
+
+    Returns:
+        {name: Split} and the class names, sorted.
 
     Raises:
-        DataError: a split has no images in class folders.
+        DataError: a split has no images in class folders, or see `class_folders`.
     """
     folders, classes = class_folders(root)
     splits, labels = {}, classes["train"]
@@ -133,14 +137,14 @@ def _is_image(name: str) -> bool:
 
 
 def _image_paths(folder: Path) -> Iterator[str]:
-    """All image files under ``folder``, which may be missing. Reads directory entries only: opening each takes minutes."""
+    """All image files under ``folder``, which need not exist. Opens none: a million would take minutes."""
     return (
         os.path.join(path, name) for path, _, names in os.walk(folder) for name in names if _is_image(name)
     )
 
 
 def _class_names(folder: Path) -> list[str]:
-    """Class folders: not hidden ones, and not what a run or prepare_images.py wrote there."""
+    """Names of the class folders: not hidden ones, and not output of a run or of prepare_images.py."""
     ours = ("metrics.jsonl", PREPARED_INDEX)
     found = (d for d in folder.iterdir() if d.is_dir() and not d.name.startswith("."))
     return sorted(d.name for d in found if not any((d / name).exists() for name in ours))

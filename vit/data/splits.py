@@ -1,8 +1,9 @@
-"""Which images a run trains on and which it evaluates."""
+"""Selects the images that a run trains on and those that it evaluates."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -10,21 +11,30 @@ from vit.data.dataset import DataError, ImageDataset, Split, check_all_classes, 
 
 
 def stratified_split(labels: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held out) with the class proportions of ``labels``, at least one held out of each class."""
+    """Hold out a ``fraction`` of the images with the class proportions of ``labels`` int64 (N,).
+
+    At least one image of each class is held out, unless the class has only one.
+
+    Returns:
+        (indices kept, indices held out), both sorted.
+    """
     rng = np.random.default_rng(seed)
-    held_out = []
+    chosen = []
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
         count = max(1, round(len(members) * fraction)) if len(members) > 1 else 0
-        held_out.append(members[:count])
-    held_out = np.sort(np.concatenate(held_out))
+        chosen.append(members[:count])
+    held_out = np.sort(np.concatenate(chosen))
     return np.setdiff1d(np.arange(len(labels)), held_out), held_out
 
 
 def stratified_fold(labels: np.ndarray, number: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices (kept, held out), where the held out are fold ``number``, from 1, of ``count``.
+    """Hold out fold ``number`` (from 1) of ``count``; each fold has the class proportions of ``labels``.
 
-    Each fold has the class proportions of ``labels``. There is no seed: folds compare runs, so all must have the same.
+    The folds do not depend on a run's seed: runs that are compared must have the same ones.
+
+    Returns:
+        (indices kept, indices held out), both sorted.
     """
     rng = np.random.default_rng(0)
     classes = [rng.permutation(np.flatnonzero(labels == label)) for label in np.unique(labels)]
@@ -35,7 +45,7 @@ def stratified_fold(labels: np.ndarray, number: int, count: int) -> tuple[np.nda
 def labelled_splits(
     splits: dict[str, Split], labels: list[str], source: str
 ) -> tuple[dict[str, Split], list[str]]:
-    """train, validation and test as far as they are there and have labels. -> (splits, notes)
+    """Keep train, validation and test, if they exist and have labels. -> (splits, notes on the others)
 
     Raises:
         DataError: there is no training split, it has images without a label, or there is only one class.
@@ -60,7 +70,9 @@ def labelled_splits(
 
 
 def finetune_splits(splits: dict[str, Split], labels: list[str], settings) -> ImageDataset:
-    """The validation split selects the epoch, the test split is evaluated once. Cuts what is missing from train.
+    """Splits for fine-tuning: validation selects the epoch, test is evaluated once.
+
+    With --fold, or without a validation split, validation images are held out of the training split.
 
     Raises:
         DataError: a split or class has no images.
@@ -103,10 +115,10 @@ def finetune_splits(splits: dict[str, Split], labels: list[str], settings) -> Im
 
 
 def scratch_splits(splits: dict[str, Split], labels: list[str], settings) -> ImageDataset:
-    """What a run by a config file trains on, and the one split that it evaluates after each epoch.
+    """Splits for training from scratch: train, and the one split that is evaluated after each epoch.
 
-    That is the test split; without one the validation split, and without that 10 % of train. If the set has one of
-    its own, VALIDATION_FRACTION of train is cut off as ``minival``, to choose settings by.
+    That is the test split; without one the validation split; without that 10 % of train, held out. If the set
+    has an evaluation split, VALIDATION_FRACTION of train is held out as ``minival``, to choose settings by.
 
     Raises:
         DataError: a split or class has no images, or there are not NUM_CLASSES classes.
@@ -129,10 +141,12 @@ def scratch_splits(splits: dict[str, Split], labels: list[str], settings) -> Ima
     kind = "minival" if evaluated else "validation"
     why = "" if evaluated else "no test and no validation split: "
     notes.append(f"{why}{kind}: {len(rest)} training images held out (stratified, seed {settings.seed})")
-    return replace(dataset, train=train.take(kept), **{kind: replace(train.take(rest), name=kind)})
+    parts: dict[str, Any] = {"train": train.take(kept), kind: replace(train.take(rest), name=kind)}
+    return replace(dataset, **parts)
 
 
 def check_training_classes(train: Split, labels: list[str], source: str) -> None:
+    """Raise `DataError` if a class has no training images."""
     counts = np.bincount(train.labels, minlength=len(labels))
     if empty := [labels[i] for i in np.flatnonzero(counts == 0)]:
         raise DataError(

@@ -15,12 +15,9 @@ from vit.data.dataset import DataError
 
 @dataclass(frozen=True)
 class Resize:
-    """The model's own preprocessing of an image.
+    """Resizes an image to size x size pixels, ignoring its proportions, as ViT's image processor does."""
 
-    Squeezed to size x size pixels, with the processor's filter.
-    """
-
-    size: int
+    size: int  # pixels
     resample: int = 2  # PIL's number of the filter; 2 is bilinear
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -29,9 +26,9 @@ class Resize:
         return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
     def processor(self, mean, std):
-        """The same as transformers saves it beside a model.
+        """This transform as an image processor of transformers, which is saved with a model.
 
-        ``mean`` and ``std`` of each channel, in units of 255.
+        ``mean`` and ``std``: of each channel, in 0..1.
         """
         from transformers import ViTImageProcessor
 
@@ -43,10 +40,9 @@ class Resize:
 
 @dataclass(frozen=True)
 class ResizeCenterCrop:
-    """Preprocessing that keeps the proportions, as ImageNet's is: the shorter side to ``shorter`` pixels,
-    then the middle size x size of it.
+    """Resizes the shorter side to ``shorter`` pixels and takes the centre crop of size x size pixels.
 
-    ``squeezed``: both sides to ``shorter`` pixels, as DeiT has it.
+    ``squeezed``: both sides are resized to ``shorter`` pixels, as DeiT does.
     """
 
     size: int
@@ -75,10 +71,10 @@ class ResizeCenterCrop:
 
 
 def transform_of_processor(processor) -> Resize | ResizeCenterCrop:
-    """What a model's image processor of transformers does before it normalises.
+    """The resizing and cropping of a model's image processor (transformers), which also normalises.
 
     Raises:
-        DataError: something else than these two.
+        DataError: the processor does something else.
     """
     sizes, resample = dict(processor.size), int(processor.resample)
     crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
@@ -96,15 +92,13 @@ def transform_of_processor(processor) -> Resize | ResizeCenterCrop:
         raise DataError(
             f"the model's preprocessing, size {sizes}"
             + f" and crop_size {crop}" * bool(crop)
-            + ", is neither a square size nor a square cut out of one"
+            + ", is neither a resize to a square nor a square crop"
         )
     return ResizeCenterCrop(size, shorter, resample, squeezed) if crop else Resize(size, resample)
 
 
 def set_processor_size(processor, size: int) -> None:
-    """Let an image processor make ``size`` x ``size`` pixels, of the same part of an image as before, in
-    place.
-    """
+    """Make an image processor return ``size`` x ``size`` pixels of the same part of an image, in place."""
     now = transform_of_processor(processor)
     processor.size = {side: round(size / now.size * pixels) for side, pixels in processor.size.items()}
     if isinstance(now, ResizeCenterCrop):
@@ -112,10 +106,7 @@ def set_processor_size(processor, size: int) -> None:
 
 
 def resize_shorter_side(image: Image.Image, shorter: int, resample: int = 2) -> Image.Image:
-    """The image with ``shorter`` pixels on its shorter side, the longer one cut off to a whole number.
-
-    Antialiased.
-    """
+    """Resize to ``shorter`` pixels on the shorter side, antialiased; the longer side is rounded down."""
     if min(image.size) == shorter:
         return image
     sides = [
@@ -126,22 +117,21 @@ def resize_shorter_side(image: Image.Image, shorter: int, resample: int = 2) -> 
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Random resized crop and horizontal flip, as torchvision draws them.
+    """Random resized crop and horizontal flip, with torchvision's distribution.
 
-    Drawn from (seed, epoch, image) alone: the same on all processes of a tensor- or pipeline-parallel
-    group, for
-    any number of workers, and after a resume.
+    Drawn from (seed, epoch, image index) alone: the same on all processes of a tensor- or pipeline-parallel
+    group, for any number of workers, and after a resume.
     """
 
-    size: int
+    size: int  # pixels
     seed: int
     resample: int = 2
-    smallest_crop: float = 0.35  # of the image's area
+    smallest_crop: float = 0.35  # part of the image's area
     flip: bool = True
-    policy: str | None = None  # a key of POLICIES: what else happens to the crop
+    policy: str | None = None  # a key of `POLICIES`, applied after the crop
 
     def shrink(self, image: Image.Image) -> Image.Image:
-        """What later crops are taken from: at most twice the model's size on the shorter side."""
+        """Reduce an image to at most twice the model's size on the shorter side, to take crops from it."""
         short = min(image.size)
         if short > 2 * self.size:
             scale = 2 * self.size / short
@@ -151,23 +141,22 @@ class RandomResizedCrop:
         return image
 
     def keep(self, image: Image.Image) -> np.ndarray:
-        """What is kept of an image: uint8 (H, W, 3)"""
+        """The pixels of an image to keep in memory: uint8 (H, W, 3)."""
         return np.asarray(self.shrink(image))
 
     def __call__(self, source: np.ndarray | Image.Image, epoch: int, index: int) -> torch.Tensor:
-        """uint8 (H, W, 3), or the image itself -> uint8 (3, size, size)"""
+        """Crop image number ``index``, given as uint8 (H, W, 3) or as PIL image. -> uint8 (3, size, size)"""
         from torchvision.transforms import RandomResizedCrop
 
-        decoded = isinstance(source, np.ndarray)
-        sides = source.shape[:2] if decoded else (source.height, source.width)
+        sides = source.shape[:2] if isinstance(source, np.ndarray) else (source.height, source.width)
         with fork_rng_for(self.seed, epoch, index):
-            blank = torch.empty(1).expand(3, *sides)  # get_params wants an image, and reads its sides
+            blank = torch.empty(1).expand(3, *sides)  # get_params takes an image, but reads only its size
             top, left, height, width = RandomResizedCrop.get_params(
                 blank, (self.smallest_crop, 1.0), (3 / 4, 4 / 3)
             )
             mirrored = self.flip and torch.rand(1).item() < 0.5
-        # nothing but the crop is touched; in one piece, for which torch's resizing of uint8 is made
-        if decoded:
+        # copy the crop alone, contiguous: torch's uint8 resizing is made for that layout
+        if isinstance(source, np.ndarray):
             crop = source[top : top + height, left : left + width].copy()
         else:
             crop = np.array(source.crop((left, top, left + width, top + height)))
@@ -185,10 +174,8 @@ class RandomResizedCrop:
         return pixels
 
 
-POLICIES = {
-    "trivial": "TrivialAugmentWide",
-    "rand": "RandAugment",
-}  # Mueller and Hutter, 2021; Cubuk et al., 2020; in torchvision
+# --auto_augment: torchvision's classes (Müller and Hutter, 2021; Cubuk et al., 2020)
+POLICIES = {"trivial": "TrivialAugmentWide", "rand": "RandAugment"}
 
 
 @functools.cache
@@ -200,9 +187,9 @@ def _policy(name: str):
 
 @contextmanager
 def fork_rng_for(*numbers: int):
-    """Inside, torch's draws on the CPU depend on ``numbers`` alone.
+    """Context in which torch's random numbers on the CPU depend on ``numbers`` alone.
 
-    Outside, and on a GPU, nothing changes.
+    Generators outside the context and on GPUs are unchanged.
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(hash_seed(*numbers))  # torch.manual_seed would seed the GPUs too
@@ -210,6 +197,6 @@ def fork_rng_for(*numbers: int):
 
 
 def hash_seed(*numbers: int) -> int:
-    """A 63-bit seed from several numbers; near numbers give unrelated seeds."""
+    """A 63-bit seed from several integers; similar integers give unrelated seeds."""
     digest = hashlib.blake2b(np.array(numbers, dtype=np.int64).tobytes(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

@@ -1,5 +1,6 @@
 """From a model and settings to a boosted model: everything that is done to a model before it is trained."""
 
+import importlib
 from contextlib import nullcontext
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from vit.model import pad_classifier
 from vit.model_variants import add_drop_path
 from vit.optim import build_optimizer
-from vit.parallel.boosted import BoostedGemini, BoostedModel
+from vit.parallel.boosted import BoostedModel
 from vit.parallel.mesh_train import boost_mesh
 from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
@@ -43,8 +44,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     linear_patch_embedding(model)
     fuse_qkv(model)
     if settings.grad_checkpoint:
-        # the re-entrant form costs the CPU less, and Gemini's hooks support no other
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.gradient_checkpointing_enable({"use_reentrant": plugin.reentrant_checkpoint})
     stream = torch.cuda.Stream() if records_steps(settings) else None
     compile_model(model, settings, whole=settings.cuda_graphs and stream is None)
     optimizer = build_optimizer(model, settings)
@@ -62,7 +62,8 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
             early_ddp_buckets(module, adamw)
             if stream:
                 module._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # its timers cannot be recorded
-    kind = BoostedGemini if plugin.shards_weights else BoostedModel
+    path, _, name = plugin.boosted.partition(":")
+    kind = getattr(importlib.import_module(path), name)
     return kind(
         booster,
         model,
@@ -70,7 +71,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         settings.layout,
         plugin,
         zero_stage=settings.zero_stage,
-        clip_norm=settings.max_norm if plugin.replicates_model else 0.0,
+        clip_norm=0.0 if plugin.clips else settings.max_norm,
         graph_stream=stream,
     )
 
@@ -79,7 +80,9 @@ def boost_with_booster(model: nn.Module, optimizer: torch.optim.Optimizer, setti
     """Colossal-AI's own way: a plugin, a Booster, `Booster.boost`. -> (booster, model, optimizer)"""
     from colossalai.booster import Booster
 
-    plugin, mixed_precision = PLUGINS[settings.plugin].build(settings)
+    build = PLUGINS[settings.plugin].build
+    assert build is not None
+    plugin, mixed_precision = build(settings)
     booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
     model, optimizer, *_ = booster.boost(model, optimizer)
     avoid_device_syncs(optimizer, clips=settings.max_norm > 0)
@@ -89,14 +92,17 @@ def boost_with_booster(model: nn.Module, optimizer: torch.optim.Optimizer, setti
 def records_steps(settings) -> bool:
     """Whether whole train steps are recorded as CUDA graphs.
 
-    An fp16 step reads back whether a gradient overflowed, and steps of the sharding plugins wait for the device.
+    An fp16 step reads back whether a gradient overflowed, and steps of the sharding plugins wait for the
+    device.
     """
     plugin = PLUGINS[settings.plugin]
     return settings.cuda_graphs and plugin.replicates_model and settings.precision != "fp16"
 
 
 def compile_model(model: nn.Module, settings, whole: bool) -> None:
-    """Compile each layer, or the ``whole`` model into CUDA graphs of its forward and backward pass, in place."""
+    """Compile each layer, or the ``whole`` model into CUDA graphs of its forward and backward pass, in
+    place.
+    """
     if not (settings.compile or settings.cuda_graphs):
         return
     eager_dropout()

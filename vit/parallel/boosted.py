@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,9 +27,9 @@ class BoostedModel:
         ema: moving average of the weights, if any.
     """
 
-    booster: object
-    model: nn.Module
-    optimizer: object
+    booster: Any
+    model: Any
+    optimizer: Any
     layout: ParallelLayout
     plugin: Plugin
     zero_stage: int = 0
@@ -37,7 +38,9 @@ class BoostedModel:
     ema: WeightEMA | None = None
 
     def no_sync(self):
-        """Context in which a backward pass leaves gradients unreduced, where the plugin can (for accumulation)."""
+        """Context in which a backward pass leaves gradients unreduced, where the plugin can (for
+        accumulation).
+        """
         if not self.plugin.can_skip_sync(self.zero_stage):
             return nullcontext()
         if not self.plugin.replicates_model:
@@ -59,7 +62,9 @@ class BoostedModel:
         return self.ema.applied() if self.ema else nullcontext()
 
     def weight_tensors(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """This rank's part of the weights, and their fp32 master weights if the plugin keeps them in equal pieces."""
+        """This rank's part of the weights, and their fp32 master weights if the plugin keeps them in equal
+        pieces.
+        """
         weights = [param.data for param in self.model.parameters()]
         return weights, weights
 
@@ -123,7 +128,7 @@ class BoostedModel:
             for name, value in state["scaler"].items():
                 setattr(scaler, name, value.to(device()) if isinstance(value, torch.Tensor) else value)
 
-    def reshard(self, shards: list[dict]) -> dict:
+    def merge_shards(self, shards: list[dict]) -> dict:
         """ZeRO shards that another number of ranks saved, cut for this number.
 
         Every master tensor is one slice of its flattened, zero-padded parameter; so are its moments.
@@ -149,7 +154,8 @@ class BoostedModel:
         return state
 
     def gather_state_dict(self, scratch: Path) -> dict | None:
-        """The state dict of the whole model (of the averaged weights, if any) on rank 0, None elsewhere. Collective.
+        """The state dict of the whole model (of the averaged weights, if any) on rank 0, None elsewhere.
+        Collective.
 
         Gathered by the plugin's own code, through a file in ``scratch`` that is removed again.
         """
@@ -166,7 +172,7 @@ class BoostedModel:
 
 
 class BoostedGemini(BoostedModel):
-    """Gemini keeps weights in chunks: 16-bit ones, each paired with an fp32 one that the optimizer updates."""
+    """Gemini keeps weights in 16-bit chunks, each paired with an fp32 one that the optimizer updates."""
 
     def chunks(self) -> list:
         """The 16-bit chunks in the order of the parameters that they hold."""

@@ -1,28 +1,24 @@
-"""A ViT in 2D, 2.5D and 3D tensor parallelism, out of the layers of `colossalai.legacy` (not its engine or
-trainer).
+"""A ViT in 2D, 2.5D and 3D tensor parallelism, of layers of `colossalai.legacy` (without its engine).
 
-    init_mesh("2d", size=4)                        # every process; world = data parallel x size
-    model = load_mesh_vit(config, state_dict)          # this process's slices of a HuggingFace state dict
-    logits = model(pixel_values).logits        # of the whole batch, on every process of the group
+    init_mesh("2d", size=4)                    # on every process; world size = data parallel x size
+    model = load_mesh_vit(config, state_dict)  # this process's shards of a HuggingFace state dict
+    logits = model(pixel_values).logits        # of the full batch, on every process of the group
     (F.cross_entropy(logits, labels, reduction="sum") * scale).backward()
-    sync_gradients(model)                      # once a step, after the last micro-step
+    sync_gradients(model)                      # once per step, after the last micro-step
     norm = clip_grad_norm_(model, 1.0)
     optimizer.step()
-    state_dict = gather_state_dict(model)                 # the whole model again, on rank 0
+    state_dict = gather_state_dict(model)      # the full model, on rank 0
 
-Matrices and activations are cut over a mesh of processes with q on a side (2.5D: d layers of such meshes).
-With B
-images a data-parallel group, hidden size h and s tokens, each process holds
+Matrices and activations are sharded over a mesh with q processes per dimension (2.5D: d layers of such
+meshes). For B images per data-parallel rank, hidden size h and s tokens, each process holds
 
-    2d     q x q        activations (B/q,    s, h/q)   matrices 1/q^2   SUMMA, Xu et al., 2021,
-    arXiv:2104.05343
+    2d     q x q        activations (B/q,    s, h/q)   matrices 1/q^2   Xu et al., 2021, arXiv:2104.05343
     2.5d   d x q x q    activations (B/(dq), s, h/q)   matrices 1/q^2   Wang et al., 2021, arXiv:2105.14500
     3d     q x q x q    activations (B/q^2,  s, h/q)   matrices 1/q^3   Bian et al., 2021, arXiv:2105.14450
 
-No activation is held twice, so each process draws its own dropout. Some small parameters are held by several
-processes: `sync_gradients` keeps such copies equal, and `grad_norm` counts them once. The classifier is cut
-along
-the hidden size alone, so any number of classes fits without padding.
+No activation is held twice, so each process draws its own dropout masks. Some small parameters are held by
+several processes: `sync_gradients` keeps the copies equal, and `grad_norm` counts them once. The classifier
+is sharded along the hidden size alone, so any number of classes fits without padding.
 """
 
 import torch
@@ -34,11 +30,11 @@ from vit.distributed import init_distributed
 from vit.layout import MESH_SHARDINGS, MeshLayout, mesh_problems
 from vit.patches.colossalai_legacy import patch_legacy_layers
 
-_mesh: MeshLayout | None = None  # that of this process, after `init_mesh`
+_mesh: MeshLayout | None = None  # of this process, after `init_mesh`
 
 
 def process_group(name: str):
-    """Process group of the library by its name, such as TENSOR, DATA or PARALLEL_2D_COL."""
+    """Process group of colossalai.legacy by its name, such as TENSOR, DATA or PARALLEL_2D_COL."""
     from colossalai.legacy.context import ParallelMode
     from colossalai.legacy.core import global_context
 
@@ -46,11 +42,11 @@ def process_group(name: str):
 
 
 def init_mesh(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
-    """Lay this launch out as data parallel x ``mode`` mesh, data parallel outermost. Collective.
+    """Form the process groups of data parallel x ``mode`` mesh, data parallel outermost. Collective.
 
-    Joins the process group of the launch when that has not been done. Random states differ from process to
-    process
-    afterwards (for dropout): ``seed`` + rank. Once a process: the library keeps its groups for good.
+    Joins the process group of the launch if needed. Afterwards each process is seeded with ``seed`` + rank,
+    for dropout. A process can do this once, because colossalai.legacy never frees its groups; later calls
+    only seed.
 
     Raises:
         ValueError: size and depth do not fit the mode, or size does not divide the number of processes.
@@ -85,11 +81,10 @@ def init_mesh(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
 
 
 class _GatherBatch(torch.autograd.Function):
-    """(B / parts, classes) to (B, classes) on every process.
+    """Gathers logits (B / shards, classes) to (B, classes) on every process.
 
-    Each process goes on to compute the same loss, so its own rows of the gradient are the whole gradient:
-    nothing
-    is summed on the way back.
+    Every process computes the same loss from them, so its own rows of the gradient are complete: the backward
+    pass sums nothing.
     """
 
     @staticmethod
@@ -109,16 +104,16 @@ class _GatherBatch(torch.autograd.Function):
 
 
 class _Block(nn.Module):
-    """Pre-LayerNorm transformer block; each process has heads / q whole heads."""
+    """Pre-LayerNorm transformer block; each process has heads / q attention heads."""
 
     def __init__(self, config, linear, norm, heads: int):
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.heads = heads
         self.dropout, self.attention_dropout = config.hidden_dropout_prob, config.attention_probs_dropout_prob
-        # in this order: Linear3D takes turns in the two roles as they are made
+        # The order matters: Linear3D layers alternate between two roles in the order of construction.
         self.layernorm_before = norm(width, eps=eps)
-        self.qkv = linear(width, 3 * width)  # one product instead of three, and one round of messages
+        self.qkv = linear(width, 3 * width)  # one product and one communication instead of three
         self.projection = linear(width, width)
         self.layernorm_after = norm(width, eps=eps)
         self.fc1 = linear(width, config.intermediate_size)
@@ -135,17 +130,16 @@ class _Block(nn.Module):
 
 
 def _in_fp32(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """LayerNorm in fp32 under autocast too: the library takes the variance as E[x^2] - E[x]^2."""
+    """LayerNorm in fp32, also under autocast: colossalai.legacy computes the variance as E[x^2] - E[x]^2."""
     with torch.autocast(x.device.type, enabled=False):
         return norm(x.float())
 
 
 class MeshViT(nn.Module):
-    """HuggingFace's ViTForImageClassification, of which this process holds its slices. Made by `build`.
+    """HuggingFace's ViTForImageClassification, of which this process holds its shards. See `load_mesh_vit`.
 
-    ``state_dict()`` and ``load_state_dict()`` are of the slices: equal across data parallelism, different
-    across the
-    mesh, and enough to resume exactly.
+    ``state_dict()`` and ``load_state_dict()`` are of the shards: equal across data parallelism, different
+    across the mesh, and sufficient to resume exactly.
     """
 
     def __init__(self, config, mesh: MeshLayout):
@@ -164,8 +158,7 @@ class MeshViT(nn.Module):
         self.classifier = classifier(config.hidden_size, config.num_labels)
 
     def forward(self, pixel_values: torch.Tensor):
-        """Images of this data-parallel group, all of them on each of its processes, to ``.logits`` of them
-        all.
+        """Classify the images of a data-parallel rank.
 
         Args:
             pixel_values: (B, channels, H, W), the same on every process of the tensor-parallel group.
@@ -174,15 +167,15 @@ class MeshViT(nn.Module):
             ImageClassifierOutput with ``logits`` (B, classes), the same on every process of the group.
 
         Raises:
-            ValueError: B is no multiple of the parts in which the mode cuts a batch.
+            ValueError: B is no multiple of the number of batch shards.
         """
         from transformers.modeling_outputs import ImageClassifierOutput
 
         if len(pixel_values) % self.mesh.batch_parts:
             raise ValueError(
-                f"{len(pixel_values)} images cannot be cut in {self.mesh.batch_parts} for {self.mesh}"
+                f"{len(pixel_values)} images cannot be sharded over {self.mesh.batch_parts} for {self.mesh}"
             )
-        if self.mesh.depth > 1:  # the library's 2.5D leaves the depth alone; it cuts the rest by itself
+        if self.mesh.depth > 1:  # the 2.5D layers shard the batch themselves, but not over the depth
             depth = process_group("PARALLEL_2P5D_DEP")
             pixel_values = pixel_values.chunk(depth.size())[depth.rank()]
         x = F.dropout(self.embeddings(pixel_values), self.dropout, self.training)
@@ -193,7 +186,7 @@ class MeshViT(nn.Module):
 
 
 def _legacy_layers(mode: str) -> tuple[type[nn.Module], ...]:
-    """The library's patch embedding, linear layer, LayerNorm and classifier of a mode."""
+    """Patch embedding, linear layer, LayerNorm and classifier of colossalai.legacy for a mode."""
     from colossalai.legacy.nn.layer import parallel_2d, parallel_2p5d, parallel_3d
 
     module = {"2d": parallel_2d, "2.5d": parallel_2p5d, "3d": parallel_3d}[mode]
@@ -204,7 +197,7 @@ def _legacy_layers(mode: str) -> tuple[type[nn.Module], ...]:
 
 
 def sharding_of(mode: str, name: str) -> tuple[str, ...]:
-    """By which sides of the mesh each dimension of a parameter is cut ("": whole)."""
+    """The mesh dimensions over which each dimension of a parameter is sharded; "": not sharded."""
     cut, (*_, layer, kind) = MESH_SHARDINGS[mode], name.split(".")
     if layer in ("qkv", "fc1"):
         return cut.up if kind == "weight" else (cut.up_bias,)
@@ -218,20 +211,20 @@ def sharding_of(mode: str, name: str) -> tuple[str, ...]:
 
 
 def huggingface_names(name: str) -> tuple[str, ...]:
-    """A parameter's name here to its HuggingFace name: one, or three for the fused qkv."""
+    """The HuggingFace names of a parameter of `MeshViT`: one, or three for the fused qkv."""
     parts = name.split(".")
     if parts[0] == "embeddings":
         there = {"cls_token": "cls_token", "pos_embed": "position_embeddings"}
         return ("vit.embeddings." + there.get(parts[1], f"patch_embeddings.projection.{parts[1]}"),)
     if parts[0] == "blocks":
         _, i, layer, kind = parts
-        there = {
+        modules: dict[str, tuple[str, ...]] = {
             "qkv": ("attention.attention.query", "attention.attention.key", "attention.attention.value"),
             "projection": ("attention.output.dense",),
             "fc1": ("intermediate.dense",),
             "fc2": ("output.dense",),
         }
-        return tuple(f"vit.encoder.layer.{i}.{module}.{kind}" for module in there.get(layer, (layer,)))
+        return tuple(f"vit.encoder.layer.{i}.{module}.{kind}" for module in modules.get(layer, (layer,)))
     return (name if parts[0] == "classifier" else f"vit.{name}",)
 
 
@@ -240,10 +233,10 @@ def _is_linear(name: str) -> bool:
 
 
 def _to_library(name: str, tensors: list[torch.Tensor], q: int) -> torch.Tensor:
-    """HuggingFace's tensors of one parameter as the library keeps it: linear weights (in, out), qkv fused.
+    """HuggingFace's tensors of a parameter as colossalai.legacy stores it: weights (in, out), qkv fused.
 
-    Fused by heads: q parts, each of them the same heads' query, key and value, so that one cut serves all
-    three.
+    The fused tensor has q parts, each with query, key and value of the same heads, so that all three are
+    sharded alike.
     """
     if len(tensors) == 3:
         whole = torch.stack([t.unflatten(0, (q, -1)) for t in tensors], dim=1).flatten(0, 2)
@@ -262,16 +255,16 @@ def _to_huggingface(name: str, whole: torch.Tensor, q: int) -> list[torch.Tensor
 
 @torch.no_grad()
 def load_mesh_vit(config, state_dict: dict[str, torch.Tensor]) -> MeshViT:
-    """This process's slices of a serial model, on its device. Collective, after `start`.
+    """Build a model of this process's shards, on its device. Collective, after `init_mesh`.
 
     Args:
-        config: HuggingFace ViTConfig; its dropout probabilities count, ``num_labels`` is that of
+        config: HuggingFace ViTConfig; its dropout probabilities are used, ``num_labels`` must fit
             ``state_dict``.
-        state_dict: of ViTForImageClassification, fp32, whole. Rank 0's values are taken everywhere.
+        state_dict: full, fp32, of ViTForImageClassification. All processes get the values of rank 0.
 
     Raises:
-        ValueError: a size does not fit the mode (`problems`), or names or shapes are not those of ``config``.
-        RuntimeError: `start` has not been called.
+        ValueError: a size does not fit the mode (`mesh_problems`), or names or shapes differ from ``config``.
+        RuntimeError: `init_mesh` has not been called.
     """
     if _mesh is None:
         raise RuntimeError("call init_mesh before load_mesh_vit")
@@ -298,10 +291,13 @@ def load_mesh_vit(config, state_dict: dict[str, torch.Tensor]) -> MeshViT:
 def gather_state_dict(
     model: MeshViT, values: dict[str, torch.Tensor] | None = None
 ) -> dict[str, torch.Tensor] | None:
-    """Whole tensors by HuggingFace's names, on the CPU of rank 0; None elsewhere. Collective.
+    """Gather full tensors. Collective.
 
     Args:
         values: local tensors by this model's parameter names (gradients, averages); default: the parameters.
+
+    Returns:
+        Full tensors by HuggingFace's names, in CPU memory, on rank 0; None on other ranks.
     """
     mesh, group, whole_model = model.mesh, process_group("TENSOR"), {}
     first = dist.get_rank() == 0

@@ -1,6 +1,8 @@
-"""Training over a mesh of processes: completing gradients, their norm, and the optimizer. The model: mesh.py."""
+"""Training over a mesh of processes: gradient reduction and norm, the optimizer. The model is in mesh.py."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from vit.parallel.plugins import MESH_PLUGINS
 
 
 def boost_mesh(model: nn.Module, settings) -> BoostedModel:
-    """A HuggingFace ViT, of which each rank keeps its slices, as a `BoostedModel`. Collective.
+    """Shard a HuggingFace ViT over the mesh. -> `BoostedModel`. Collective.
 
     Every rank draws its own dropout masks, because no activation is held twice.
     """
@@ -34,20 +36,20 @@ def boost_mesh(model: nn.Module, settings) -> BoostedModel:
 
 
 class MeshOptimizer(PlainOptimizer):
-    """A torch optimizer over the slices of a 2D, 2.5D or 3D tensor-parallel model."""
+    """A torch optimizer for the shards of a 2D, 2.5D or 3D tensor-parallel model."""
 
-    def __init__(self, optim: torch.optim.Optimizer, fp16: bool, model: nn.Module):
+    def __init__(self, optim: torch.optim.Optimizer, fp16: bool, model: MeshViT):
         super().__init__(optim, fp16)
         self.model, self.complete = model, False
 
     def complete_gradients(self) -> None:
-        """Once a step, after the last micro-step."""
+        """Reduce and unscale the gradients, once per step, after the last micro-step. Collective."""
         if self.complete:
             return
         sync_gradients(self.model)
         if self.scaler.is_enabled():
-            # what overflowed in one slice must be skipped in all: 0 times a norm is 0, but NaN when it is
-            # not finite
+            # An overflow in one shard must skip the step on all ranks: 0 x norm is 0 if finite, otherwise
+            # NaN.
             grads = [param.grad for param in self.model.parameters() if param.requires_grad]
             grads[0].add_(all_reduce_sum(0 * torch.stack(torch._foreach_norm(grads, torch.inf)).sum()))
             self.scaler.unscale_(self.optim)
@@ -64,33 +66,32 @@ class MeshOptimizer(PlainOptimizer):
 
 
 class MeshBooster(PlainBooster):
-    """The Booster calls for such a model."""
+    """Booster's methods for a `MeshViT`."""
 
     def save_model(self, model: PlainModel, path: str, shard: bool = False) -> None:
-        state = gather_state_dict(model.unwrap())
+        mesh_model: Any = model.unwrap()
+        state = gather_state_dict(mesh_model)
         if dist.get_rank() == 0:
             torch.save(state, path)
 
 
 def _sum_over(mode: str, name: str) -> str | None:
-    """Process group over which a gradient is still to be summed after the library's backward pass."""
+    """Process group over which colossalai.legacy leaves a gradient to be summed; None: it is complete."""
     if mode == "2.5d":
-        # row 0 has the whole gradient of biases and LayerNorms, the other rows zero; and each layer of
-        # the depth
-        # has that of its own images, which the library never adds up
+        # Row 0 has the complete gradients of biases and LayerNorms, the other rows have zero. Each layer of
+        # the depth has the gradients of its own images, which colossalai.legacy does not sum.
         return "PARALLEL_2P5D_XZ" if sharding_of(mode, name) == ("c",) else "PARALLEL_2P5D_DEP"
     if mode == "3d" and name == "classifier.weight":
-        return "PARALLEL_3D_INPUT"  # one process has it, the others nothing
+        return "PARALLEL_3D_INPUT"  # one process has the gradient, the others have none
     return None
 
 
 @torch.no_grad()
 def sync_gradients(model: MeshViT) -> None:
-    """Complete the gradients: each becomes the slice of the serial one, averaged over data parallelism.
-    Collective.
+    """Complete the gradients: shards of the full ones, averaged over data-parallel ranks. Collective.
 
-    Once a step, after the last backward pass (sums must not be summed again); before it, gradients are
-    partial.
+    Call once per step, after the last backward pass, because sums must not be summed twice. Before the call,
+    gradients are partial.
     """
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     for param in params.values():
@@ -106,7 +107,7 @@ def sync_gradients(model: MeshViT) -> None:
 
 
 def _all_reduce(grads: list[torch.Tensor], group, mean: bool = False) -> None:
-    """Sum, in place, in one message."""
+    """Sum (or average) gradients over a process group, in place, by one all-reduce."""
     if group.size() == 1:
         return
     flat = torch.cat([grad.flatten() for grad in grads])
@@ -119,21 +120,20 @@ def _all_reduce(grads: list[torch.Tensor], group, mean: bool = False) -> None:
 
 @torch.no_grad()
 def grad_norm(model: MeshViT) -> torch.Tensor:
-    """2-norm of the whole model's gradient, each parameter counted once; a scalar, the same on every process.
+    """2-norm of the full model's gradient, each parameter counted once: a scalar, the same on every process.
 
-    After `sync_gradients`. Infinite or NaN on all processes when it is on one, so that they can skip a step
-    together.
+    Call after `sync_gradients`. If it is infinite or NaN on one process, it is so on all, and all skip the
+    step.
     """
     at, mode = model.mesh.coordinates(process_group("TENSOR").rank()), model.mesh.mode
     counted = []
     for name, param in model.named_parameters():
         cut = "".join(sharding_of(mode, name))
-        if param.grad is not None and all(
-            at[side] == 0 for side in at if side not in cut
-        ):  # the first of its copies
+        # only the first of the copies of a parameter counts
+        if param.grad is not None and all(at[side] == 0 for side in at if side not in cut):
             counted.append(param.grad)
     square = torch.zeros((), device=next(model.parameters()).device)
-    if counted:  # in 2.5D only the first layer of the depth counts
+    if counted:  # in 2.5D only the first layer of the depth counts parameters
         square += torch.stack(torch._foreach_norm(counted)).square().sum()
     dist.all_reduce(square, group=process_group("TENSOR"))
     return square.sqrt()
@@ -141,9 +141,10 @@ def grad_norm(model: MeshViT) -> torch.Tensor:
 
 @torch.no_grad()
 def clip_grad_norm_(model: MeshViT, max_norm: float) -> torch.Tensor:
-    """Scale the gradients down to ``max_norm``, as torch.nn.utils.clip_grad_norm_ does.
+    """Scale the gradients to a norm of at most ``max_norm``, as torch.nn.utils.clip_grad_norm_ does.
 
-    Returns the norm before.
+    Returns:
+        The norm before, a scalar.
     """
     norm = grad_norm(model)
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)

@@ -79,7 +79,10 @@ def boost_plain(model: nn.Module, optimizer: torch.optim.Optimizer, settings) ->
 
 
 def bf16_autocast():
-    """A MixedPrecision for Booster. Its own BF16MixedPrecision is abstract (booster/mixed_precision/bf16.py)."""
+    """A MixedPrecision for Booster.
+
+    Its own BF16MixedPrecision is abstract (booster/mixed_precision/bf16.py).
+    """
     from colossalai.booster.mixed_precision import MixedPrecision
     from colossalai.interface import ModelWrapper
 

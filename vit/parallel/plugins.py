@@ -1,7 +1,7 @@
 """The table of plugins: what each training strategy supports, and how Colossal-AI builds it.
 
-To add one, write its `build` function and its entry in `PLUGINS`; nothing else asks for a plugin by name. This
-module imports neither torch nor Colossal-AI, so that settings can be checked without them.
+To add one, write its `build` function and its entry in `PLUGINS`; nothing else asks for a plugin by name.
+This module imports neither torch nor Colossal-AI, so that settings can be checked without them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from vit.settings import Settings
 
-# Loss scale of the first fp16 step. The published runs start at 32 (zero, gemini) and 1 (hybrid_parallel). A scale
-# of 1 loses small gradients to underflow; Colossal-AI's default of 2**32 skips the first twenty steps.
+# Loss scale of the first fp16 step. The published runs start at 32 (zero, gemini) and 1 (hybrid_parallel).
+# A scale of 1 loses small gradients to underflow; Colossal-AI's default of 2**32 skips the first twenty
+# steps.
 INITIAL_LOSS_SCALE = 2**8
 
-# ZeRO and Gemini reduce gradients after the backward pass, not during it. Measured on four H200 GPUs (ViT-B/16,
-# bf16, 256 images each): 11,480 images/s instead of 6,830 with ZeRO, 9,830 instead of 8,050 with Gemini. ZeRO closes
-# a bucket at every change of parameter group, and weights (decayed) and biases (not) alternate.
+# ZeRO and Gemini reduce gradients after the backward pass, not during it. Measured on four H200 GPUs
+# (ViT-B/16, bf16, 256 images each): 11,480 images/s instead of 6,830 with ZeRO, 9,830 instead of 8,050 with
+# Gemini. ZeRO closes a bucket at every change of parameter group, and weights (decayed) and biases (not)
+# alternate.
 OVERLAP_COMMUNICATION = False
 
 
@@ -28,16 +30,20 @@ class Plugin:
     """One training strategy.
 
     Attributes:
-        build: settings -> (Booster plugin, MixedPrecision or None). Called after the process group was joined.
+        build: settings -> (Booster plugin, MixedPrecision or None). Called after the process group was
+            joined.
         precisions: that it trains in; the published one first.
-        replicates_model: every rank holds the whole model and optimizer, as in DistributedDataParallel. Then this
-            program clips gradients, and a step can be recorded as one CUDA graph.
+        replicates_model: every rank holds the whole model and optimizer, as in DistributedDataParallel.
+            Then a step can be recorded as one CUDA graph.
         model_parallel: takes tp_size and pp_size.
         zero_stages: allowed values of --zero_stage, the default first; empty: the flag has no meaning.
-        shards_weights: ranks hold different pieces of each weight, in chunks that only the same number of ranks
-            can read back.
+        shards_weights: ranks hold different pieces of each weight, in chunks that only the same number of
+            ranks can read back.
+        clips: clips gradients by itself; otherwise the train step does.
+        boosted: "module:class" of the operations that training and checkpoints need.
+        reentrant_checkpoint: gradient checkpointing by its re-entrant form, which costs the CPU less.
         own_adam: accepts only Colossal-AI's Adam classes (see `vit.optim.GeminiAdamW`).
-        compiles: works with torch.compile.
+        why_not_compiled: why torch.compile does not work with it; empty: it does.
         offloads: what it can keep in CPU memory: "optim", "param".
         published_offload: part of the optimizer states that the published runs keep there.
     """
@@ -48,17 +54,24 @@ class Plugin:
     model_parallel: bool = False
     zero_stages: tuple[int, ...] = ()
     shards_weights: bool = False
+    clips: bool = True
+    boosted: str = "vit.parallel.boosted:BoostedModel"
+    reentrant_checkpoint: bool = True
     own_adam: bool = False
-    compiles: bool = True
+    why_not_compiled: str = ""
     offloads: tuple[str, ...] = ()
     published_offload: float = 0.0
+
+    @property
+    def compiles(self) -> bool:
+        return not self.why_not_compiled
 
     def shards_optimizer(self, zero_stage: int) -> bool:
         """Whether data-parallel ranks hold different optimizer states."""
         return self.shards_weights or zero_stage > 0
 
     def can_skip_sync(self, zero_stage: int) -> bool:
-        """Whether a backward pass may leave gradients unreduced, as accumulation wants for all but the last one."""
+        """Whether a backward pass may leave gradients unreduced, as in all micro-steps but the last."""
         return self.replicates_model or (bool(self.zero_stages) and zero_stage < 2)
 
 
@@ -100,9 +113,10 @@ def build_gemini(settings: Settings) -> tuple:
         offload_optim_frac=settings.offload_optim_frac,
         offload_param_frac=settings.offload_param_frac,
         enable_gradient_accumulation=accumulates,
-        # Models below this size (in 2**20 parameters) are kept whole on each rank, and such chunks add up wrongly
-        # when gradients accumulate (zero/gemini/chunk/manager.py, rearrange_accumulated_grad_chunk). Otherwise,
-        # large chunks mean fewer messages between GPUs, small ones less memory while one is offloaded.
+        # Models below this size (in 2**20 parameters) are kept whole on each rank, and such chunks add up
+        # wrongly when gradients accumulate (zero/gemini/chunk/manager.py,
+        # rearrange_accumulated_grad_chunk). Otherwise, large chunks mean fewer messages between GPUs, small
+        # ones less memory while one is offloaded.
         min_chunk_size_m=0 if accumulates else 8 if settings.offload_optim_frac else 32,
         search_range_m=2,  # the default of 32 searches for seconds and saves less than 1 % of memory
         enable_async_reduce=OVERLAP_COMMUNICATION,
@@ -111,6 +125,12 @@ def build_gemini(settings: Settings) -> tuple:
         max_norm=settings.max_norm,
     )
     return plugin, None
+
+
+def build_torch_fsdp(settings: Settings) -> tuple:
+    from vit.parallel.fsdp import FSDPPlugin
+
+    return FSDPPlugin(settings.precision), None
 
 
 def build_hybrid_parallel(settings: Settings) -> tuple:
@@ -135,8 +155,8 @@ def build_hybrid_parallel(settings: Settings) -> tuple:
 
 
 PLUGINS = {
-    "torch_ddp": Plugin(build_torch_ddp, ("fp32", "bf16"), replicates_model=True),
-    "torch_ddp_fp16": Plugin(build_torch_ddp, ("fp16",), replicates_model=True),
+    "torch_ddp": Plugin(build_torch_ddp, ("fp32", "bf16"), replicates_model=True, clips=False),
+    "torch_ddp_fp16": Plugin(build_torch_ddp, ("fp16",), replicates_model=True, clips=False),
     "low_level_zero": Plugin(
         build_low_level_zero, ("fp16", "bf16", "fp32"), zero_stages=(1, 2), offloads=("optim",)
     ),
@@ -144,10 +164,20 @@ PLUGINS = {
         build_gemini,
         ("fp16", "bf16"),
         shards_weights=True,
+        boosted="vit.parallel.boosted:BoostedGemini",
         own_adam=True,
-        compiles=False,
+        why_not_compiled="swaps parameter storage under the compiler",
         offloads=("optim", "param"),
         published_offload=1.0,
+    ),
+    "torch_fsdp": Plugin(
+        build_torch_fsdp,
+        ("bf16", "fp32"),
+        clips=False,
+        shards_weights=True,
+        boosted="vit.parallel.fsdp:BoostedFSDP",
+        reentrant_checkpoint=False,
+        why_not_compiled="is not tested under the compiler",
     ),
     "hybrid_parallel": Plugin(
         build_hybrid_parallel,
@@ -156,7 +186,9 @@ PLUGINS = {
         zero_stages=(0, 1, 2),
         offloads=("optim",),
     ),
-    "none": Plugin(None, ("fp32", "fp16", "bf16"), replicates_model=True),  # plain PyTorch, the baseline
+    "none": Plugin(
+        None, ("fp32", "fp16", "bf16"), replicates_model=True, clips=False
+    ),  # plain PyTorch, the baseline
 }
 
 # 2D, 2.5D and 3D tensor parallelism, chosen by a config file of train.py: vit/parallel/mesh.py builds them.

@@ -1,7 +1,7 @@
 """Patches of libraries. Each is one function that says why, which line of the library, and when it can go.
 
-VIT_DISABLE_PATCHES=name,name switches patches off, to see whether they are still needed. docs/performance.md lists
-them with what they gain.
+VIT_DISABLE_PATCHES=name,name switches patches off, to see whether they are still needed.
+docs/performance.md lists them with what they gain.
 """
 
 from __future__ import annotations

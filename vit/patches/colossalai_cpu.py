@@ -27,9 +27,9 @@ def run_on_cpu() -> None:
 def cpu_accelerator() -> None:
     """Use an accelerator whose methods all work.
 
-    Why: those for streams, seeds and random states raise "not supported for cpu accelerator", and autocast returns
-    the wrong type.
-    Library: accelerator/cpu_accelerator.py, colossalai 0.5.0. Can go when these methods stop raising.
+    Why: those for streams, seeds and random states raise "not supported for cpu accelerator", and autocast
+    returns the wrong type. Library: accelerator/cpu_accelerator.py, colossalai 0.5.0. Can go when these
+    methods stop raising.
     """
     set_accelerator(CpuDevice())
 

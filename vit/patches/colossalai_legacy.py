@@ -1,7 +1,8 @@
-"""Patches that let the tensor-parallel layers of colossalai.legacy run on a CPU, in bf16, and on today's torch.
+"""Patches that let the tensor-parallel layers of colossalai.legacy run on a CPU, in bf16, and on today's
+torch.
 
-Two more faults of it are avoided, not patched: `ParallelContext.init_global_dist` puts IPv6 brackets around any host
-(`init_mesh` registers the process group that exists), and its Engine clips to zero (not used).
+Two more faults of it are avoided, not patched: `ParallelContext.init_global_dist` puts IPv6 brackets around
+any host (`init_mesh` registers the process group that exists), and its Engine clips to zero (not used).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
+from typing import Any
 
 import torch
 
@@ -43,7 +45,8 @@ def state_dict() -> None:
     """Let ``state_dict()`` return the slices of this rank; `gather_state_dict` does the gathering.
 
     Why: it gathers, with errors (LayerNorm3D transposes a vector).
-    Library: legacy/nn/layer/base_layer.py; use_local_state_dict is its own switch. Can go when that is the default.
+    Library: legacy/nn/layer/base_layer.py; use_local_state_dict is its own switch. Can go when that is the
+    default.
     """
     from colossalai.legacy.nn.layer.base_layer import ParallelLayer
 
@@ -80,7 +83,7 @@ def follow_autocast() -> None:
                 _replace_casts(function)
 
 
-def _replace_casts(function: type[torch.autograd.Function]) -> None:
+def _replace_casts(function: Any) -> None:
     forward, backward = inspect.unwrap(function.forward), inspect.unwrap(function.backward)
     keeps_type = any(word in function.__name__ for word in ("Gather", "Norm", "norm", "Reduce"))
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from vit.patches import patch
 
 
 def avoid_device_syncs(optimizer, clips: bool) -> None:
-    """Apply the patches of this file that fit ``optimizer``, which Booster returned; other optimizers stay as they are.
+    """Apply the patches of this file that fit ``optimizer``, which Booster returned; other optimizers stay
+    as they are.
 
     Args:
         clips: whether gradients are clipped.
@@ -40,7 +43,8 @@ def skip_unused_grad_norm(optimizer) -> None:
     """Do not compute the gradient norm of a `LowLevelZeroOptimizer` that does not clip.
 
     Why: it waits for the device in every step.
-    Library: zero/low_level/low_level_optim.py, step, colossalai 0.5.0. Can go when it asks for max_norm first.
+    Library: zero/low_level/low_level_optim.py, step, colossalai 0.5.0. Can go when it asks for max_norm
+    first.
     """
     optimizer._compute_grad_norm = lambda *args, **kwargs: 0.0
 
@@ -50,10 +54,11 @@ def single_overflow_check(optimizer) -> None:
     """Look for infinite gradients with one kernel over all of them, in fp16.
 
     Why: one device-to-host synchronisation per gradient, about 150 in a step of ViT-B.
-    Library: zero/low_level/low_level_optim.py and amp/naive_amp/mixed_precision_optimizer.py, check_local_overflow,
-    colossalai 0.5.0. Can go when they sum on the device.
+    Library: zero/low_level/low_level_optim.py and amp/naive_amp/mixed_precision_optimizer.py,
+    check_local_overflow, colossalai 0.5.0. Can go when they sum on the device.
     """
-    zero, naive = (getattr(optimizer, name, None) for name in ("mixed_precision_mixin", "mixed_precision"))
+    zero: Any = getattr(optimizer, "mixed_precision_mixin", None)
+    naive: Any = getattr(optimizer, "mixed_precision", None)
     if hasattr(zero, "check_local_overflow"):
 
         def gradients() -> list[torch.Tensor]:
@@ -72,7 +77,9 @@ def single_overflow_check(optimizer) -> None:
 
 
 def all_finite(tensors: list[torch.Tensor]) -> bool:
-    """Whether no element is infinite or NaN: one kernel, one synchronisation. (torch's GradScaler uses the same.)"""
+    """Whether no element is infinite or NaN: one kernel, one synchronisation. (torch's GradScaler uses the
+    same.)
+    """
     if not tensors:
         return True
     found = torch.zeros(1, device=tensors[0].device)

@@ -15,9 +15,9 @@ from vit.patches import patch
 def no_cudnn_sdp_with_dropout(config) -> None:
     """Compute attention with dropout by other kernels than cuDNN's, in the whole process.
 
-    Why: where the number of tokens is 64 more than a multiple of 128, its gradient is NaN for queries whose products
-    with all keys are far below zero: ViT-Lite without a class token met it in step 3,491 (H200, torch 2.11).
-    Library: pytorch/pytorch#196678. Can go when that is fixed in the oldest torch in use.
+    Why: where the number of tokens is 64 more than a multiple of 128, its gradient is NaN for queries whose
+    products with all keys are far below zero: ViT-Lite without a class token met it in step 3,491 (H200,
+    torch 2.11). Library: pytorch/pytorch#196678. Can go when that is fixed in the oldest torch in use.
     """
     if config.attention_probs_dropout_prob:
         torch.backends.cuda.enable_cudnn_sdp(False)
@@ -27,9 +27,9 @@ def no_cudnn_sdp_with_dropout(config) -> None:
 def eager_dropout() -> None:
     """Let compiled code drop out by PyTorch's own kernels, so that compiled and eager steps drop the same.
 
-    Why: they draw four random numbers at a time, the compiler's draw one. ViT-S/16 with dropout, compiled, bf16, on an
-    H200: 9,683 images/s instead of 8,847 (torch 2.11).
-    Library: torch/_inductor/config.py, fallback_random. Can go when a row shows no gain.
+    Why: they draw four random numbers at a time, the compiler's draw one. ViT-S/16 with dropout, compiled,
+    bf16, on an H200: 9,683 images/s instead of 8,847 (torch 2.11). Library: torch/_inductor/config.py,
+    fallback_random. Can go when a row shows no gain.
     """
     import torch._inductor.config as inductor
 
@@ -42,8 +42,8 @@ def early_ddp_buckets(
 ) -> None:
     """Let DistributedDataParallel order its gradient buckets before the optimizer's first step, not after it.
 
-    Why: it does so once, after it saw a backward pass, and holds two sets of buckets meanwhile. Before the optimizer
-    has its states there is memory for that; in the second step it sets the peak of the whole run.
+    Why: it does so once, after it saw a backward pass, and holds two sets of buckets meanwhile. Before the
+    optimizer has its states there is memory for that; in the second step it sets the peak of the whole run.
     Library: torch/nn/parallel/distributed.py, Reducer._rebuild_buckets. Can go when a row shows no gain.
     """
     if ddp.process_group.size() == 1:

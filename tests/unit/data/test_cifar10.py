@@ -100,7 +100,7 @@ def test_damaged_folders_are_named(tmp_path):
 def test_classes_and_size_are_compared_before_anything_is_read(folder, name, size, classes, problem):
     problems = data_problems(scratch_settings(folder / name, size, classes))
     if problem is None:
-        assert problems == []
+        assert list(problems) == []
         return
     (found,) = problems
     assert found.startswith(f"DATA={folder / name}: {problem}")

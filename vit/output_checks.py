@@ -1,0 +1,82 @@
+"""Checks of the output folder: nothing is overwritten without being asked, nor what the run is made from."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from vit.files import RUN_FILES
+from vit.settings import Settings
+
+ELSEWHERE = "set OUTPUT_PATH to another folder"
+
+
+def output_problems(settings: Settings) -> Iterator[str]:
+    if settings.eval_only or settings.dry_run:
+        return
+    folder = Path(settings.output_path)
+    try:
+        if folder.exists() and not folder.is_dir():
+            yield f"--output_path {folder}: is a file"
+            return
+        if folder.is_dir() and any(folder.iterdir()):
+            check = overwrite_problems if settings.overwrite_output else used_folder_problems
+            yield from check(settings, folder)
+        yield from parent_problems(folder)
+    except OSError as error:  # PermissionError in a folder above
+        yield f"--output_path {folder}: {error.strerror}"
+    resume = settings.resume
+    if resume and resume != "auto" and not Path(resume).is_dir():
+        yield f"--resume {resume}: no such checkpoint folder (or use `auto`)"
+    if resume and settings.overwrite_output:
+        yield "--resume with --overwrite_output: one keeps the run, the other removes it; give one of them"
+
+
+def overwrite_problems(settings: Settings, folder: Path) -> Iterator[str]:
+    """--overwrite_output removes the files of a run, and never what this run is made from."""
+    removed = [(folder / name).resolve() for name in RUN_FILES if (folder / name).exists()]
+    model = None if settings.config is not None else settings.model_name_or_path
+    for source in filter(None, (model, settings.dataset)):
+        path = Path(source).resolve()
+        is_own_model = source == model and path == folder.resolve()
+        if removed and (is_own_model or set(removed) & {path, *path.parents}):
+            yield f"--overwrite_output: {folder} holds {source}, which this run is made from; {ELSEWHERE}"
+    if removed and not any(
+        (folder / name).exists() for name in ("metrics.jsonl", "checkpoints", "failed.json")
+    ):
+        lost = ", ".join(path.name for path in removed)
+        reason = f"{folder} would lose {lost}, and holds no run that they are of"
+        yield f"--overwrite_output: {reason}; {ELSEWHERE}"
+
+
+def used_folder_problems(settings: Settings, folder: Path) -> Iterator[str]:
+    """A folder with files in it must be resumed: by its own run, or by another if there is nothing to lose
+    yet.
+    """
+    metrics, resume, where = folder / "metrics.jsonl", settings.resume, f"--output_path {folder}"
+    lines = metrics.read_text().splitlines() if metrics.exists() else []
+    finished = bool(lines) and '"kind": "end"' in lines[-1]
+    saved = any((folder / "checkpoints").glob("*/meta.json"))
+    is_own = resume and folder.resolve() in Path(resume, "x").resolve().parents
+    nothing_to_lose = lines and not finished and not saved
+    if resume != "auto" and not (resume and (is_own or nothing_to_lose)):
+        ways = "continue that run with --resume auto, replace it with --overwrite_output, or"
+        yield f"{where}: is not empty; {ways} {ELSEWHERE}"
+    elif resume == "auto" and not saved and finished:
+        reason = "holds a finished run and no checkpoint to resume"
+        yield f"{where}: {reason}; {ELSEWHERE}, or replace it with --overwrite_output"
+    elif resume == "auto" and not saved and not lines:
+        if any(path.name not in ("failed.json", "checkpoints") for path in folder.iterdir()):
+            yield f"{where}: is not empty and holds no run to resume; {ELSEWHERE}"
+
+
+def parent_problems(folder: Path) -> Iterator[str]:
+    parent = folder.resolve()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        if parent != folder.resolve():
+            yield f"--output_path {folder}: {parent} is a file"
+    elif not os.access(parent, os.W_OK):
+        yield f"--output_path {folder}: {parent} cannot be written"
