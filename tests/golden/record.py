@@ -1,6 +1,6 @@
 """Record the goldens again:  python tests/golden/record.py [what pytest shall select, such as -k losses]
 
-It runs tests/golden/test_golden.py with RECORD_GOLDENS=1: every `goldens.check` writes what it would have compared.
+It runs test_golden.py with RECORD_GOLDENS=1: every `goldens.check` writes what it would have compared.
 A part can be recorded alone, but a file has the numbers of one machine: on another one, all its parts are
 recorded together.
 
