@@ -237,7 +237,7 @@ def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, mon
 
 def test_synthetic_images_need_no_files(monkeypatch, capsys):
     for name in ("synthetic", "synthetic:300"):
-        assert data_problems(scratch_settings(name, 32, 5)) == []
+        assert list(data_problems(scratch_settings(name, 32, 5))) == []
     said = refused(monkeypatch, capsys, "--config", str(CONFIGS[-1]), data="synthetic:many")
     assert "DATA=synthetic:many: must be synthetic, or synthetic:N" in said
     split = SyntheticLoader("train", 3000, 8, 5, torch.device("cpu"))
