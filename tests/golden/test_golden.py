@@ -66,6 +66,7 @@ def normal(text: str) -> list[str]:
         text,
     )
     text = re.sub(r"^(\|(?: [\d.]+ \|){4}).*", r"\1 <images/s> | <seconds> |", text, flags=re.MULTILINE)
+    text = re.sub(r"\S+/bin/python\b", "python", text)  # an environment that is not activated
     return [re.sub(r"\S*/vit_predict\.py", "vit_predict.py", line).rstrip() for line in text.splitlines()]
 
 
