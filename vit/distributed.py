@@ -5,6 +5,7 @@ import re
 import resource
 import signal
 import socket
+import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def _default_signals():
 def destroy_distributed() -> None:
     """Leave the process group. Collective: if a process exits without it, the others may log errors."""
     dist.barrier()
+    # Gloo's threads free the tensors of the last collectives, for which they need the interpreter's lock. If
+    # the group is freed at that moment, it waits for its threads, which wait for the lock: let them finish.
+    time.sleep(0.1)
     dist.destroy_process_group()
 
 
