@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vit import hub
-from vit.checks import data_problems, finetune_problems, hub_problems, names_on_hub
+from vit.checks import data_problems, finetune_problems, hub_problems, names_on_hub, too_many_ranks
 from vit.config import ConfigError, load_config
 from vit.config_settings import config_problems, to_settings
 from vit.console import exit_with_errors, rank
@@ -224,9 +224,8 @@ def parse_scratch(argv: list[str] | None = None) -> Settings:
     args = parser.parse(argv)
     launched = "WORLD_SIZE" in os.environ
     problems = parser.problems + set_rank_environment(args, machine)
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if launched and machine.gpus and local_ranks > machine.gpus:
-        problems.append(f"{local_ranks} processes on a machine with {machine.gpus} GPU(s)")
+    if launched and (problem := too_many_ranks(machine)):
+        problems.append(problem)
     if args.config is None:
         exit_with_errors(
             *problems, "--config: name a config file, such as configs/cifar10/vit_lite_7_4_vanilla.py"

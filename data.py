@@ -2,9 +2,8 @@
 
 To add a source:
 
-1. Write a function that returns {"train": Split, ...} and the class names. A `Split` (vit/data/dataset.py)
-holds
-   paths, bytes, PIL images or uint8 arrays, and int64 labels.
+1. Write a function that returns {"train": Split, ...} and the class names. A `Split`
+   (vit/data/dataset.py) holds paths, bytes, PIL images or uint8 arrays, and int64 labels.
 2. Call it in `read_splits` for a name of your choice.
 3. Raise `DataError(problem, name)` for what a user has to fix.
 4. Run `python vit_train_demo.py --dataset YOUR_NAME --dry_run`: the plan counts what was read.
@@ -112,18 +111,22 @@ def build_transforms(settings, processor):
     return ResizeCenterCrop(size, round(size * EVAL_RESIZE_RATIO)), crop
 
 
+def num_workers(settings, dataset: ImageDataset, crop) -> int:
+    """Data-loading processes of each rank."""
+    if settings.num_workers is not None:
+        return settings.num_workers
+    return default_num_workers(dataset.train, crop, local_world_size())
+
+
 def build_loaders(dataset: ImageDataset, settings, processor, device) -> Loaders:
     """Fine-tuning: decode what fits into memory, and serve it by workers.
 
     Raises:
         DataError: unreadable images.
     """
-    processes = local_world_size()
     resize, crop = build_transforms(settings, processor)
-    dataset, decoded = decode_dataset(dataset, resize, crop, settings, processes)
-    workers = settings.num_workers
-    if workers is None:
-        workers = default_num_workers(dataset.train, crop, processes)
+    dataset, decoded = decode_dataset(dataset, resize, crop, settings, local_world_size())
+    workers = num_workers(settings, dataset, crop)
 
     def loader(split: Split | None, crop=None) -> WorkerLoader | None:
         if split is None:
@@ -156,17 +159,13 @@ def build_scratch_loaders(settings, device) -> Loaders:
     config, (resize, crop) = settings.config, build_transforms(settings, None)
     mean_std = (config["MEAN"], config["STD"]) if config["MEAN"] else None
     half = ((0.5,) * 3, (0.5,) * 3)
-    augment = build_batch_augment(
-        settings, flips=config["RANDOM_FLIP"] and not crop
-    )  # or it flips on the CPU
+    flips = config["RANDOM_FLIP"] and not crop  # with a crop, it flips on the CPU
+    augment = build_batch_augment(settings, flips)
     if find_source(settings.dataset) == "synthetic":
         return build_synthetic_loaders(settings, resize.processor(*(mean_std or half)), augment, device)
 
-    processes = local_world_size()
-    dataset, _ = decode_dataset(load_dataset(settings), resize, crop, settings, processes)
-    workers = settings.num_workers
-    if workers is None:
-        workers = default_num_workers(dataset.train, crop, processes)
+    dataset, _ = decode_dataset(load_dataset(settings), resize, crop, settings, local_world_size())
+    workers = num_workers(settings, dataset, crop)
 
     def loader(split: Split | None, crop=None, augment=None) -> Loader | None:
         if split is None:

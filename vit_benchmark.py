@@ -155,7 +155,7 @@ def run_case(case: Case, rows, number: str) -> bool:
         if case.settings.layout.world_size > 1:
             # the rank that ran out of memory, which made the others fail, writes first
             time.sleep(1 + rank())
-            if not rows.has(case):
+            if rows.missing([case], rows.read()):
                 rows.add(case, every_rank=True, status="failed", reason=reason)
             raise
         rows.add(case, status="failed", reason=reason)

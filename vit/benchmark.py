@@ -53,12 +53,12 @@ class ResultRows:
 
     def unmeasured(self, cases: list, again: bool = False) -> list:
         """The cases that have no row yet, or a failed one; all of them, if ``again``."""
-        known = set() if again else {case_key(row, KEYS) for row in self.read() if row["status"] != "failed"}
-        return [case for case in cases if case_key(self.settings_of(case), KEYS) not in known]
+        return cases if again else self.missing(cases, [r for r in self.read() if r["status"] != "failed"])
 
-    def has(self, case, since: int = 0) -> bool:
-        """Whether there is a row of the case, from row number ``since`` on."""
-        return case_key(self.settings_of(case), KEYS) in {case_key(row, KEYS) for row in self.read()[since:]}
+    def missing(self, cases: list, rows: list[dict]) -> list:
+        """The cases that none of ``rows`` is about."""
+        known = {case_key(row, KEYS) for row in rows}
+        return [case for case in cases if case_key(self.settings_of(case), KEYS) not in known]
 
     def add(self, case, every_rank: bool = False, **outcome) -> None:
         """Append the row of a case, from rank 0 or from whichever rank calls."""
@@ -142,7 +142,7 @@ def measure(entry: str, todo: list, rows: ResultRows, common: list[str]) -> tupl
         The number of failed cases, and the exit status if the benchmark has to stop (0: it has not).
     """
     first = len(rows.read())
-    while left := [case for case in todo if not rows.has(case, first)]:
+    while left := rows.missing(todo, rows.read()[first:]):
         sizes = [str(case.settings.batch_size) for case in left]
         before = len(rows.read())
         status = launch(["--remeasure", *flags_of(entry), *common, "--batch_size", *sizes])
@@ -151,12 +151,11 @@ def measure(entry: str, todo: list, rows: ResultRows, common: list[str]) -> tupl
         new = rows.read()[before:]
         if status and not any(row["status"] in ("failed", "out of memory") for row in new):
             # its processes could not write a row: killed
-            case = next((case for case in left if not rows.has(case, first)), None)
-            if case is not None:
+            for case in rows.missing(left, new)[:1]:
                 reason = f"its processes ended with status {status}"
                 rows.add(case, status="failed", reason=reason)
                 print_rank0(f"{case_title(case)}: FAILED: {reason}")
-        if not any(rows.has(case, first) for case in left):
+        if len(rows.missing(left, rows.read()[before:])) == len(left):
             break  # no progress: --check, or a machine without rank 0, which writes the rows
     return sum(row["status"] == "failed" for row in rows.read()[first:]), 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -18,7 +17,7 @@ from vit.output_checks import output_problems
 from vit.parallel.plugins import PLUGINS
 from vit.presets import FAMILIES, PRESETS, known_architecture
 from vit.settings import Settings
-from vit.system import Machine
+from vit.system import Machine, local_world_size
 
 OFFLINE_HINT = (
     "offline choices: MODEL=a local folder (config.json and weights) or a preset with random weights "
@@ -58,10 +57,16 @@ def plugin_problems(settings: Settings, machine: Machine) -> list[str]:
     ]
 
 
+def too_many_ranks(machine: Machine) -> str:
+    """Says that this launch has more ranks on this machine than it has GPUs; empty if it has not."""
+    ranks = local_world_size()
+    if not machine.gpus or ranks <= machine.gpus:
+        return ""
+    return f"{ranks} processes on a machine with {machine.gpus} GPU(s)"
+
+
 def device_problems(settings: Settings, machine: Machine) -> Iterator[str]:
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if machine.gpus and ranks > machine.gpus:
-        where = f"{ranks} processes on a machine with {machine.gpus} GPU(s)"
+    if where := too_many_ranks(machine):
         yield f"{where}: set GPUNUM to at most {machine.gpus}"
     if settings.precision == "bf16" and machine.gpus and not machine.has_bf16:
         yield "--precision bf16: this GPU has no bf16 units (they came with Ampere); use --precision fp16"

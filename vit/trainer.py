@@ -58,10 +58,13 @@ class SignalHandler:
         if self.signum:
             raise SystemExit(128 + self.signum)
 
+    def of_any_rank(self) -> int:
+        """The signal that any rank received; 0: none. Collective."""
+        return int(all_reduce_max(torch.tensor(float(self.signum), device=device())).item())
+
     def raise_if_set(self) -> None:
         """Raise `Interrupted` on every rank if a signal reached one of them. Collective."""
-        signum = int(all_reduce_max(torch.tensor(float(self.signum), device=device())).item())
-        if signum:
+        if signum := self.of_any_rank():
             raise Interrupted(signum)
 
     def __exit__(self, *exc):
@@ -234,8 +237,7 @@ class Trainer:
         local = torch.stack(losses).tolist()  # waits for the steps to end
         mine = torch.tensor([*local, time.perf_counter() - since], device=device(), dtype=torch.float64)
         *means, seconds = all_reduce_sum(mine).tolist()  # each rank holds its share of a loss
-        signum = all_reduce_max(torch.tensor(float(self.stop.signum), device=device()))
-        return means, int(signum.item()), seconds / self.plan.layout.world_size
+        return means, self.stop.of_any_rank(), seconds / self.plan.layout.world_size
 
     def raise_if_not_finite(self, losses: list[float], last_step: int) -> None:
         for step, loss in enumerate(losses, last_step + 1 - len(losses)):
