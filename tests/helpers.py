@@ -117,3 +117,9 @@ def in_memory_images(count: int, seed: int = 1):
     pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8).numpy()
     labels = torch.randint(0, 3, (count,), generator=generator).numpy()
     return Split("train", None, labels, cached_pixels=list(pixels))
+
+
+def check_vit_s_16(vit) -> None:
+    """The config of ViT-S/16 for ImageNet-1k."""
+    sizes = ("image_size", "hidden_size", "num_hidden_layers", "intermediate_size", "num_labels")
+    assert tuple(getattr(vit, name) for name in sizes) == (224, 384, 12, 1536, 1000)

@@ -20,6 +20,7 @@ import threading
 from pathlib import Path
 
 import programs
+from forks import in_fork
 
 # In front of every line, but for those with BARE=1.
 WORDS = {
@@ -422,7 +423,7 @@ def answer(line: str, root: Path) -> dict:
         be_machine(variables)
         programs.PROGRAMS[program](argv)
 
-    status = programs.in_fork(run, out, err)
+    status = in_fork(run, out, err)
     said = {"status": status, "stderr": lines_of(err, root)}
     if "--help" in argv:
         help_lines = [text.strip() for text in lines_of(out, root)]

@@ -3,10 +3,7 @@
 Everything here runs in a process of its own and in the folder where a user would stand.
 """
 
-import contextlib
-import os
 import sys
-import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -88,25 +85,3 @@ def import_libraries() -> None:
     from vit.distributed import import_libraries
 
     import_libraries()
-
-
-def in_fork(call, out: Path, err: Path) -> int:
-    """Exit status of ``call()`` in a fork; what it prints goes to the files ``out`` and ``err``."""
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            with open(out, "w") as stdout, open(err, "w") as stderr:
-                os.dup2(stdout.fileno(), 1)  # of libraries that are not Python
-                os.dup2(stderr.fileno(), 2)
-                with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-                    try:
-                        call()
-                        code = 0
-                    except SystemExit as end:
-                        code = end.code or 0
-                    except BaseException:
-                        traceback.print_exc()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import programs
+from forks import in_fork
 
 MEASURED = "--plugin none --batch_size 2 --num_labels 4 --warmup_steps 1 --windows 1 --window_steps 1"
 CASES = {  # status -> (command line, name of the error of torch that is made to happen, exit status)
@@ -35,7 +36,7 @@ def benchmark_row(root: Path, status: str) -> dict:
             torch.autograd.backward = backward
         programs.vit_benchmark([*line.split(), "--results", str(results)])
 
-    ended = programs.in_fork(run, root / "out.txt", root / "err.txt")
+    ended = in_fork(run, root / "out.txt", root / "err.txt")
     assert ended == expected, (status, ended, (root / "err.txt").read_text())
     (row,) = map(json.loads, results.read_text().splitlines())
     assert row["status"] == status, row

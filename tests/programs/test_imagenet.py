@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import check_vit_s_16
 from imagenet_shape import wnid
 from train_cases import ROOT, Cases, log_of, problems_of, read, refused, rows, scratch_settings, statuses
 
@@ -40,14 +41,8 @@ CONFIGS = sorted((ROOT / "configs" / "imagenet").glob("*.py"))
 def test_configs_fit_and_have_a_card(path):
     assert problems_of(path, world=8) == []
     config, _ = load_config(str(path))
-    vit = vit_config(config)  # ViT-S/16
-    assert (
-        vit.image_size,
-        vit.hidden_size,
-        vit.num_hidden_layers,
-        vit.intermediate_size,
-        vit.num_labels,
-    ) == (224, 384, 12, 1536, 1000)
+    vit = vit_config(config)
+    check_vit_s_16(vit)
     better = path.stem == "vit_s_16_better_baseline"
     recipe = (
         "NUM_EPOCHS",

@@ -13,11 +13,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
 import torch
+from forks import in_fork
 from helpers import save_tiny_vit, write_folder, write_image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -347,26 +347,9 @@ def test_readme_is_short():
 # ---------------------------------------- the notebook
 
 
-def in_fork(script: str, argv: list[str], log: Path) -> int:
-    """A program in a forked process, where the libraries are imported already. -> its exit status"""
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
-                sys.argv = [script, *argv]
-                try:
-                    runpy.run_path(script, run_name="__main__")
-                    status = 0
-                except SystemExit as end:
-                    status = end.code or 0
-                except BaseException:
-                    import traceback
-
-                    traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def run_program(script: str, argv: list[str]) -> None:
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name="__main__")
 
 
 def test_notebook_cells_run(world, tmp_path, monkeypatch):
@@ -415,7 +398,7 @@ def test_notebook_cells_run(world, tmp_path, monkeypatch):
         argv = [arg for arg in argv if arg != "--check"]
         del argv[argv.index("--world_size") : argv.index("--world_size") + 2]
         started.append(argv)
-        assert in_fork(program, argv, log) == 0, log.read_text()
+        assert in_fork(lambda: run_program(program, argv), log) == 0, log.read_text()
 
     names = {"shell": shell, "__name__": "__main__"}
     for cell in notebook["cells"]:

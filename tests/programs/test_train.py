@@ -22,7 +22,6 @@ from train_cases import (
     CLASSES,
     ROOT,
     Cases,
-    free_port,
     log_of,
     read,
     refused,
@@ -32,6 +31,7 @@ from train_cases import (
 )
 
 from vit.data.cifar10 import CIFAR10_FOLDER
+from vit.system import free_port
 
 # ---- runs
 
@@ -213,7 +213,7 @@ def test_process_that_waits_for_the_others_ends_at_once():
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": free_port(),
+        "MASTER_PORT": str(free_port()),
         "CUDA_VISIBLE_DEVICES": "",
     }
     process = subprocess.Popen(

@@ -7,13 +7,13 @@ import json
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from forks import exit_status, fork
 
 from data import build_transforms, load_dataset
 from vit.config import FIELDS, load_config
@@ -22,7 +22,7 @@ from vit.data.cifar10 import CIFAR10_FOLDER
 from vit.data.dataset import ImageDataset
 from vit.data.decode import decode_dataset
 from vit.settings import Settings
-from vit.system import Machine
+from vit.system import Machine, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 CIFAR10_CONFIGS = sorted((ROOT / "configs" / "cifar10").glob("*.py"))
@@ -91,34 +91,11 @@ def read(folder, *args, **values) -> ImageDataset:
 # ---- runs
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def in_processes(processes: int, function, log: Path) -> list[int]:
     """Exit statuses of ``function(rank, port)`` in forked processes; what they print goes to ``log``."""
-    port, children = free_port(), []
-    for rank in range(processes):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                with open(log, "a") as file, redirect_stdout(file), redirect_stderr(file):
-                    try:
-                        function(rank, port)
-                        code = 0
-                    except SystemExit as end:
-                        code = end.code or 0
-                    except BaseException:
-                        import traceback
-
-                        traceback.print_exc()
-            finally:
-                os._exit(code)
-        children.append(child)
-    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    port = str(free_port())
+    children = [fork(partial(function, rank, port), log) for rank in range(processes)]
+    return [exit_status(child) for child in children]
 
 
 class Cases:

@@ -4,6 +4,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers import check_vit_s_16
 from train_cases import CIFAR10_CONFIGS as CONFIGS
 from train_cases import problems_of
 
@@ -53,14 +54,7 @@ def test_published_imagenet_config_loads_as_it_stands(tmp_path):
     assert problems + config_problems(config, 8, Machine()) == []
     assert (config["BATCH_SIZE"], config["precision"], config["mode"], config["tp"]) == (512, "fp16", "2d", 4)
     assert config["LOG_PATH"] == "./vit_2d_bs512_AMP_TYPE.TORCH/"
-    vit = vit_config(config)  # ViT-S/16
-    assert (
-        vit.image_size,
-        vit.hidden_size,
-        vit.num_hidden_layers,
-        vit.intermediate_size,
-        vit.num_labels,
-    ) == (224, 384, 12, 1536, 1000)
+    check_vit_s_16(vit_config(config))
 
 
 def test_published_one_with_heads_that_tensor_parallelism_cannot_cut_is_refused(tmp_path):

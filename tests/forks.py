@@ -1,0 +1,42 @@
+"""Forked processes for tests: the libraries, which take seconds to import, are imported once before."""
+
+import os
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+
+def fork(call, out: Path, err: Path | None = None) -> int:
+    """Start ``call()`` in a forked process. -> its process id
+
+    Args:
+        out, err: files for what it prints; without ``err``, all of it is appended to ``out``.
+    """
+    mode = "w" if err else "a"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            with open(out, mode) as stdout, open(err or out, mode) as stderr:
+                os.dup2(stdout.fileno(), 1)  # of libraries that are not Python
+                os.dup2(stderr.fileno(), 2)
+                with redirect_stdout(stdout), redirect_stderr(stderr):
+                    try:
+                        call()
+                        code = 0
+                    except SystemExit as end:
+                        code = end.code or 0
+                    except BaseException:
+                        traceback.print_exc()
+        finally:
+            os._exit(code)
+    return child
+
+
+def exit_status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def in_fork(call, out: Path, err: Path | None = None) -> int:
+    """Exit status of ``call()`` in a forked process; see `fork`."""
+    return exit_status(fork(call, out, err))
