@@ -185,22 +185,19 @@ def find_checkpoint(checkpoints: CheckpointFolder, settings, data: list) -> Path
     meta = read_meta(path)
     if different := differences(settings.record, meta["settings"]):
         raise CheckpointError(
-            f"--resume {path}: the checkpoint was made with other settings: {different}. Use its "
-            "settings, or start "
-            "from the beginning with --overwrite_output"
+            f"--resume {path}: the checkpoint was made with other settings: {different}. Use its settings, "
+            "or start from the beginning with --overwrite_output"
         )
     saved, now = meta["processes"], settings.layout.world_size
     if saved != now and plugin_named(settings.plugin).shards_weights:
         raise CheckpointError(
-            f"--resume {path}: saved by {saved} processes, and the chunks of {settings.plugin} "
-            "cannot be resharded for "
-            f"{now}: resume with GPUNUM={saved}"
+            f"--resume {path}: saved by {saved} processes, and the chunks of {settings.plugin} cannot be "
+            f"resharded for {now}: resume with GPUNUM={saved}"
         )
     if meta.get("data", data) != data:  # early checkpoints of train.py have none
         raise CheckpointError(
-            f"--resume {path}: {settings.dataset} has changed since (other training images or "
-            "labels); start from "
-            "the beginning with --overwrite_output"
+            f"--resume {path}: {settings.dataset} has changed since (other training images or labels); start "
+            "from the beginning with --overwrite_output"
         )
     return path
 

@@ -32,9 +32,8 @@ def resolve(config: dict) -> list[str]:
         kind_is_known = isinstance(kind, (AMP_TYPE, str)) and getattr(kind, "value", kind) in known
         if set(fp16) - {"mode"} or not kind_is_known:
             problems.append(
-                f"fp16 = {fp16!r}: must be dict(mode=AMP_TYPE.TORCH), APEX or NAIVE; all train with "
-                "fp32 master "
-                "weights and a loss scale"
+                f"fp16 = {fp16!r}: must be dict(mode=AMP_TYPE.TORCH), APEX or NAIVE; all train with fp32 "
+                "master weights and a loss scale"
             )
         if config["bf16"]:
             problems.append("fp16 and bf16: give one of them")

@@ -16,6 +16,7 @@ from vit.console import silence_libraries
 silence_libraries()
 
 import torch
+from helpers import tiny_vit
 
 from vit.data.dataset import IGNORE_INDEX
 from vit.distributed import all_reduce_sum, destroy_distributed, device, import_libraries, init_distributed
@@ -88,23 +89,11 @@ def cases(world: int) -> dict[str, dict]:
 
 def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
     """Losses of the steps, and of an evaluation. ``recipe``: layer decay, EMA, label smoothing."""
-    from transformers import ViTConfig, ViTForImageClassification
-
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=64,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        intermediate_size=128,
-        image_size=32,
-        patch_size=8,
-        num_labels=LABELS,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
+    model = tiny_vit(LABELS, hidden_size=64, intermediate_size=128, image_size=32, patch_size=8)
     layout = ParallelLayout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
     settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **BASE | (RECIPE if recipe else {}) | changes)
-    boosted = boost(ViTForImageClassification(config), settings)
+    boosted = boost(model, settings)
     step = TrainStep(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), settings.label_smoothing)
     step.model.train()
     generator = torch.Generator().manual_seed(1)

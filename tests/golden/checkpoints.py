@@ -1,7 +1,7 @@
 """Checkpoints in the middle of a run, as an earlier program wrote them: checkpoints/<name>/<checkpoint>.
 
 A user's checkpoint must be read by every later program. The launches of the tests resume these; while
-recording, they make them first. The paths in their settings are relative, so a run that goes on from one
+recording, they make them first. The paths in their settings are relative, so a run that continues from one
 starts where its models, "images" and "cifar-10-batches-py" are.
 """
 

@@ -49,7 +49,7 @@ def report(kind: str, folder: Path) -> None:
 
 
 def parallelism_report(folder: Path) -> list:
-    """The command that makes results/parallelism's table anew, from its rows."""
+    """The command that makes results/parallelism's table again, from its rows."""
     return [sys.executable, ROOT / "results" / "scripts" / "prove_parallelism.py", folder, "--report"]
 
 

@@ -1,4 +1,4 @@
-"""Rows that no other test leaves behind: of the benchmark, in each status, and of a sweep.
+"""Rows that no other test writes: of the benchmark, in each status, and of a sweep.
 
 python tests/golden/rows.py FOLDER      prints {kind of row: row} as JSON
 """
