@@ -19,7 +19,6 @@ from vit.config import ConfigError, load_config
 from vit.config_settings import config_problems, to_settings
 from vit.console import exit_with_errors, rank
 from vit.data.sources import DEMO_DATASET
-from vit.data.transforms import POLICIES
 from vit.files import DamagedRows, read_jsonl
 from vit.layout import ParallelLayout
 from vit.output_checks import output_problems
@@ -37,7 +36,7 @@ from vit.resolve import (
     set_rank_environment,
     world_size_of,
 )
-from vit.settings import Settings
+from vit.settings import AUTO_AUGMENT, Settings
 from vit.system import this_machine
 from vit.validate import Number, OneOf, fraction, positive
 
@@ -140,7 +139,7 @@ def finetune_parser() -> Parser:
 
     parser.group("augmentation and regularisation")
     add("--augment", bool, "random resized crop and flip (default: off, as published)")
-    policies = OneOf(tuple(POLICIES))
+    policies = OneOf(tuple(AUTO_AUGMENT))
     add("--auto_augment", policies, "TrivialAugmentWide or RandAugment after the crop of --augment")
     add("--label_smoothing", fraction(), "part of each label spread over all classes in training")
     add("--drop_path", fraction(), "chance that an image skips the last layer's branches; first layer: 0")

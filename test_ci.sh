@@ -20,7 +20,9 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 
 passed=0 failed=0
-for plugin in torch_ddp torch_ddp_fp16 low_level_zero gemini torch_fsdp hybrid_parallel; do
+list="from vit.parallel.plugins import PLUGINS; print(*PLUGINS)"
+plugins=$(PYTHONPATH=$HERE "$PYTHON" -c "$list") || status=$?
+for plugin in $plugins; do
   echo "--- $plugin"
   tensor_parallel=1
   [ "$plugin" != hybrid_parallel ] || tensor_parallel=2

@@ -13,6 +13,7 @@ from pathlib import Path
 from vit.console import exit_with_errors, print_rank0, rank
 from vit.environment import PROJECT, environment, recorded_command
 from vit.files import DamagedRows, read_jsonl
+from vit.parallel.plugins import PLUGINS
 from vit.report.benchmark import CASE_KEYS, METHOD_KEYS, benchmark_report, case_key
 
 KEYS = CASE_KEYS + METHOD_KEYS
@@ -83,7 +84,7 @@ def flags_of(entry: str) -> list[str]:
 
 def default_entries(preset: str, gpus: int) -> list[str]:
     """All plugins, and plain PyTorch in the precisions that they use."""
-    plugins = "torch_ddp torch_ddp_fp16 low_level_zero gemini hybrid_parallel".split()
+    plugins = [name for name in PLUGINS if name != "none"]
     if preset == "fast":
         return [*plugins, "none:bf16", "none:bf16:compile"]
     return [*plugins, *(["none:fp32", "none:fp16"] if gpus else ["none"])]

@@ -12,7 +12,6 @@ from vit.data.cifar10 import IMAGE_SIZE, cifar10_label_names
 from vit.data.dataset import DataError, check_all_classes, check_class_count
 from vit.data.prepared import read_index
 from vit.data.sources import class_folders, find_source
-from vit.model import read_config
 from vit.output_checks import output_problems
 from vit.parallel.plugins import PLUGINS
 from vit.presets import FAMILIES, PRESETS, known_architecture
@@ -156,7 +155,7 @@ def model_problems(settings: Settings) -> Iterator[str]:
     name = settings.model_name_or_path
     heads, layers, patch = 1, settings.pp_size, 1
     if Path(name).is_dir():
-        config = read_config(Path(name))
+        config = hub.read_config(Path(name))
         yield from model_folder_problems(settings, config)
         # what the config leaves out has transformers' default
         sizes = {"num_attention_heads": 12, "num_hidden_layers": 12, "patch_size": 16} | config

@@ -6,8 +6,7 @@ from pathlib import Path
 
 from vit.config import AMP_TYPE, FIELDS, MAY_CHANGE_ON_RESUME
 from vit.layout import ParallelLayout, mesh_problems
-from vit.model_variants import mean_pooled_config
-from vit.presets import VitPreset
+from vit.presets import VitPreset, mean_pooled_config
 from vit.settings import MESH_MODES, Settings
 from vit.system import Machine
 from vit.validate import positive

@@ -2,6 +2,7 @@
 
 import functools
 import http.client
+import json
 import os
 import re
 import threading
@@ -17,6 +18,14 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 def endpoint() -> str:
     """Address of the hub."""
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+
+
+def read_config(folder: Path) -> dict:
+    """``config.json`` of a model folder; {} when it is missing or broken."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def is_hub_name(name: str) -> bool:

@@ -1,6 +1,5 @@
 """A Vision Transformer from a hub name, a local folder or a preset, and its export."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,6 @@ from torch import nn
 from vit.data.dataset import DataError
 from vit.data.transforms import set_processor_size
 from vit.presets import FAMILIES, PRESETS
-
-
-def read_config(folder: Path) -> dict:
-    """``config.json`` of a model folder; {} when it is missing or broken."""
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 @dataclass

@@ -24,22 +24,6 @@ def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
             )
 
 
-def mean_pooled_config(config):
-    """The config of a ViT of the same sizes that has no class token and classifies the mean of its patches.
-
-    In transformers that is the ViT of I-JEPA (Assran et al., 2023).
-    """
-    from transformers import IJepaConfig
-
-    return IJepaConfig(
-        **{
-            name: value
-            for name, value in config.to_dict().items()
-            if name not in ("model_type", "encoder_stride", "transformers_version")
-        }
-    )
-
-
 @torch.no_grad()
 def sincos_position_embeddings_(model: nn.Module) -> None:
     """Set fixed (not trained) position embeddings: sines and cosines of each patch's coordinates. In place.

@@ -64,3 +64,19 @@ def known_architecture(name: str) -> VitPreset | None:
 def preset_name(name: str) -> str:
     """The key in `PRESETS` that a hub name stands for, if it is there."""
     return name.split("/")[-1].removesuffix("-in21k")
+
+
+def mean_pooled_config(config):
+    """The config of a ViT of the same sizes that has no class token and classifies the mean of its patches.
+
+    In transformers that is the ViT of I-JEPA (Assran et al., 2023).
+    """
+    from transformers import IJepaConfig
+
+    return IJepaConfig(
+        **{
+            name: value
+            for name, value in config.to_dict().items()
+            if name not in ("model_type", "encoder_stride", "transformers_version")
+        }
+    )

@@ -12,6 +12,8 @@ from vit.layout import ParallelLayout
 AUTO: Any = (
     None  # as a default: follows from the machine, the model or another setting; resolved in every run
 )
+# --auto_augment: torchvision's classes (Müller and Hutter, 2021; Cubuk et al., 2020)
+AUTO_AUGMENT = {"trivial": "TrivialAugmentWide", "rand": "RandAugment"}
 MESH_MODES = ("2d", "2.5d", "3d")  # tensor parallelism over a mesh of processes: vit/parallel/mesh.py
 
 

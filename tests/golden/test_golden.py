@@ -191,7 +191,7 @@ def test_rows_have_these_keys(demo, one, shared, train_runs, imagenet_runs, tmp_
 
 LAUNCHES = (1, 2, 4)
 # Warm-up to a rate that destroys what was learned: on another machine nothing but chaos would be compared.
-UNSTABLE = ("best_first", "best_first_resumed", "pruned", "last_kept", "continued")
+UNSTABLE = ("best_first", "best_first_resumed", "pruned", "last_kept", "continued", "elsewhere")
 
 
 @pytest.mark.parametrize("processes", LAUNCHES)

@@ -37,7 +37,7 @@ WHEN_BUILT = {("vit.parallel.plugins", "vit.parallel.plain"), ("vit.parallel.plu
 # Packages whose __init__.py is empty
 EMPTY = {"vit", "vit.data", "vit.parallel", "vit.report"}
 WITHOUT_TORCH = "vit.report.sweep, vit.report.benchmark, vit.report.accuracy, vit.settings, vit.config"
-WITHOUT_TORCH += ", vit.parallel.plugins"
+WITHOUT_TORCH += ", vit.parallel.plugins, args"
 
 
 def module_name(path: Path) -> str:

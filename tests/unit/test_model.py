@@ -8,10 +8,10 @@ import torch
 from helpers import save_tiny_vit, tiny_vit
 
 from vit.model import build_vit, export_model, load_model, pad_classifier, resize_position_embeddings
-from vit.model_variants import add_drop_path, mean_pooled_config
+from vit.model_variants import add_drop_path
 from vit.optim import param_groups
 from vit.patches.transformers_vit import fuse_qkv, linear_patch_embedding
-from vit.presets import PRESETS, known_architecture
+from vit.presets import PRESETS, known_architecture, mean_pooled_config
 
 LABELS = ["a", "b", "c"]
 

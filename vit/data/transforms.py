@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from vit.data.dataset import DataError
+from vit.settings import AUTO_AUGMENT
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,7 @@ class RandomResizedCrop:
     resample: int = 2
     smallest_crop: float = 0.35  # part of the image's area
     flip: bool = True
-    policy: str | None = None  # a key of `POLICIES`, applied after the crop
+    policy: str | None = None  # a key of `vit.settings.AUTO_AUGMENT`, applied after the crop
 
     def shrink(self, image: Image.Image) -> Image.Image:
         """Reduce an image to at most twice the model's size on the shorter side, to take crops from it."""
@@ -174,15 +175,11 @@ class RandomResizedCrop:
         return pixels
 
 
-# --auto_augment: torchvision's classes (Müller and Hutter, 2021; Cubuk et al., 2020)
-POLICIES = {"trivial": "TrivialAugmentWide", "rand": "RandAugment"}
-
-
 @functools.cache
 def _policy(name: str):
     from torchvision.transforms import v2
 
-    return getattr(v2, POLICIES[name])()
+    return getattr(v2, AUTO_AUGMENT[name])()
 
 
 @contextmanager

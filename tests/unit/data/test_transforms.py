@@ -10,7 +10,6 @@ from PIL import Image
 from vit.data.dataset import DataError
 from vit.data.decode import open_image
 from vit.data.transforms import (
-    POLICIES,
     RandomResizedCrop,
     Resize,
     ResizeCenterCrop,
@@ -18,6 +17,7 @@ from vit.data.transforms import (
     set_processor_size,
     transform_of_processor,
 )
+from vit.settings import AUTO_AUGMENT
 
 SQUARE, CROP = ({"height": side, "width": side} for side in (20, 16))
 
@@ -74,7 +74,7 @@ def test_resize_equals_the_image_processor(image_folder):
         assert (Resize(16, resample)(open_image(path)) == expected).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", AUTO_AUGMENT)
 def test_policies_change_crops_by_seed_epoch_and_image_alone(policy):
     rng = np.random.default_rng(0)
     sources = rng.integers(0, 256, (30, 20, 20, 3), dtype=np.uint8)
