@@ -126,8 +126,8 @@ def _fused_bucket(library):
                 # each rank has an equal part of the weight; the last ones may end in padding
                 pieces = weight.view(-1).split(part.numel())
                 targets += pieces
-                starts = (rank * size + offset for rank in range(len(pieces)))
-                sources += [gathered[s:][: piece.numel()] for s, piece in zip(starts, pieces, strict=True)]
+                for rank, piece in enumerate(pieces):
+                    sources.append(gathered[rank * size + offset :][: piece.numel()])
                 offset += part.numel()
             torch._foreach_copy_(targets, sources)
             self.empty()
