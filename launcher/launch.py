@@ -47,7 +47,7 @@ OPTIONAL = {"pytest", "ruff", "mypy", "tensorboard"}  # not needed for a run
 SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
 
 
-def fail(message):
+def exit_with_errors(message):
     print(f"launch: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -59,7 +59,7 @@ def free_port(wanted=0):
         try:
             probe.bind(("", int(wanted)))
         except (ValueError, OverflowError, OSError) as error:
-            fail(
+            exit_with_errors(
                 f"MASTER_PORT={wanted} cannot be used ({error}): "
                 "choose another, or leave it out to get a free one"
             )
@@ -72,14 +72,14 @@ def count_hosts(path):
         with open(path) as file:
             hosts = [line.strip() for line in file if line.strip()]
     except OSError as error:
-        fail(f"HOSTFILE={path} cannot be read: {error.strerror}")
+        exit_with_errors(f"HOSTFILE={path} cannot be read: {error.strerror}")
     if not hosts:
-        fail(f"HOSTFILE={path} names no machine: write one host name per line")
+        exit_with_errors(f"HOSTFILE={path} names no machine: write one host name per line")
     for host in hosts:
         if hosts.count(host) > 1:
-            fail(f"HOSTFILE={path} names {host} twice")
+            exit_with_errors(f"HOSTFILE={path} names {host} twice")
         if not host_exists(host):
-            fail(f"HOSTFILE={path}: there is no machine called {host!r}")
+            exit_with_errors(f"HOSTFILE={path}: there is no machine called {host!r}")
     return len(hosts)
 
 
@@ -128,7 +128,7 @@ def run_torchrun(command, stdin):
     return subprocess.run([sys.executable, __file__, "agent", *command], stdin=stdin).returncode
 
 
-def head(launcher, argv):
+def supervise(launcher, argv):
     """Start the processes, pass a signal on to them, and return the exit status."""
     split = argv.index("--")
     options, (script, *args) = argv[:split], argv[split + 1 :]
@@ -169,13 +169,13 @@ def head(launcher, argv):
     return code
 
 
-def agent(argv):
+def run_agent(argv):
     """Run torchrun on one machine, without its tables, until its standard input is closed. -> exit status"""
-    lifeline = os.dup(0)
+    parent_alive_pipe = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # standard input of the processes
 
     def watch():
-        while os.read(lifeline, 1024):
+        while os.read(parent_alive_pipe, 1024):
             pass
         os.kill(os.getpid(), signal.SIGTERM)
         # torchrun passes the signal on and waits 30 s. It cannot while it waits in C++ for another machine,
@@ -216,9 +216,9 @@ def agent(argv):
 if __name__ == "__main__":
     command, *rest = sys.argv[1:]
     if command == "agent":
-        sys.exit(agent(rest))
+        sys.exit(run_agent(rest))
     elif command in ("colossalai", "torchrun"):
-        sys.exit(head(command, rest))
+        sys.exit(supervise(command, rest))
     else:
         answers = {"gpus": count_gpus, "port": free_port, "hosts": count_hosts}
         answers |= {"missing": missing, "installed": installed, "needs": needs}

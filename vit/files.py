@@ -16,10 +16,10 @@ RUN_FILES = (
 
 def remove_folder(folder: Path) -> None:
     """Rename a folder and remove it, so that no incomplete folder has its name if the program is killed."""
-    doomed = folder.with_name(f".{folder.name}.removed")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    trash = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(folder, trash)
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def cache_home() -> Path:
