@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     from vit.console import exit_with_errors, print_rank0
     from vit.data.dataset import DataError
     from vit.distributed import destroy_distributed, device, import_libraries, init_distributed
-    from vit.model import build_vit
+    from vit.initial_weights import build_vit
     from vit.model_variants import initialise
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder

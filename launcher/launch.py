@@ -5,9 +5,6 @@ Only launch.sh calls this file.
     launch.py gpus                                      number of GPUs that this process may use
     launch.py port [PORT]                               a free port, or PORT if it is free
     launch.py hosts FILE                                number of machines in a hostfile
-    launch.py missing FILE [NEEDED...]                  packages of a requirements file that are not installed
-    launch.py installed                                 all installed packages, as pip constraints
-    launch.py needs PACKAGE                             missing requirements of an installed package
     launch.py colossalai|torchrun OPTIONS -- SCRIPT ARGS...
 
 The last form starts this tree. Signals travel down, output travels up:
@@ -26,8 +23,6 @@ import importlib.metadata
 import io
 import logging
 import os
-import platform
-import re
 import signal
 import socket
 import subprocess
@@ -42,9 +37,6 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 import colossalai_run
 
 from vit.system import count_gpus, host_exists
-
-OPTIONAL = {"pytest", "ruff", "mypy", "tensorboard"}  # not needed for a run
-SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
 
 
 def exit_with_errors(message):
@@ -81,40 +73,6 @@ def count_hosts(path):
         if not host_exists(host):
             exit_with_errors(f"HOSTFILE={path}: there is no machine called {host!r}")
     return len(hosts)
-
-
-def version_of(requirement):
-    """Installed version of the package that a requirement such as `torch==2.5.1` names, or None."""
-    try:
-        return importlib.metadata.version(re.match(r"[\w.-]+", requirement)[0])
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def missing(path, *needed):
-    """Print the missing packages and exit with 1; if a run needs none of them, return the versions."""
-    with open(path) as file:
-        lines = [line.strip() for line in file if line.strip() and not line.startswith("#")]
-    absent = [line for line in lines if not version_of(line)]
-    if any(re.match(r"[\w.-]+", line)[0] not in OPTIONAL.difference(needed) for line in absent):
-        print(*absent, sep="\n")
-        raise SystemExit(1)
-    versions = (f"{name} {version_of(name)}" for name in SHOWN)
-    return f"Python {platform.python_version()}, {', '.join(versions)} in {sys.prefix}"
-
-
-def installed():
-    """All installed packages as lines `name==version`."""
-    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return "\n".join(
-        f"{name}=={v}" for name, v in found.items() if name and v and re.fullmatch(r"\d[\w.!+-]*", v)
-    )
-
-
-def needs(package):
-    """Requirements of ``package`` that are not installed, one per line."""
-    wanted = importlib.metadata.requires(package) or []
-    return "\n".join(line for line in wanted if "extra ==" not in line and not version_of(line))
 
 
 def die_with_parent():
@@ -221,5 +179,4 @@ if __name__ == "__main__":
         sys.exit(supervise(command, rest))
     else:
         answers = {"gpus": count_gpus, "port": free_port, "hosts": count_hosts}
-        answers |= {"missing": missing, "installed": installed, "needs": needs}
         print(answers[command](*rest))

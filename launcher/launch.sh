@@ -8,6 +8,7 @@
 # paths stay relative to the folder of the user. Variables, all from the environment:
 #
 #   INSTALL=0        install nothing, check nothing
+#   VERSIONS         pinned or newest (default: pinned, but newest with Python 3.13 or a newer torch)
 #   PYTHON           the interpreter to use, instead of the active environment's
 #   GPUNUM           auto: one GPU, or 2 processes without a GPU; all: every GPU; or a number
 #   LAUNCHER         colossalai (colossalai run) or torchrun
@@ -31,7 +32,7 @@ die() {
   return 2
 }
 helper() { "$PYTHON" "$HERE/launcher/launch.py" "$@"; }
-missing_packages() { helper missing "$HERE/requirements.txt" ${NEEDED:-}; }
+packages() { "$PYTHON" "$HERE/launcher/install.py" "$@"; }
 
 # --- environment ---
 
@@ -48,14 +49,14 @@ choose_python() {
     PYTHON=$HERE/.venv/bin/python
   else
     PYTHON=$(command -v python3) || die "there is no python3 on the PATH" || return
-    [ "${INSTALL:-1}" = 0 ] || missing_packages >/dev/null || make_venv
+    [ "${INSTALL:-1}" = 0 ] || packages check >/dev/null || make_venv
   fi
 }
 
 make_venv() {
   local candidate
-  for candidate in python3 python3.12 python3.11 python3.10; do # the pinned torch has no build for later ones
-    "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null || continue
+  for candidate in python3 python3.12 python3.11 python3.10 python3.13; do
+    "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' 2>/dev/null || continue
     say "making $HERE/.venv with $candidate"
     if "$candidate" -m venv "$HERE/.venv" >/dev/null 2>&1; then
       PYTHON=$HERE/.venv/bin/python
@@ -66,54 +67,19 @@ make_venv() {
       "(Debian, Ubuntu: apt install python3-venv), or activate an environment of your own"
     return
   done
-  die "no Python 3.10, 3.11 or 3.12 on the PATH: install one, or activate an environment that has it"
+  die "no Python 3.10 to 3.13 on the PATH: install one, or activate an environment that has it"
 }
 
-# An environment that has all packages is used as it is, in any versions: a GPU machine may have newer builds
-# of torch and no package registry. NEEDED: an optional package that the calling script needs.
+# An environment that has all packages is used as it is: a GPU machine may have newer builds of torch and no
+# package registry. NEEDED: optional packages that the calling script needs. VERSIONS: pinned or newest, see
+# install.py.
 install_environment() {
-  local report missing keep status=0
   choose_python || return
   [ "${INSTALL:-1}" != 0 ] || return 0
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
     die "$PYTHON is not Python 3.10 or later" || return
-  if report=$(missing_packages); then
-    say "$report"
-    return
-  fi
-  mapfile -t missing <<<"$report"
-  say "installing ${#missing[@]} packages and their requirements with pip (minutes, GB): ${missing[*]%%[<=]*}"
-  keep=$(mktemp)
-  install_missing || status=$?
-  rm -f "$keep"
-  return "$status"
-}
-
-# Installed packages keep their versions, by the constraints in $keep. colossalai requires torch<=2.5.1; if a
-# torch is installed, colossalai is installed without its requirements, and the missing ones after it.
-install_missing() {
-  local others
-  helper installed >"$keep" || return
-  if [[ "${missing[*]}" = *colossalai* && "${missing[*]}" != *torch==* ]]; then
-    pip_install --no-deps "$(grep '^colossalai' "$HERE/requirements.txt")" || return
-    others=$(helper needs colossalai) || return
-    mapfile -t missing < <(printf '%s\n' "${missing[@]/colossalai*/}" "$others" | grep .)
-  fi
-  pip_install --constraint "$keep" "${missing[@]}"
-}
-
-pip_install() {
-  local log status=0
-  log=$(mktemp)
-  "$PYTHON" -m pip install --disable-pip-version-check "$@" >"$log" 2>&1 || status=$?
-  if [ "$status" != 0 ]; then
-    tail -n 12 "$log" >&2
-    die "pip could not install into $PYTHON; its last lines are above. Fix that and run the command again;" \
-      "or use a new environment (python3 -m venv NEW; . NEW/bin/activate);" \
-      "or set INSTALL=0 if the packages are installed" || true
-  fi
-  rm -f "$log"
-  return "$status"
+  # shellcheck disable=SC2086 # NEEDED is a list
+  packages check ${NEEDED:-} || packages install ${NEEDED:-}
 }
 
 # --- processes ---

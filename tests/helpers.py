@@ -35,7 +35,9 @@ def write_folder(root: Path, counts: dict[str, int], classes=CLASSES) -> Path:
 
 def tiny_vit(labels: int = 3, **overrides):
     """4 layers of 4 heads, 16 px: enough for tp 4 and pp 4; random weights from torch's current seed."""
-    from transformers import ViTConfig, ViTForImageClassification
+    from transformers import ViTConfig
+
+    from vit.initial_weights import build_vit
 
     sizes = dict(
         hidden_size=32,
@@ -46,7 +48,7 @@ def tiny_vit(labels: int = 3, **overrides):
         patch_size=4,
     )
     dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    return ViTForImageClassification(ViTConfig(**(sizes | dropout | dict(num_labels=labels) | overrides)))
+    return build_vit(ViTConfig(**(sizes | dropout | dict(num_labels=labels) | overrides)))
 
 
 def save_tiny_vit(folder: Path, labels: int = 5, size: int = 16, **overrides) -> Path:

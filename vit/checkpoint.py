@@ -159,8 +159,12 @@ def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
     boosted.restore_state(boosted.merge_shards(shards) if reshards else shards[0])
     if random:
         torch.set_rng_state(random["cpu"])
-        for rng, state in zip(boosted.dropout_rngs(), random["layers"], strict=True):
-            rng.device_rng_state = state
+        rngs, states = boosted.dropout_rngs(), random["layers"]
+        if len(rngs) == len(states):  # since transformers 5.9 a layer has one dropout module, not two
+            for rng, state in zip(rngs, states, strict=True):
+                rng.device_rng_state = state
+        else:
+            print_rank0("  note      saved with another transformers: dropout draws other masks from here on")
         if "cuda" in random and torch.cuda.is_available():
             torch.cuda.set_rng_state(random["cuda"])
     dist.barrier()

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from vit.data.dataset import DataError
 from vit.data.transforms import set_processor_size
+from vit.initial_weights import build_vit, draw_classifier, empty_vit
+from vit.modules import load_weights, order_parameters
 from vit.presets import FAMILIES, PRESETS
 
 
@@ -53,10 +54,10 @@ def load_model(name: str, labels: list[str], image_size: int | None = None) -> L
 
 
 def _random_model(name: str, labels: int, label_maps: dict) -> LoadedModel:
-    from transformers import ViTForImageClassification, ViTImageProcessor
+    from transformers import ViTImageProcessor
 
     size = PRESETS[name].image_size
-    model: Any = ViTForImageClassification(PRESETS[name].config(labels, **label_maps))
+    model = build_vit(PRESETS[name].config(labels, **label_maps))
     processor = ViTImageProcessor(
         size={"height": size, "width": size}, image_mean=[0.5] * 3, image_std=[0.5] * 3, resample=2
     )
@@ -74,6 +75,7 @@ def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedM
         )
     trained = [config.id2label[i] for i in range(config.num_labels)]
     options = {"num_labels": len(labels), "ignore_mismatched_sizes": True, "output_loading_info": True}
+    random_state = torch.get_rng_state()
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(name, **label_maps, **options)
     except SafetensorError as error:
@@ -84,6 +86,10 @@ def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedM
     if missing := [key for key in new if not key.startswith("classifier.")]:
         problem = f"lacks {len(missing)} weights of a ViT, e.g. {missing[0]}"
         raise DataError(f"--model_name_or_path {name} {problem}")
+    # in fp32, whatever the file has: transformers 5 keeps its precision
+    model = order_parameters(model.float())
+    torch.set_rng_state(random_state)
+    draw_classifier(model, new=bool(new))
     notes = []
     if new:
         notes.append(f"new classifier with {len(labels)} outputs (checkpoint has {len(trained)})")
@@ -119,7 +125,7 @@ def resize_position_embeddings(model: nn.Module, image_size: int) -> None:
     patches = nn.functional.interpolate(patches, (side, side), mode="bicubic", align_corners=False)
     patches = patches.permute(0, 2, 3, 1).reshape(1, side * side, -1)
     embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :extra], patches], dim=1))
-    embeddings.patch_embeddings.image_size = (image_size, image_size)
+    embeddings.image_size = embeddings.patch_embeddings.image_size = (image_size, image_size)
     embeddings.patch_embeddings.num_patches = side * side
     model.config.image_size = image_size
 
@@ -141,13 +147,6 @@ def pad_classifier(model: nn.Module, multiple: int) -> None:
         model.num_labels = old.out_features + padding
 
 
-def build_vit(config) -> nn.Module:
-    """The image classifier of a HuggingFace config, with random initial weights from torch's current seed."""
-    from transformers import AutoModelForImageClassification
-
-    return AutoModelForImageClassification.from_config(config)
-
-
 def export_model(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:
     """Write a folder that transformers opens: model.safetensors, config.json, preprocessor_config.json.
 
@@ -157,11 +156,11 @@ def export_model(state: dict[str, torch.Tensor], config, processor, folder: Path
         config: HuggingFace config of the model.
         processor: image processor of transformers.
     """
-    model = build_vit(config)
+    model = empty_vit(config)
     labels = len(config.id2label)
     state = {name: tensor.float() for name, tensor in state.items()}
     for name in ("classifier.weight", "classifier.bias"):
         state[name] = state[name][:labels]
-    model.load_state_dict(state)
+    load_weights(model, state)
     model.save_pretrained(folder, safe_serialization=True)
     processor.save_pretrained(folder)

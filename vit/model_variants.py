@@ -1,9 +1,9 @@
 """Variants of a ViT for training from scratch: drop path, mean pooling, fixed positions, initial weights."""
 
-import re
-
 import torch
 from torch import nn
+
+from vit.modules import branch_dropouts, numbered_layers, output_projection, qkv_projections, self_attention
 
 
 def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
@@ -15,13 +15,10 @@ def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
     """
     from torchvision.ops import StochasticDepth
 
-    for name, module in model.named_modules():
-        name = name.replace("_fsdp_wrapped_module.", "")
-        if layer := re.search(r"\.layer\.(\d+)\.(attention\.)?output$", name):
-            # the last operation of a branch before it is added
-            module.dropout = nn.Sequential(
-                module.dropout, StochasticDepth(rate * int(layer[1]) / max(1, layers - 1), "row")
-            )
+    for number, layer in numbered_layers(model).items():
+        for module in branch_dropouts(layer):
+            drop = StochasticDepth(rate * number / max(1, layers - 1), "row")
+            module.dropout = nn.Sequential(module.dropout, drop)
 
 
 @torch.no_grad()
@@ -58,15 +55,15 @@ def mimetic_init(model: nn.Module) -> None:
         left, sizes, right = torch.linalg.svd(noise * draws + identity * torch.eye(hidden))
         return left * sizes.sqrt(), sizes.sqrt()[:, None] * right
 
-    for layer in model.base_model.encoder.layer:
-        attention, output = layer.attention.attention, layer.attention.output.dense
+    for layer in numbered_layers(model).values():
+        query, key, value = qkv_projections(self_attention(layer))
         for rows in torch.arange(hidden).split(width):
             left, right = factors(0.7, 0.7)
             # the best approximation of the product by matrices of one head's width
-            attention.query.weight[rows], attention.key.weight[rows] = left[:, :width].T, right[:width]
+            query.weight[rows], key.weight[rows] = left[:, :width].T, right[:width]
         left, right = factors(0.4, -0.4)
-        output.weight.copy_(left)
-        attention.value.weight.copy_(right)
+        output_projection(layer).weight.copy_(left)
+        value.weight.copy_(right)
     positions = model.base_model.embeddings.position_embeddings
     learned = positions.requires_grad
     sincos_position_embeddings_(model)

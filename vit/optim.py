@@ -1,6 +1,5 @@
 """Parameter groups, the optimizer, and the exponential moving average of the weights."""
 
-import re
 from collections.abc import Callable
 from contextlib import contextmanager
 
@@ -9,6 +8,7 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vit.console import print_rank0
+from vit.modules import layer_number
 from vit.parallel.plugins import plugin_named
 
 
@@ -128,8 +128,8 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
     layers, groups = model.config.num_hidden_layers, {}
     for name, param in model.named_parameters():
         is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings", "pos_embed"))
-        layer = re.search(r"\.layer\.(\d+)\.", name)
-        depth = layers - int(layer[1]) if layer else layers + 1 if ".embeddings." in name else 0
+        layer = layer_number(name)
+        depth = layers + 1 if ".embeddings." in name else 0 if layer is None else layers - layer
         scale = layer_decay**depth
         group = {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale}
         groups.setdefault((scale, is_matrix), group)["params"].append(param)

@@ -67,7 +67,8 @@ from vit.config_settings import vit_config
 from vit.data.cifar10 import CIFAR10_FOLDER, TRAIN_FILES
 from vit.environment import environment
 from vit.files import read_jsonl, write_jsonl
-from vit.model import build_vit, export_model
+from vit.initial_weights import build_vit
+from vit.model import export_model
 from vit.parallel import mesh_train
 from vit.parallel.boost import boost
 from vit.patches.colossalai_legacy import patch_legacy_layers

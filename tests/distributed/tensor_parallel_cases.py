@@ -25,9 +25,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import ViTConfig
 
 from vit.distributed import destroy_distributed, init_distributed
+from vit.initial_weights import build_vit
+from vit.modules import with_first_names
 from vit.parallel.mesh import gather_state_dict, init_mesh, load_mesh_vit, process_group
 from vit.parallel.mesh_train import MeshOptimizer, clip_grad_norm_, sync_gradients
 from vit.patches.colossalai_legacy import patch_legacy_layers
@@ -76,15 +78,19 @@ def config(side: int, dropout: float = 0.0) -> ViTConfig:
     )
 
 
-def serial_model(side: int) -> ViTForImageClassification:
+def weights_of(model) -> dict[str, torch.Tensor]:
+    return with_first_names(model.state_dict())
+
+
+def serial_model(side: int) -> torch.nn.Module:
     """The same on every process.
 
     Biases and LayerNorms are moved off 0 and 1, where a wrong slice would not show.
     """
     generator = torch.Generator().manual_seed(0)
-    model = ViTForImageClassification(config(side))
+    model = build_vit(config(side))
     with torch.no_grad():
-        for name, param in sorted(model.named_parameters()):
+        for name, param in sorted(with_first_names(dict(model.named_parameters())).items()):
             noise = torch.randn(param.shape, generator=generator)
             if "layernorm" in name and name.endswith("weight"):
                 param.copy_(1 + 0.1 * noise)
@@ -125,14 +131,16 @@ def run_serial(case: Case, steps: int, dtype=None) -> dict:
         loss = F.cross_entropy(logits.float(), labels, reduction="sum") / case.images
         loss.backward()
         if step == 0:
-            seen["grads"] = lists({name: param.grad for name, param in model.named_parameters()})
+            seen["grads"] = lists(
+                with_first_names({name: param.grad for name, param in model.named_parameters()})
+            )
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         seen["loss"].append(loss.item())
         seen["norm"].append(norm.item())
         if step == 0:
-            seen["weights"] = lists(model.state_dict())
+            seen["weights"] = lists(weights_of(model))
     return seen
 
 
@@ -143,7 +151,7 @@ class Run:
         init_mesh(case.mode, case.size, case.depth, seed=3)
         self.case = case
         self.dp, self.dp_rank = dist.get_world_size() // case.size, dist.get_rank() // case.size
-        self.model = load_mesh_vit(config(case.side, dropout), serial_model(case.side).state_dict())
+        self.model = load_mesh_vit(config(case.side, dropout), weights_of(serial_model(case.side)))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
 
     def mine(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -230,7 +238,7 @@ def overflow(case: Case) -> list | None:
 
 def run_case(case: Case, steps: int) -> dict:
     run, seen = Run(case), {"loss": [], "norm": []}
-    serial, start = serial_model(case.side).state_dict(), gather_state_dict(run.model)
+    serial, start = weights_of(serial_model(case.side)), gather_state_dict(run.model)
     if start is not None:
         seen["round trip"] = start.keys() == serial.keys() and all(
             torch.equal(start[k], serial[k]) for k in serial

@@ -50,7 +50,7 @@ def plain_training(max_norm: float, recipe: bool = False) -> dict:
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     if recipe:  # a group for each parameter
         below = {"classifier": 0, "vit.layernorm": 0, "vit.embeddings": 5} | {
-            f"vit.encoder.layer.{i}": 4 - i for i in range(4)
+            f"vit.{layers}.{i}.": 4 - i for layers in ("encoder.layer", "layers") for i in range(4)
         }
         groups = [
             {
@@ -183,7 +183,7 @@ EVALUATIONS = [
 def plain_evaluation(shared):
     """Loss, accuracy and count over the 13 validation files, by transformers alone."""
     from PIL import Image
-    from transformers import ViTForImageClassification, ViTImageProcessor
+    from transformers import AutoImageProcessor, ViTForImageClassification
 
     files = sorted((shared / "images" / "validation").glob("*/*.png"))
     classes = sorted({path.parent.name for path in files})
@@ -194,7 +194,7 @@ def plain_evaluation(shared):
     with torch.no_grad():
         model.classifier.weight[:] = torch.randn(3, 32) * 0.5
         model.classifier.bias[:] = -100
-    processor = ViTImageProcessor.from_pretrained(shared / "model")
+    processor = AutoImageProcessor.from_pretrained(shared / "model", use_fast=False)
     inputs = processor([Image.open(path).convert("RGB") for path in files], return_tensors="pt")
     labels = torch.tensor([classes.index(path.parent.name) for path in files])
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_demo_run_leaves_these_files(demo):
         name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         for name, data in contents.items()
     }
-    goldens.check("demo_run.json", "contents", sums, machine=True, only_here=("sha256",))
+    goldens.check("demo_run.json", "contents", sums, machine=True, only_here=("sha256", "bytes"))
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -201,7 +201,8 @@ def test_losses_of_every_plugin_and_layout(launched, processes):
     assert not results.failed, results.failed
     kinds = ("train", "evaluate", "save", "load", "mixed")
     cases = {name: result for name, result in results.found.items() if name.split()[0] in kinds}
-    goldens.check("losses.json", f"parallel_cases.py, {processes}", cases, machine=True)
+    masks = tuple(name for name in cases if name.startswith("mixed"))
+    goldens.check("losses.json", f"parallel_cases.py, {processes}", cases, machine=True, masks=masks)
 
 
 def losses(folder: Path) -> dict[str, list]:
@@ -230,7 +231,9 @@ def test_losses_of_runs_from_scratch(request, file):
     for path in sorted(runs.glob("*/metrics.jsonl")):
         cases |= losses(path.parent)
     assert cases.keys() >= {f"{name}, fp32" for name in ("vanilla", "1d")} or file == "test_imagenet.py"
-    goldens.check("losses.json", file, cases, machine=True)
+    masked = ("1d straight", "1d resumed", "dropped paths", "mixed")
+    masks = tuple(name for name in cases if file == "test_imagenet.py" or name.startswith(masked))
+    goldens.check("losses.json", file, cases, machine=True, masks=masks)
 
 
 def test_losses_of_the_layers_in_slices(mesh_cases):
@@ -258,7 +261,7 @@ def check_resumed(name: str, resumed: Path, straight: Path) -> None:
     precision = case.rpartition(", ")[2]
     rows = {f"{row['kind']} {row['epoch']}, {precision}": row for row in rows}
     assert len(rows) >= 2
-    goldens.check("checkpoints.json", name, rows, machine=True)
+    goldens.check("checkpoints.json", name, rows, machine=True, masks=tuple(rows) * (name == "train.py"))
     (was,), (*_, now) = (checkpoints.FOLDER / name).iterdir(), sorted((resumed / "checkpoints").iterdir())
     assert files_of(now) == files_of(was)
     assert sum(path.stat().st_size for path in was.iterdir()) < 300_000

@@ -29,8 +29,9 @@ from vit.data.dataset import IGNORE_INDEX, DataError
 from vit.data.gpu_augment import BatchAugment
 from vit.data.loaders import BatchDataset, DeviceLoader, SyntheticLoader, WorkerLoader
 from vit.data.transforms import RandomResizedCrop, ResizeCenterCrop
-from vit.model import build_vit
+from vit.initial_weights import build_vit
 from vit.model_variants import mimetic_init, sincos_position_embeddings_
+from vit.modules import numbered_layers, output_projection, qkv_projections, self_attention
 
 CONFIGS = sorted((ROOT / "configs" / "imagenet").glob("*.py"))
 
@@ -118,24 +119,22 @@ def test_mimetic_attention_looks_at_the_like_and_takes_away_what_it_finds(poolin
         if ".attention." not in name and "position" not in name
     }
     mimetic_init(vit)
-    for layer in vit.base_model.encoder.layer:
-        attention, output = layer.attention.attention, layer.attention.output.dense
-        for query, key in zip(attention.query.weight.split(32), attention.key.weight.split(32)):
+    for layer in numbered_layers(vit).values():
+        (queries, keys, values), output = qkv_projections(self_attention(layer)), output_projection(layer)
+        for query, key in zip(queries.weight.split(32), keys.weight.split(32)):
             product = (query.T @ key).detach()  # of 64 dimensions the 32 that matter most
             assert (
                 0.3 < product.diagonal().mean() < 0.7
                 and (product - product.diagonal().diag()).mean().abs() < 0.01
             )
-        product = (output.weight @ attention.value.weight).detach()
+        product = (output.weight @ values.weight).detach()
         noise = (product + 0.4 * torch.eye(64)) / 0.4 * 64**0.5
         assert (
             noise.mean().abs() < 0.05
             and noise.std().item() == pytest.approx(1, abs=0.03)
             and noise.abs().max() < 3**0.5 + 1e-3
         )
-        assert torch.allclose(
-            output.weight.norm(), attention.value.weight.norm(), rtol=1e-3
-        )  # neither is the larger
+        assert torch.allclose(output.weight.norm(), values.weight.norm(), rtol=1e-3)  # neither is the larger
     positions = vit.base_model.embeddings.position_embeddings
     fixed = build_vit(vit.config)
     sincos_position_embeddings_(fixed)

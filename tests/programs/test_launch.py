@@ -3,6 +3,7 @@
 Environment, GPUs, ports, and processes that get their arguments unchanged and end when they are signalled.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -276,10 +277,10 @@ import json, pathlib, re, sys
 site = pathlib.Path(__file__).parent.parent
 with open(site / "pip.log", "a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
-if (site / "fails").exists():
+if (site / "fails").exists() or (site / "no cpu").exists() and "--extra-index-url" in sys.argv:
     sys.exit("ERROR: the registry is on fire")
 for word in sys.argv[2:]:
-    if match := re.fullmatch(r"([a-z][a-z-]*)(?:[<=]=([0-9.]+))?", word):
+    if match := re.fullmatch(r"([a-z][a-z_-]*)(?:[<=]=([0-9.]+)([+]cpu)?)?", word):
         package = site / f"{match[1]}-{match[2] or 1}.dist-info"
         package.mkdir()
         needs = "Requires-Dist: torch<=2.5.1\\nRequires-Dist: fabric\\n" if match[1] == "colossalai" else ""
@@ -310,8 +311,10 @@ def install(home, site, **env):
 def test_install_is_done_once(home, empty_environment):
     first, second = install(home, empty_environment), install(home, empty_environment)
     assert first.returncode == second.returncode == 0, first.stderr
-    (asked,) = pip_calls(empty_environment)
-    assert {"colossalai==0.5.0", "torch==2.5.1", "pytest==9.2.0"} <= set(asked)
+    for_cpu, rest = pip_calls(empty_environment)
+    assert for_cpu[-2:] == ["torch==2.5.1+cpu", "torchvision==0.20.1+cpu"]
+    assert {"colossalai==0.5.0", "transformers==4.51.3", "pytest==9.2.0"} <= set(rest)
+    assert not [word for word in rest if word.startswith("torch")]
     assert "installing" in first.stdout and "installing" not in second.stdout
     assert "colossalai 0.5.0, torch 2.5.1," in second.stdout
 
@@ -323,8 +326,34 @@ def test_install_keeps_the_torch_that_is_there(home, empty_environment):
     assert install(home, empty_environment).returncode == 0
     alone, rest = pip_calls(empty_environment)
     assert alone[-2:] == ["--no-deps", "colossalai==0.5.0"]
-    assert "--constraint" in rest and "fabric" in rest and "torchvision==0.20.1" in rest
+    assert {"--constraint", "fabric", "torchvision", "transformers==5.24.0"} <= set(rest)
     assert not [word for word in rest if word.startswith(("torch<", "torch=", "colossalai"))]
+
+
+def test_install_without_a_cpu_build_takes_the_other_one(home, empty_environment):
+    (empty_environment / "no cpu").touch()
+    done = install(home, empty_environment)
+    assert done.returncode == 0 and "no CPU build of torch==2.5.1" in done.stdout
+    assert {"colossalai==0.5.0", "torch==2.5.1", "torchvision==0.20.1"} <= set(
+        pip_calls(empty_environment)[-1]
+    )
+
+
+def test_newest_versions_are_installed_where_they_are_asked_for(home, empty_environment):
+    done = install(home, empty_environment, VERSIONS="newest")
+    assert done.returncode == 0 and "transformers 5.24.0" in done.stdout
+    assert ["--no-deps", "colossalai==0.5.0"] in [call[-2:] for call in pip_calls(empty_environment)]
+    assert "VERSIONS=old is neither" in install(home, empty_environment, VERSIONS="old").stderr
+
+
+def test_install_is_never_silent_for_long(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "launcher")
+    installer = importlib.import_module("install")
+    monkeypatch.setattr(installer, "SECONDS_OF_SILENCE", 0.1)
+    slow = "import time; print('Downloading torch-2.5.1-cp311.whl (906.4 MB)', flush=True); time.sleep(0.5)"
+    assert installer.run([sys.executable, "-c", slow], "packages")[0] == 0
+    said = capsys.readouterr().out
+    assert "s  torch-2.5.1, 906.4 MB" in said and "still at torch-2.5.1" in said
 
 
 def test_install_that_fails_says_what_to_do(home, empty_environment):

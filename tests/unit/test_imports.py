@@ -13,15 +13,16 @@ LEVELS = {
     # L0: the standard library alone
     0: "console files layout presets validate patches parallel.plugins report.tables",
     # L1: what the machine, a name or a setting is
-    1: "settings config system hub environment data.dataset data.leaves model_variants step_graph "
+    1: "settings config system hub environment modules data.dataset data.leaves step_graph "
     "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_zero patches.torch_kernels "
-    "patches.transformers_vit report.reading",
+    "report.reading",
     # L2: process group, optimizer, and reading and transforming images
-    2: "parser distributed optim config_settings sweep_plan data.transforms data.cifar10 data.prepared "
-    "data.decode data.splits report.card report.charts report.sweep_tables",
+    2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "
+    "data.cifar10 data.prepared data.decode data.splits patches.transformers_vit report.card report.charts "
+    "report.sweep_tables",
     # L3: models, sources, schedules, and the forms of parallelism
     3: "model schedule flops data.gpu_augment data.sources parallel.plain parallel.boosted parallel.mesh "
-    "report.benchmark_charts report.accuracy report.sweep",
+    "parallel.policy report.benchmark_charts report.accuracy report.sweep",
     # L4: batches, a train step, a checkpoint
     4: "step checkpoint sweep data.loaders data.hf_datasets parallel.fsdp parallel.mesh_train "
     "report.benchmark",
@@ -33,7 +34,11 @@ LEVELS = {
 # Inside a level: the checks are in several files, and `resolve` calls them.
 SAME_LEVEL = {("vit.checks", "vit.output_checks"), ("vit.resolve", "vit.checks")}
 # The table of plugins is read without torch; a plugin's own code is imported when the plugin is built.
-WHEN_BUILT = {("vit.parallel.plugins", "vit.parallel.plain"), ("vit.parallel.plugins", "vit.parallel.fsdp")}
+WHEN_BUILT = {
+    ("vit.parallel.plugins", "vit.parallel.plain"),
+    ("vit.parallel.plugins", "vit.parallel.fsdp"),
+    ("vit.parallel.plugins", "vit.parallel.policy"),
+}
 # Packages whose __init__.py is empty
 EMPTY = {"vit", "vit.data", "vit.parallel", "vit.report"}
 WITHOUT_TORCH = "vit.report.sweep, vit.report.benchmark, vit.report.accuracy, vit.settings, vit.config"

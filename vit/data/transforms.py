@@ -77,8 +77,8 @@ def transform_of_processor(processor) -> Resize | ResizeCenterCrop:
     Raises:
         DataError: the processor does something else.
     """
-    sizes, resample = dict(processor.size), int(processor.resample)
-    crop = dict(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
+    sizes, resample = given_sides(processor.size), int(processor.resample)
+    crop = given_sides(processor.crop_size) if getattr(processor, "do_center_crop", False) else None
     size, shorter, squeezed = (
         (crop or sizes).get("height"),
         sizes.get("height") or sizes.get("shortest_edge"),
@@ -98,10 +98,15 @@ def transform_of_processor(processor) -> Resize | ResizeCenterCrop:
     return ResizeCenterCrop(size, shorter, resample, squeezed) if crop else Resize(size, resample)
 
 
+def given_sides(size) -> dict[str, int]:
+    """A processor's size as a plain dict. Transformers 5 adds the sides that are not given, as None."""
+    return {side: pixels for side, pixels in dict(size).items() if pixels is not None}
+
+
 def set_processor_size(processor, size: int) -> None:
     """Make an image processor return ``size`` x ``size`` pixels of the same part of an image, in place."""
-    now = transform_of_processor(processor)
-    processor.size = {side: round(size / now.size * pixels) for side, pixels in processor.size.items()}
+    now, sides = transform_of_processor(processor), given_sides(processor.size)
+    processor.size = {side: round(size / now.size * pixels) for side, pixels in sides.items()}
     if isinstance(now, ResizeCenterCrop):
         processor.crop_size = {"height": size, "width": size}
 

@@ -8,6 +8,7 @@ from torch import nn
 
 from vit.model import pad_classifier
 from vit.model_variants import add_drop_path
+from vit.modules import numbered_layers
 from vit.optim import build_optimizer
 from vit.parallel.boosted import BoostedModel
 from vit.parallel.mesh_train import boost_mesh
@@ -109,5 +110,5 @@ def compile_model(model: nn.Module, settings, whole: bool) -> None:
     if whole:  # a graph gains more the less is left between graphs
         model.compile(mode="reduce-overhead", dynamic=False)
     else:  # the layers are alike: the kernels of the first one serve all
-        for part in (model.base_model.embeddings, *model.base_model.encoder.layer):
+        for part in (model.base_model.embeddings, *numbered_layers(model).values()):
             part.compile(dynamic=False)

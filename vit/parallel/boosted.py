@@ -13,6 +13,7 @@ from torch import nn
 
 from vit.distributed import device
 from vit.layout import ParallelLayout
+from vit.modules import load_weights, with_first_names
 from vit.optim import WeightEMA
 from vit.parallel.plugins import Plugin
 
@@ -83,11 +84,11 @@ class BoostedModel:
 
     def model_state(self) -> dict:
         """This rank's state dict of the model."""
-        return self.model.unwrap().state_dict()
+        return with_first_names(self.model.unwrap().state_dict())
 
     def load_weights(self, state: dict) -> None:
         """Restore `model_state` and `master_weights`, in place, from the entries "weights" and "masters"."""
-        self.model.unwrap().load_state_dict(state["weights"])
+        load_weights(self.model.unwrap(), state["weights"])
         for master, saved in zip(self.master_weights(), state["masters"], strict=True):
             master.copy_(saved)
 

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from vit.distributed import device
+from vit.modules import numbered_layers
 from vit.parallel.boosted import BoostedModel
 
 
@@ -42,7 +43,7 @@ class FSDPPlugin(TorchFSDPPlugin):
         return ["fp32", "bf16"]
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
-        layer = type(model.base_model.encoder.layer[0])
+        layer = type(numbered_layers(model)[0])
         options = self.fsdp_kwargs | {"auto_wrap_policy": ModuleWrapPolicy({layer}), "use_orig_params": True}
         wrapped = TorchFSDPModel(model, device_id=device(), **options)
         return wrapped, ShardedOptimizer(optimizer, wrapped), criterion, dataloader, lr_scheduler

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from vit.distributed import all_reduce_sum
+from vit.modules import with_first_names
 from vit.optim import param_groups
 from vit.parallel.boosted import BoostedModel
 from vit.parallel.mesh import MeshViT, gather_state_dict, init_mesh, load_mesh_vit, process_group, sharding_of
@@ -22,7 +23,7 @@ def boost_mesh(model: nn.Module, settings) -> BoostedModel:
     Every rank draws its own dropout masks, because no activation is held twice.
     """
     init_mesh(settings.plugin, settings.tp_size, settings.tp_depth, settings.seed)
-    mesh_model = load_mesh_vit(model.config, model.state_dict())
+    mesh_model = load_mesh_vit(model.config, with_first_names(model.state_dict()))
     groups = param_groups(mesh_model, settings.weight_decay)
     adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     return BoostedModel(

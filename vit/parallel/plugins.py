@@ -136,11 +136,14 @@ def build_torch_fsdp(settings: Settings) -> tuple:
 def build_hybrid_parallel(settings: Settings) -> tuple:
     from colossalai.booster.plugin import HybridParallelPlugin
 
+    from vit.parallel.policy import ViTPolicy
+
     layout = settings.layout
     micro_batches = settings.num_microbatches * settings.gradient_accumulation_steps
     plugin = HybridParallelPlugin(
         tp_size=layout.tensor_size,
         pp_size=layout.pipeline_size,
+        custom_policy=ViTPolicy(),
         num_microbatches=micro_batches if layout.pipeline_size > 1 else None,
         zero_stage=settings.zero_stage,
         precision=settings.precision,

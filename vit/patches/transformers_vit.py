@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from vit.modules import numbered_layers, project_output, qkv_projections, self_attention
 from vit.patches import patch
 
 
@@ -23,12 +24,8 @@ def linear_patch_embedding(model: torch.nn.Module) -> None:
     Library: transformers/models/vit/modeling_vit.py, ViTPatchEmbeddings.forward. Can go when torch lowers a
     convolution whose stride is its kernel size to a product.
     """
-    from transformers.models.ijepa.modeling_ijepa import IJepaPatchEmbeddings
-    from transformers.models.vit.modeling_vit import ViTPatchEmbeddings
-
-    for module in model.modules():
-        if isinstance(module, (ViTPatchEmbeddings, IJepaPatchEmbeddings)):
-            module.forward = MethodType(_embed_patches, module)  # type: ignore[method-assign]
+    module = model.base_model.embeddings.patch_embeddings
+    module.forward = MethodType(_embed_patches, module)
 
 
 @patch
@@ -36,45 +33,44 @@ def fuse_qkv(model: torch.nn.Module) -> None:
     """Compute queries, keys and values of a layer by one matrix product.
 
     Why: three small products, and copies of their results.
-    Library: transformers/models/vit/modeling_vit.py, ViTSelfAttention.forward. Can go when it has one
-    projection.
+    Library: transformers/models/vit/modeling_vit.py, ViTSelfAttention.forward (ViTAttention since 5.9). Can
+    go when it has one projection.
     """
-    from transformers.models.ijepa.modeling_ijepa import IJepaSelfAttention
-    from transformers.models.vit.modeling_vit import ViTSelfAttention
-
-    for module in model.modules():
-        if isinstance(module, (ViTSelfAttention, IJepaSelfAttention)):
-            module.forward = MethodType(_attend, module)  # type: ignore[method-assign]
+    for layer in numbered_layers(model).values():
+        module = self_attention(layer)
+        module.forward = MethodType(_attend, module)  # type: ignore[method-assign]
 
 
-def _embed_patches(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+def _embed_patches(self, pixel_values: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """(N, C, H, W) -> (N, patches, hidden)"""
     _, channels, *size = pixel_values.shape
     height, width = self.patch_size
     expected = channels == self.num_channels and size == list(self.image_size)
-    if interpolate_pos_encoding or not expected or size[0] % height or size[1] % width:
-        return type(self).forward(self, pixel_values, interpolate_pos_encoding)
+    if _any_given(args, kwargs) or not expected or size[0] % height or size[1] % width:
+        return type(self).forward(self, pixel_values, *args, **kwargs)
     pixels = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))
     patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     weight = self.projection.weight.clone()  # gemini may take back what it lent for one operation
     return F.linear(patches, weight.flatten(1), self.projection.bias)
 
 
-def _attend(
-    self, hidden_states: torch.Tensor, head_mask=None, output_attentions: bool = False
-) -> tuple[torch.Tensor]:
-    """(N, tokens, hidden) -> ((N, tokens, hidden of this rank's heads),)"""
-    if head_mask is not None or output_attentions:
-        return type(self).forward(self, hidden_states, head_mask, output_attentions)
-    parts = (self.query, self.key, self.value)
+def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
+    """(N, tokens, hidden) -> ((N, tokens, hidden of this rank's heads), no attention weights)"""
+    if _any_given(args, kwargs):  # a mask, or attention weights are wanted
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    parts = qkv_projections(self)
     weight = torch.cat([part.weight for part in parts])
-    bias = None if self.query.bias is None else torch.cat([part.bias for part in parts])
-    if isinstance(self.query, torch.nn.Linear):
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    if isinstance(parts[0], torch.nn.Linear):
         joined = F.linear(hidden_states, weight, bias)
     else:  # tensor parallelism's layer sums over the ranks in its backward pass: once now, not three times
-        joined = functional_call(self.query, {"weight": weight, "bias": bias}, hidden_states)
-    heads = joined.unflatten(2, (3, self.num_attention_heads, -1))
+        joined = functional_call(parts[0], {"weight": weight, "bias": bias}, hidden_states)
+    heads = joined.unflatten(2, (3, -1, self.config.hidden_size // self.config.num_attention_heads))
     query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, tokens, head size)
-    dropout = self.dropout_prob if self.training else 0.0
+    dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
     context = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
-    return (context.transpose(1, 2).flatten(2),)
+    return project_output(self, context.transpose(1, 2).flatten(2)), None
+
+
+def _any_given(args: tuple, kwargs: dict) -> bool:
+    return any(value is not None and value is not False for value in (*args, *kwargs.values()))
