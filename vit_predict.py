@@ -14,9 +14,12 @@ from vit.console import exit_with_errors, silence_libraries
 silence_libraries()
 
 from vit.hub import is_cached, is_hub_name, reachable
+from vit.versions import version_problems
 
 
 def parse(argv=None) -> argparse.Namespace:
+    if problems := version_problems():
+        exit_with_errors(*problems)
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders searched for them"

@@ -25,6 +25,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))  # which python -I and PYTHONSAFEPATH leave out
 
 from vit.system import count_gpus
+from vit.versions import installed_version, numbers
 
 PINNED, NEWEST = PROJECT / "requirements.txt", PROJECT / "launcher" / "requirements-newest.txt"
 OPTIONAL = {"pytest", "ruff", "mypy", "tensorboard"}  # not needed for a run
@@ -35,19 +36,12 @@ SECONDS_OF_SILENCE = 8
 
 
 def name_of(requirement: str) -> str:
+    """`torch==2.5.1` -> torch"""
     return re.match(r"[\w.-]+", requirement)[0]
 
 
 def version_of(requirement: str) -> str | None:
-    """Installed version of the package that a requirement such as `torch==2.5.1` names, or None."""
-    try:
-        return importlib.metadata.version(name_of(requirement))
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", version.partition("+")[0])[:3])
+    return installed_version(name_of(requirement))
 
 
 def requirements() -> Path:

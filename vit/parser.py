@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 
 from vit import patches
+from vit.console import exit_with_errors
 from vit.settings import DEFAULTS
 from vit.validate import Number, OneOf
+from vit.versions import version_problems
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -70,6 +72,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None) -> argparse.Namespace:
         args, unknown = self.parse_known_args(argv)
+        if problems := version_problems():
+            exit_with_errors(*problems)  # nothing else can be checked
         if unknown:
             self.problems.append(f"{' '.join(unknown)}: no such option (see --help)")
         for name in patches.unknown():

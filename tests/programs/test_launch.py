@@ -63,7 +63,7 @@ def home(tmp_path):
     folder.mkdir()
     shutil.copytree(ROOT / "launcher", folder / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "vit").mkdir()
-    for name in ("vit/__init__.py", "vit/system.py", "requirements.txt"):
+    for name in ("vit/__init__.py", "vit/system.py", "vit/versions.py", "requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "job.py").write_text(SCRIPT)
     (tmp_path / "seen").mkdir()
