@@ -2,6 +2,7 @@
 # All tests, on the CPU of any machine, then a short run of each plugin as a user starts it.
 #
 #   bash test_ci.sh            arguments are passed to pytest: bash test_ci.sh -k launch
+#   NEWEST=1 bash test_ci.sh   also with the newest versions of the libraries (installs them: 6 GB)
 
 source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
 
@@ -14,26 +15,8 @@ status=0
 PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} \
   "$PYTHON" -m pytest -q --rootdir "$HERE" "$HERE/tests" "$@" || status=$?
 
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+PYTHON=$PYTHON bash "$HERE/tests/demos.sh" || status=$?
 
-passed=0 failed=0
-list="from vit.parallel.plugins import PLUGINS; print(*PLUGINS)"
-plugins=$(PYTHONPATH=$HERE "$PYTHON" -c "$list") || status=$?
-for plugin in $plugins; do
-  echo "--- $plugin"
-  tensor_parallel=1
-  [ "$plugin" != hybrid_parallel ] || tensor_parallel=2
-  if env INSTALL=0 PYTHON="$PYTHON" MODEL=vit-demo DATASET=drawn OUTPUT_PATH="$work/$plugin" \
-    PLUGIN="$plugin" GPUNUM=2 TP_SIZE="$tensor_parallel" BS=4 EPOCH=1 \
-    bash "$HERE/run_demo.sh" --max_train_samples 32 --max_eval_samples 16; then
-    passed=$((passed + 1))
-  else
-    failed=$((failed + 1))
-  fi
-done
-
-echo "$passed passed, $failed failed"
-((status == 0 && failed == 0))
+# The same with the newest versions of the libraries, in an environment of their own: tests/matrix.sh.
+[ -z "${NEWEST:-}" ] || bash "$HERE/tests/matrix.sh" newest || status=$?
+((status == 0))

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The equality tests, a run of each plugin and a prediction with other versions of the libraries.
+#
+#   bash tests/matrix.sh                          all sets
+#   bash tests/matrix.sh newest                   one of: pinned last4 newest
+#   PYTHON=python3.12 bash tests/matrix.sh newest with another Python
+#
+# Each set gets an environment in ENVIRONMENTS (default: .environments in the project), which is kept. Losses
+# are compared with those in tests/golden, which the pinned set recorded. Prints a row of a table for each set.
+
+set -uo pipefail
+HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
+export CUDA_VISIBLE_DEVICES=''
+environments=${ENVIRONMENTS:-$HERE/.environments}
+python=${PYTHON:-python3}
+LAST_4=transformers==4.57.6
+TESTS=(tests/unit/test_model.py tests/golden/test_golden.py -k
+  "test_model or losses or checkpoint_of_an_earlier_program")
+
+install_set() { # NAME FOLDER
+  [ -x "$2/bin/python" ] || "$python" -m venv "$2" || return
+  local versions=pinned
+  [ "$1" != newest ] || versions=newest
+  env -u PYTHON VIRTUAL_ENV="$2" VERSIONS="$versions" NEEDED=pytest INSTALL=1 \
+    bash -c 'source "$0/launcher/launch.sh"; install_environment' "$HERE" || return
+  [ "$1" != last4 ] || "$2/bin/python" -m pip install -q --disable-pip-version-check "$LAST_4"
+}
+
+outcome() { if "$@"; then echo works; else echo fails; fi; }
+
+measure() { # NAME: prints the row on descriptor 3
+  local folder=$environments/$1 started=$SECONDS installed tests demos
+  install_set "$1" "$folder" || return
+  installed=$((SECONDS - started))
+  tests=$(outcome env PYTHONPATH="$HERE" "$folder/bin/python" -m pytest -q --rootdir "$HERE" "${TESTS[@]}" 1>&2)
+  demos=$(outcome env PYTHON="$folder/bin/python" bash "$HERE/tests/demos.sh" 1>&2)
+  "$folder/bin/python" - "$1" "$tests" "$demos" "$installed s, $(du -sh "$folder" | cut -f1)" >&3 <<'END'
+import importlib.metadata, platform, sys
+name, *cells = sys.argv[1:]
+versions = [importlib.metadata.version(package) for package in ("torch", "transformers")]
+print("|", " | ".join([name, platform.python_version(), *versions, *cells]), "|")
+END
+  [ "$tests $demos" = "works works" ]
+}
+
+cd "$HERE" || exit
+[ $# -gt 0 ] || set -- pinned last4 newest
+rows=$(mktemp) status=0
+trap 'rm -f "$rows"' EXIT
+exec 3>"$rows"
+for name in "$@"; do
+  case $name in pinned | last4 | newest) ;; *) echo "matrix: $name is not pinned, last4 or newest" >&2; exit 2 ;; esac
+  measure "$name" || status=1
+done
+echo "| set | Python | torch | transformers | losses and checkpoints | plugins, prediction | install |"
+echo "|---|---|---|---|---|---|---|"
+cat "$rows"
+exit "$status"
