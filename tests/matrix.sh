@@ -6,7 +6,7 @@
 #   PYTHON=python3.12 bash tests/matrix.sh newest with another Python
 #
 # Each set gets an environment in ENVIRONMENTS (default: .environments in the project), which is kept. Losses
-# are compared with those in tests/golden, which the pinned set recorded. Prints a row of a table for each set.
+# are compared with those in tests/golden, which the pinned set recorded. Prints a row of a table per set.
 
 set -uo pipefail
 HERE=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
@@ -26,14 +26,16 @@ install_set() { # NAME FOLDER
   [ "$1" != last4 ] || "$2/bin/python" -m pip install -q --disable-pip-version-check "$LAST_4"
 }
 
-outcome() { if "$@"; then echo works; else echo fails; fi; }
+outcome() { if "$@"; then result=works; else result=fails; fi; }
 
 measure() { # NAME: prints the row on descriptor 3
-  local folder=$environments/$1 started=$SECONDS installed tests demos
+  local folder=$environments/$1 started=$SECONDS installed tests demos result
   install_set "$1" "$folder" || return
   installed=$((SECONDS - started))
-  tests=$(outcome env PYTHONPATH="$HERE" "$folder/bin/python" -m pytest -q --rootdir "$HERE" "${TESTS[@]}" 1>&2)
-  demos=$(outcome env PYTHON="$folder/bin/python" bash "$HERE/tests/demos.sh" 1>&2)
+  outcome "$folder/bin/python" -m pytest -q --rootdir "$HERE" "${TESTS[@]}"
+  tests=$result
+  outcome env PYTHON="$folder/bin/python" bash "$HERE/tests/demos.sh"
+  demos=$result
   "$folder/bin/python" - "$1" "$tests" "$demos" "$installed s, $(du -sh "$folder" | cut -f1)" >&3 <<'END'
 import importlib.metadata, platform, sys
 name, *cells = sys.argv[1:]
@@ -49,7 +51,7 @@ rows=$(mktemp) status=0
 trap 'rm -f "$rows"' EXIT
 exec 3>"$rows"
 for name in "$@"; do
-  case $name in pinned | last4 | newest) ;; *) echo "matrix: $name is not pinned, last4 or newest" >&2; exit 2 ;; esac
+  [[ $name =~ ^(pinned|last4|newest)$ ]] || { echo "matrix: $name is not pinned, last4 or newest" >&2; exit 2; }
   measure "$name" || status=1
 done
 echo "| set | Python | torch | transformers | losses and checkpoints | plugins, prediction | install |"

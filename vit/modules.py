@@ -49,6 +49,11 @@ def numbered_layers(model: nn.Module) -> dict[int, nn.Module]:
     return layers
 
 
+def layer_list(base: nn.Module) -> nn.ModuleList:
+    """The layers of a base model, wrapped as they are."""
+    return base.layers if hasattr(base, "layers") else base.encoder.layer
+
+
 def has_new_names(layer: nn.Module) -> bool:
     return hasattr(layer, "mlp")
 

@@ -20,7 +20,7 @@ from vit.modules import (
     with_names_of,
 )
 from vit.optim import param_groups
-from vit.patches.transformers_vit import fuse_qkv, linear_patch_embedding
+from vit.patches.transformers_vit import direct_forward, fuse_qkv, linear_patch_embedding
 from vit.presets import PRESETS, known_architecture, mean_pooled_config
 
 LABELS = ["a", "b", "c"]
@@ -293,6 +293,7 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
     faster = deepcopy(plain)
     linear_patch_embedding(faster)
     fuse_qkv(faster)
+    direct_forward(faster)
     shape = (3, 3, config.image_size, config.image_size)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     logits = [model.train()(pixel_values=pixels).logits for model in (plain, faster)]
@@ -308,7 +309,7 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
     qkv_projections(attention)[0].register_forward_hook(lambda *_: calls.append(1))
     faster(pixel_values=pixels)
     assert not calls  # it is really another way
-    if not hasattr(attention, "o_proj"):  # since 5.9 the attention is not told that weights are wanted
+    if not hasattr(attention, "o_proj"):  # since 5.9 no argument says that attention weights are needed
         asked = [model(pixel_values=pixels, output_attentions=True).attentions for model in (plain, faster)]
         torch.testing.assert_close(asked[1], asked[0])
     with pytest.raises(ValueError, match="size"):

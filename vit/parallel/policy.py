@@ -18,6 +18,7 @@ from colossalai.shardformer.policies.base_policy import (
 from torch import nn
 
 from vit.modules import RENAMED, has_new_names, numbered_layers
+from vit.patches.transformers_vit import embed, run_layer
 
 OUTPUTS = ("attention.output.dense", "output.dense")  # their inputs are sharded: Linear1D_Row
 
@@ -97,8 +98,7 @@ def stage_forward(stages, layers: list[nn.Module]) -> Callable:
         """``pixel_values``: (N, C, H, W), for the first stage; ``hidden_states``: (N, tokens, hidden)."""
         base = self.base_model
         if stages.is_first_stage():
-            pixels = pixel_values.to(base.embeddings.patch_embeddings.projection.weight.dtype)
-            hidden_states = base.embeddings(pixels)
+            hidden_states = embed(base, pixel_values)
         for layer in layers:
             hidden_states = run_layer(base, layer, hidden_states)
         if not stages.is_last_stage():
@@ -106,17 +106,3 @@ def stage_forward(stages, layers: list[nn.Module]) -> Callable:
         return ImageClassifierOutput(logits=self.classifier(base.layernorm(hidden_states)[:, 0]))
 
     return forward
-
-
-def run_layer(base: nn.Module, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """One layer, whose activations are computed again in the backward pass under gradient checkpointing.
-
-    Until transformers 4.52 the encoder does that, later each layer by itself.
-    """
-    encoder = getattr(base, "encoder", None)
-    by_encoder = getattr(encoder, "gradient_checkpointing", False) and base.training
-    if by_encoder and not hasattr(layer, "gradient_checkpointing"):
-        output = encoder._gradient_checkpointing_func(layer.__call__, hidden_states)
-    else:
-        output = layer(hidden_states)
-    return output[0] if isinstance(output, tuple) else output  # a tuple until 4.55

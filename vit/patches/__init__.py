@@ -29,6 +29,7 @@ PATCHES = (
     "follow_autocast",
     # transformers and PyTorch
     "fuse_qkv",
+    "direct_forward",
     "linear_patch_embedding",
     "no_cudnn_sdp_with_dropout",
     "eager_dropout",

@@ -10,14 +10,15 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.func import functional_call
 
-from vit.modules import numbered_layers, project_output, qkv_projections, self_attention
+from vit.modules import layer_list, numbered_layers, project_output, qkv_projections, self_attention
 from vit.patches import patch
 
 
 @patch
-def linear_patch_embedding(model: torch.nn.Module) -> None:
+def linear_patch_embedding(model: nn.Module) -> None:
     """Compute patch embeddings by one matrix product.
 
     Why: the convolution has no fast kernel in 16 bit.
@@ -29,7 +30,7 @@ def linear_patch_embedding(model: torch.nn.Module) -> None:
 
 
 @patch
-def fuse_qkv(model: torch.nn.Module) -> None:
+def fuse_qkv(model: nn.Module) -> None:
     """Compute queries, keys and values of a layer by one matrix product.
 
     Why: three small products, and copies of their results.
@@ -39,6 +40,53 @@ def fuse_qkv(model: torch.nn.Module) -> None:
     for layer in numbered_layers(model).values():
         module = self_attention(layer)
         module.forward = MethodType(_attend, module)  # type: ignore[method-assign]
+
+
+@patch
+def direct_forward(model: nn.Module) -> None:
+    """Run embeddings, layers and classifier, and nothing of what transformers does around them.
+
+    Why: since 5.0 each call builds attention masks, which a CUDA graph cannot record, and looks for outputs
+    to collect.
+    Library: transformers/models/vit/modeling_vit.py, ViTForImageClassification.forward and ViTModel.forward.
+    Can go when these can be recorded.
+    """
+    model.forward = MethodType(_classify, model)  # type: ignore[method-assign]
+
+
+def _classify(self, pixel_values: torch.Tensor, *args, **kwargs):
+    """(N, C, H, W) -> an output whose ``logits`` are (N, labels)"""
+    from transformers.modeling_outputs import ImageClassifierOutput
+
+    if _any_given(args, kwargs):
+        return type(self).forward(self, pixel_values, *args, **kwargs)
+    base = self.base_model
+    hidden_states = embed(base, pixel_values)
+    for layer in layer_list(base):
+        hidden_states = run_layer(base, layer, hidden_states)
+    hidden_states = base.layernorm(hidden_states)
+    has_class_token = hasattr(base.embeddings, "cls_token")
+    pooled = hidden_states[:, 0] if has_class_token else hidden_states.mean(dim=1)
+    return ImageClassifierOutput(logits=self.classifier(pooled))
+
+
+def embed(base: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, tokens, hidden), in the precision of the weights"""
+    return base.embeddings(pixel_values.to(base.embeddings.patch_embeddings.projection.weight.dtype))
+
+
+def run_layer(base: nn.Module, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """One layer, whose activations are computed again in the backward pass under gradient checkpointing.
+
+    Until transformers 4.52 the encoder does that, later each layer by itself.
+    """
+    encoder = getattr(base, "encoder", None)
+    by_encoder = getattr(encoder, "gradient_checkpointing", False) and base.training
+    if by_encoder and not hasattr(layer, "gradient_checkpointing"):
+        output = encoder._gradient_checkpointing_func(layer.__call__, hidden_states)
+    else:
+        output = layer(hidden_states)
+    return output[0] if isinstance(output, tuple) else output  # a tuple until 4.55
 
 
 def _embed_patches(self, pixel_values: torch.Tensor, *args, **kwargs) -> torch.Tensor:
@@ -61,7 +109,7 @@ def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.T
     parts = qkv_projections(self)
     weight = torch.cat([part.weight for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
-    if isinstance(parts[0], torch.nn.Linear):
+    if isinstance(parts[0], nn.Linear):
         joined = F.linear(hidden_states, weight, bias)
     else:  # tensor parallelism's layer sums over the ranks in its backward pass: once now, not three times
         joined = functional_call(parts[0], {"weight": weight, "bias": bias}, hidden_states)
