@@ -51,7 +51,7 @@ rows=$(mktemp) status=0
 trap 'rm -f "$rows"' EXIT
 exec 3>"$rows"
 for name in "$@"; do
-  [[ $name =~ ^(pinned|last4|newest)$ ]] || { echo "matrix: $name is not pinned, last4 or newest" >&2; exit 2; }
+  [[ $name =~ ^(pinned|last4|newest)$ ]] || { echo "matrix: no set $name" >&2; exit 2; }
   measure "$name" || status=1
 done
 echo "| set | Python | torch | transformers | losses and checkpoints | plugins, prediction | install |"
