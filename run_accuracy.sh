@@ -14,7 +14,7 @@ OUTPUT_PATH=${OUTPUT_PATH:-auto} # trained model, checkpoints and metrics; auto:
 GPUNUM=${GPUNUM:-auto}           # processes, one per GPU; all: every GPU; auto: 1, or 2 without a GPU
 
 # documents INSTALL, LAUNCHER, HOSTFILE and other variables
-source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
+. "$(dirname -- "$0")/launcher/launch.sh"
 
 [ -e "$CONFIG" ] || [ ! -e "$HERE/$CONFIG" ] || CONFIG=$HERE/$CONFIG # called from another folder
 export DATA

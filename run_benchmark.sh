@@ -20,7 +20,7 @@ WEIGHT_DECAY=${WEIGHT_DECAY:-0.05}      # of the matrices
 RESULTS=${RESULTS:-./benchmark_results} # folder of rows.jsonl, table.md, table.csv and charts
 
 # documents INSTALL, LAUNCHER, HOSTFILE and other variables
-source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
+. "$(dirname -- "$0")/launcher/launch.sh"
 
 install_environment
 GPUS=$(count_gpus)

@@ -25,7 +25,7 @@ WARMUP_RATIO=${WARMUP_RATIO:-0.3}          # part of the steps with a rising lea
 SEED=${SEED:-42}                           # same seed, same run
 
 # documents INSTALL, LAUNCHER, HOSTFILE and other variables
-source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
+. "$(dirname -- "$0")/launcher/launch.sh"
 
 install_environment
 launch "$HERE/vit_train_demo.py" \

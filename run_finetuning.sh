@@ -33,7 +33,7 @@ GPUNUM=${GPUNUM:-1}                           # processes of each run, one per G
 RESULTS=${RESULTS:-./finetuning_results}      # one folder per run, logs, table.md, table.csv and charts
 
 # documents INSTALL and LAUNCHER
-source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
+. "$(dirname -- "$0")/launcher/launch.sh"
 
 [ -z "${HOSTFILE:-}" ] || die "a sweep runs on one machine: leave HOSTFILE out"
 [ -z "${TP_SIZE:-}${PP_SIZE:-}${OUTPUT_PATH:-}" ] ||

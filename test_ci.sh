@@ -4,7 +4,7 @@
 #   bash test_ci.sh            arguments are passed to pytest: bash test_ci.sh -k launch
 #   NEWEST=1 bash test_ci.sh   also with the newest versions of the libraries (installs them: 6 GB)
 
-source "$(dirname -- "${BASH_SOURCE[0]}")/launcher/launch.sh"
+. "$(dirname -- "$0")/launcher/launch.sh"
 
 export CUDA_VISIBLE_DEVICES='' # no GPU, also on a machine that has some
 NEEDED="pytest ruff mypy" install_environment

@@ -23,7 +23,12 @@
 #   LAUNCHER=torchrun NNODES=2 LAUNCH_ARGS='--nnodes=2 --node_rank=0' \
 #     MASTER_ADDR=host0 MASTER_PORT=29500 bash run_demo.sh
 
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # sh run_demo.sh
 set -euo pipefail
+[ "$(uname -s)" = Linux ] || {
+  echo "launch: this needs Linux; on Windows use WSL, on macOS a Linux container" >&2
+  exit 2
+}
 HERE=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) # the project
 
 say() { printf 'launch: %s\n' "$*"; }
@@ -122,6 +127,11 @@ launch() {
   local script=$1 launcher=${LAUNCHER:-colossalai} address=${MASTER_ADDR:-} port=${MASTER_PORT:-} nodes=1
   local processes options extra pid status=0
   shift
+  # Left over from another launch: these are decided below.
+  if [ -n "${RANK:-}${WORLD_SIZE:-}" ]; then
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID
+    [ -n "${HOSTFILE:-}${NNODES:-}" ] || { unset MASTER_ADDR MASTER_PORT && address='' port=''; }
+  fi
   [[ $launcher =~ ^(colossalai|torchrun)$ ]] ||
     die "LAUNCHER=$launcher is neither colossalai nor torchrun" || return
   # `colossalai run` passes the next two to a shell.

@@ -446,6 +446,8 @@ def lines_of(path: Path, root: Path) -> list[str]:
 
 def main() -> None:
     programs.silence()
+    import torch  # noqa: F401 - once, not in each fork
+
     import train  # noqa: F401
     import vit_benchmark  # noqa: F401
     import vit_train_demo  # noqa: F401
