@@ -132,6 +132,8 @@ launch() {
     unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK ROLE_WORLD_SIZE TORCHELASTIC_RUN_ID
     [ -n "${HOSTFILE:-}${NNODES:-}" ] || { unset MASTER_ADDR MASTER_PORT && address='' port=''; }
   fi
+  # The user of a container may have no name; `colossalai run` asks for one.
+  [ -n "${LOGNAME:-}${USER:-}" ] || export USER="$(id -un 2>/dev/null || id -u)"
   [[ $launcher =~ ^(colossalai|torchrun)$ ]] ||
     die "LAUNCHER=$launcher is neither colossalai nor torchrun" || return
   # `colossalai run` passes the next two to a shell.

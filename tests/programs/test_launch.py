@@ -235,6 +235,36 @@ def test_what_the_script_refuses_is_not_launched(home):
     assert not seen(home)
 
 
+def test_ranks_of_another_launch_are_ignored(home):
+    left = dict(WORLD_SIZE="4", RANK="3", LOCAL_RANK="3", MASTER_ADDR="gone", MASTER_PORT="1")
+    assert call(home, LAUNCH, GPUNUM="2", **left).returncode == 0
+    assert len(seen(home)) == 2
+
+
+def test_user_without_a_name(home, tmp_path):
+    """As in a container that runs with a user id of its own."""
+    code = "import pwd\ndef nobody(uid): raise KeyError(uid)\npwd.getpwuid = nobody"
+    (tmp_path / "sitecustomize.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
+    done = call(home, LAUNCH, USER=None, LOGNAME=None, PYTHONPATH=path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_sh_and_other_systems(home):
+    """`sh` starts bash by itself; a system that is not Linux gets one line."""
+    script = home / "run.sh"
+    script.write_text('. "$(dirname -- "$0")/launcher/launch.sh"\n[[ -n $BASH_VERSION ]] && say "$1"\n')
+    done = subprocess.run(["sh", script, "two words"], text=True, capture_output=True)
+    assert (done.returncode, done.stdout) == (0, "launch: two words\n"), done.stderr
+    fake = home / "bin"
+    fake.mkdir()
+    (fake / "uname").write_text("#!/bin/sh\necho Darwin\n")
+    (fake / "uname").chmod(0o755)
+    env = os.environ | {"PATH": f"{fake}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", script, "x"], text=True, capture_output=True, env=env)
+    assert done.returncode == 2 and done.stderr.startswith("launch: this needs Linux")
+
+
 def test_a_launcher_that_starts_nothing_is_a_failure(home):
     # `colossalai run` itself leaves with status 0 here.
     (home.parent / "call from" / "hosts").write_text("localhost\n")
