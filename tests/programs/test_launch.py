@@ -250,6 +250,30 @@ def test_user_without_a_name(home, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_slurm_script_starts_every_machine_with_its_rank(home, tmp_path):
+    """docs/slurm.sh with commands that stand for SLURM's: srun runs its command as each of two machines."""
+    fake = {
+        "scontrol": "printf 'node7\\nnode8\\n'",
+        "srun": 'for i in 0 1; do SLURM_NODEID=$i "$@" || exit; done',
+    }
+    for name, text in fake.items():
+        (home / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (home / name).chmod(0o755)
+    names = "MASTER_ADDR MASTER_PORT NNODES GPUNUM LAUNCHER LAUNCH_ARGS"
+    show = "".join(f'printf "%s\\n" "${name}"; ' for name in names.split())
+    (home / "run_demo.sh").write_text(f'{show} echo "$@"\n')
+    env = dict(SLURM_JOB_NODELIST="node[7-8]", SLURM_JOB_ID="20017", SLURM_JOB_NUM_NODES="2")
+    env |= os.environ | {"PATH": f"{home}:{os.environ['PATH']}"}
+    command = ["bash", ROOT / "docs" / "slurm.sh", "--seed", "1"]
+    done = subprocess.run(command, env=env, cwd=home, text=True, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    lines = [
+        ["node7", "20017", "2", "all", "torchrun", f"--nnodes=2 --node_rank={rank}", "--resume auto --seed 1"]
+        for rank in (0, 1)
+    ]
+    assert done.stdout.splitlines() == lines[0] + lines[1]
+
+
 def test_sh_and_other_systems(home):
     """`sh` starts bash by itself; a system that is not Linux gets one line."""
     script = home / "run.sh"
