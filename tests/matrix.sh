@@ -36,7 +36,7 @@ measure() { # NAME: prints the row on descriptor 3
   tests=$result
   outcome env PYTHON="$folder/bin/python" bash "$HERE/tests/demos.sh"
   demos=$result
-  "$folder/bin/python" - "$1" "$tests" "$demos" "$installed s, $(du -sh "$folder" | cut -f1)" >&3 <<'END'
+  "$folder/bin/python" - "$1" "$tests" "$demos" "$installed s, $(du -shD "$folder" | cut -f1)" >&3 <<'END'
 import importlib.metadata, platform, sys
 name, *cells = sys.argv[1:]
 versions = [importlib.metadata.version(package) for package in ("torch", "transformers")]

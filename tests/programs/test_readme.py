@@ -306,7 +306,7 @@ def test_command_is_accepted(page, line, world, tmp_path, monkeypatch, capsys, r
         known = script.read_text() + LAUNCH.read_text()
         unknown = [name for name in variables if not re.search(rf"\b{name}\b", known)]
         assert not unknown, f"{script.name} knows no such variable"
-        if script.name == "test_ci.sh":
+        if script.name in ("test_ci.sh", "matrix.sh"):
             return
         for exported, (program, *argv) in started_by(words, variables, world, tmp_path):
             for name, value in exported.items():
