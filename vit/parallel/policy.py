@@ -38,11 +38,10 @@ class ViTPolicy(Policy):
     def module_policy(self) -> dict:
         policy: dict = {}
         if self.shard_config.enable_tensor_parallelism:
-            layer = numbered_layers(self.model)[0]
+            # in this order: each new module takes the next of Colossal-AI's seeds
+            embeddings, layer = self.model.base_model.embeddings, numbered_layers(self.model)[0]
+            policy[type(embeddings)] = _replacing({"dropout": DropoutForReplicatedInput})
             policy[type(layer)] = self._layer_policy(layer)
-            policy[type(self.model.base_model.embeddings)] = _replacing(
-                {"dropout": DropoutForReplicatedInput}
-            )
             policy[type(self.model)] = _replacing({"classifier": Linear1D_Col}, gather_output=True)
         if self.pipeline_stage_manager is not None:
             forward = stage_forward(self.pipeline_stage_manager, self._own_layers())
@@ -54,12 +53,12 @@ class ViTPolicy(Policy):
         inputs.
         """
         new_names = has_new_names(layer)
-        kinds: dict[str, type] = {
-            RENAMED[first] if new_names else first: Linear1D_Row if first in OUTPUTS else Linear1D_Col
-            for first in RENAMED
-        }
-        dropouts = ("dropout",) if new_names else ("attention.output.dropout", "output.dropout")
-        kinds |= dict.fromkeys(dropouts, DropoutForReplicatedInput)
+        kinds: dict[str, type] = {}
+        for first, new in RENAMED.items():
+            kinds[new if new_names else first] = Linear1D_Row if first in OUTPUTS else Linear1D_Col
+            if first in OUTPUTS:
+                dropout = "dropout" if new_names else first.replace("dense", "dropout")
+                kinds[dropout] = DropoutForReplicatedInput
         attributes = {}
         if not new_names:  # since 5.9 the number of heads follows from the size of the projections
             size, config = self.shard_config.tensor_parallel_size, self.model.config
