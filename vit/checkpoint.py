@@ -161,7 +161,7 @@ def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
         torch.set_rng_state(random["cpu"])
         rngs, states = boosted.dropout_rngs(), random["layers"]
         if len(rngs) == len(states):  # since transformers 5.9 a layer has one dropout module, not two
-            for rng, state in zip(rngs, states, strict=True):
+            for rng, state in zip(rngs, states):
                 rng.device_rng_state = state
         else:
             print_rank0("  note      saved with another transformers: dropout draws other masks from here on")

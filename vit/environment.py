@@ -5,12 +5,12 @@ import platform
 import shlex
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from vit.report.tables import plural
+from vit.versions import installed_version
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "colossalai", "transformers", "torchvision", "datasets")
@@ -21,7 +21,7 @@ def environment(processes: int | None = None) -> dict:
 
     ``processes``: of the launch, one a GPU; default: this launch's.
     """
-    packages = {name: _version(name) for name in PACKAGES}
+    packages = {name: installed_version(name) or "not installed" for name in PACKAGES}
     packages["torch"] = torch.__version__  # with its CUDA build
     if torch.cuda.is_available():
         hardware = f"{processes or os.environ.get('WORLD_SIZE', 1)} x {torch.cuda.get_device_name()}"
@@ -32,13 +32,6 @@ def environment(processes: int | None = None) -> dict:
         )
     date = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return {"date": date, "hardware": hardware, "python": platform.python_version(), "versions": packages}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def recorded_command() -> str:

@@ -1,4 +1,5 @@
-"""The modules inside a ViT of transformers. Release 5.9 renamed them; nothing else here knows the names.
+"""The modules inside a ViT of transformers, which release 5.9 renamed. Beside this file, only the policy that
+shards them (vit/parallel/policy.py) knows a name.
 
 Files keep the first names in every release: those of the hub, exported models and checkpoints.
 """
@@ -10,6 +11,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+
+from vit.versions import installed_version
 
 # Names within a layer: in files and until transformers 5.8, and since 5.9
 RENAMED = {
@@ -44,7 +47,7 @@ def numbered_layers(model: nn.Module) -> dict[int, nn.Module]:
         if found and name[found.end() :] in ("", "._fsdp_wrapped_module"):
             layers[int(found[1])] = module
     if not layers:
-        version = __import__("transformers").__version__
+        version = installed_version("transformers")
         raise LookupError(f"transformers {version}: {type(model).__name__} has no layers of a known name")
     return layers
 
