@@ -7,7 +7,6 @@ a truncated normal distribution (Dosovitskiy et al., 2021), biases 0. So a seed 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -15,14 +14,13 @@ from torch import nn
 from vit.modules import order_parameters
 
 
+@torch.no_grad()
 def build_vit(config) -> nn.Module:
     """The image classifier of a HuggingFace config, with random initial weights from torch's current seed."""
     model = empty_vit(config)
-    base = model.base_model
-    _draw_as_constructors(base)
-    _keep(_draws(base, config.initializer_range))
-    _draw_as_constructors(model.classifier)
-    _keep(_draws(model.classifier, config.initializer_range))
+    for part in (model.base_model, model.classifier):
+        _draw_as_constructors(part)
+        _draw_weights(part, config.initializer_range)
     return model
 
 
@@ -58,29 +56,21 @@ def truncated_normal(shape: torch.Size, std: float) -> torch.Tensor:
     return torch.empty(shape).uniform_(-1, 1).erfinv_().mul_(std * math.sqrt(2)).clamp_(-2, 2)
 
 
-def _draws(model: nn.Module, std: float) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-    """Each weight with its initial values, in the order of the draws: children before their module."""
-
-    def draw(param: nn.Parameter) -> tuple[nn.Parameter, torch.Tensor]:
-        return param, truncated_normal(param.shape, std)
-
-    for child in model.children():
-        yield from _draws(child, std)
-    if isinstance(model, (nn.Linear, nn.Conv2d)):
-        yield draw(model.weight)
-    elif hasattr(model, "position_embeddings"):
-        yield draw(model.position_embeddings)
-        if hasattr(model, "cls_token"):
-            yield draw(model.cls_token)
-
-
-@torch.no_grad()
-def _keep(draws: Iterator[tuple[nn.Parameter, torch.Tensor]]) -> None:
-    for param, values in draws:
-        param.copy_(values)
+def _draw_weights(module: nn.Module, std: float) -> None:
+    """Initial values in the order of 4.51: children before their module."""
+    for child in module.children():
+        _draw_weights(child, std)
+    weights = []
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        weights.append(module.weight)
+        if module.bias is not None:
+            module.bias.zero_()
+    elif hasattr(module, "position_embeddings"):
+        weights += [module.position_embeddings, *([module.cls_token] if hasattr(module, "cls_token") else [])]
+    for weight in weights:
+        weight.copy_(truncated_normal(weight.shape, std))
 
 
-@torch.no_grad()
 def _draw_as_constructors(part: nn.Module) -> None:
     """Constructors draw weights that are replaced. Those draws come first, so they are made here too."""
     if hasattr(part, "embeddings"):
@@ -88,9 +78,6 @@ def _draw_as_constructors(part: nn.Module) -> None:
     for module in part.modules():
         if isinstance(module, nn.Linear):
             module.reset_parameters()
-    for name, param in part.named_parameters():
-        if name.endswith("bias"):
-            param.zero_()
 
 
 def _draw_embeddings(embeddings: nn.Module, projection: nn.Module | None = None) -> None:
