@@ -51,23 +51,22 @@ def direct_forward(model: nn.Module) -> None:
     Library: transformers/models/vit/modeling_vit.py, ViTForImageClassification.forward and ViTModel.forward.
     Can go when these can be recorded.
     """
-    model.forward = MethodType(_classify, model)  # type: ignore[method-assign]
-
-
-def _classify(self, pixel_values: torch.Tensor, *args, **kwargs):
-    """(N, C, H, W) -> an output whose ``logits`` are (N, labels)"""
     from transformers.modeling_outputs import ImageClassifierOutput
 
-    if _any_given(args, kwargs):
-        return type(self).forward(self, pixel_values, *args, **kwargs)
-    base = self.base_model
-    hidden_states = embed(base, pixel_values)
-    for layer in layer_list(base):
-        hidden_states = run_layer(base, layer, hidden_states)
-    hidden_states = base.layernorm(hidden_states)
-    has_class_token = hasattr(base.embeddings, "cls_token")
-    pooled = hidden_states[:, 0] if has_class_token else hidden_states.mean(dim=1)
-    return ImageClassifierOutput(logits=self.classifier(pooled))
+    def classify(self, pixel_values: torch.Tensor, *args, **kwargs):
+        """(N, C, H, W) -> an output whose ``logits`` are (N, labels)"""
+        if _any_given(args, kwargs):
+            return type(self).forward(self, pixel_values, *args, **kwargs)
+        base = self.base_model
+        hidden_states = embed(base, pixel_values)
+        for layer in layer_list(base):
+            hidden_states = run_layer(base, layer, hidden_states)
+        hidden_states = base.layernorm(hidden_states)
+        has_class_token = hasattr(base.embeddings, "cls_token")
+        pooled = hidden_states[:, 0] if has_class_token else hidden_states.mean(dim=1)
+        return ImageClassifierOutput(logits=self.classifier(pooled))
+
+    model.forward = MethodType(classify, model)  # type: ignore[method-assign]
 
 
 def embed(base: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
