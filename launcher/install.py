@@ -32,6 +32,7 @@ OPTIONAL = {"pytest", "ruff", "mypy", "tensorboard"}  # not needed for a run
 SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
 PINNED_TORCH = (2, 5, 1)  # the newest that Colossal-AI's requirements allow
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
+PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
 SECONDS_OF_SILENCE = 8
 
 
@@ -96,10 +97,12 @@ def install(needed: list[str]) -> None:
 
 def cpu_torch(lines: list[str]) -> bool:
     """Try to install the CPU build of torch, which is gigabytes smaller. -> whether that worked"""
-    builds = [f"{line}+cpu" for line in lines if "==" in line]
+    builds = [f"{line}+cpu" for line in lines]
     options = ["--extra-index-url", CPU_WHEELS, "--timeout", "8", "--retries", "0"]
-    if len(builds) == len(lines) and pip([*options, *builds], "torch for the CPU", may_fail=True):
-        return True
+    if all("==" in line for line in lines):
+        status, _ = run([*PIP, *options, *builds], "torch for the CPU")
+        if status == 0:
+            return True
     print(
         f"launch: there is no GPU, but no CPU build of {lines[0]} at {CPU_WHEELS}: "
         "installing the one for GPUs, which takes 4 GB more",
@@ -108,19 +111,19 @@ def cpu_torch(lines: list[str]) -> bool:
     return False
 
 
-def pip(arguments: list[str], what: str, may_fail: bool = False) -> bool:
-    """Install with uv if it is there, otherwise with pip, and print what it does. -> whether it worked
+def pip(arguments: list[str], what: str) -> None:
+    """Install with uv if it is there, otherwise with pip, and print what it does.
 
     Raises:
-        SystemExit: it did not, unless it ``may_fail``.
+        SystemExit: it did not work.
     """
-    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    if shutil.which("uv") and "--timeout" not in arguments:
-        if run(["uv", "pip", "install", "--python", sys.executable, *arguments], f"{what} (uv)")[0] == 0:
-            return True
+    if shutil.which("uv"):
+        status, _ = run(["uv", "pip", "install", "--python", sys.executable, *arguments], f"{what} (uv)")
+        if status == 0:
+            return
         print("launch: uv could not install them: trying pip", flush=True)
-    status, output = run(command, what)
-    if status and not may_fail:
+    status, output = run([*PIP, *arguments], what)
+    if status:
         print(*output[-12:], sep="\n", file=sys.stderr)
         print(
             f"launch: pip could not install into {sys.executable}; its last lines are above. Fix that and "
@@ -129,7 +132,6 @@ def pip(arguments: list[str], what: str, may_fail: bool = False) -> bool:
             file=sys.stderr,
         )
         raise SystemExit(1)
-    return status == 0
 
 
 def run(command: list[str], what: str) -> tuple[int, list[str]]:
