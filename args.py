@@ -93,6 +93,17 @@ def add_optimizer_flags(parser: Parser) -> None:
     add("--optimizer", optimizers, "torch's AdamW, or Colossal-AI's (compiles at first use)")
 
 
+def add_data_flags(add) -> None:
+    """How the data set is read: the same for fine-tuning and for training from scratch."""
+    add("--image_column", str, "column of the images (default: found by its name and type)")
+    add("--label_column", str, "column of the labels (default: found by its name and type)")
+    add("--dataset_config", str, "configuration, of a data set that has several")
+    text = "values of black and white in images of more than 8 bits (default: found)"
+    add("--pixel_range", Number(float), text, nargs=2)
+    add("--allow_external_images", bool, "tables may name images outside of their folder")
+    add("--skip_bad_images", bool, "leave out unreadable images, named and counted")
+
+
 def add_launch_flags(parser: Parser) -> None:
     text = "ranks this will run on (default: those of the launch)"
     parser.add("--world_size", positive(), text, default=None)
@@ -114,12 +125,10 @@ def finetune_parser() -> Parser:
     add("--resume", str, "`auto`: the newest checkpoint in the output folder; or the path of one")
 
     parser.group("data")
-    add("--image_column", str, "column of the images (default: found by its type)")
-    add("--label_column", str, "column of the labels (default: found by its type)")
+    add_data_flags(add)
     part = positive(float, high=0.9)
     add("--validation_fraction", part, "held out of train if there is no validation split")
     add("--fold", str, "validate on fold K of N of the training split, to choose settings by", metavar="K/N")
-    add("--skip_bad_images", bool, "leave out unreadable images, named and counted")
     add("--max_train_samples", positive(), "train on this many images (default: all)")
     add("--max_eval_samples", positive(), "evaluate on this many images of each split (default: all)")
     add("--data_memory", positive(float), "GiB for decoded images (default: a quarter of the memory)")
@@ -206,7 +215,9 @@ def scratch_parser() -> Parser:
     add("--output_path", str, "folder (default: LOG_PATH, or ./runs/<config name>)", auto=True, default=None)
     add("--resume", str, "`auto`: the newest checkpoint in the output folder; or the path of one")
     add("--overwrite_output", bool, "replace a finished or interrupted run in the output folder")
-    add("--skip_bad_images", bool, "leave out unreadable images, named and counted")
+    parser.group("data")
+    add_data_flags(add)
+    parser.group("advanced")
     parser.add_check()
     parser.group("one process at a time, where no launcher says so")
     add("--world_size", Number(int, low=0), "processes in all", default=None)

@@ -20,15 +20,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vit.data.cifar10 import read_cifar10
-from vit.data.dataset import ImageDataset, Split
+from vit.data.dataset import DEFAULT_OPTIONS, ImageDataset, ReadOptions, Split
 from vit.data.decode import decode_dataset
+from vit.data.folders import read_imagefolder
 from vit.data.gpu_augment import BatchAugment
 from vit.data.hf_datasets import read_hf_dataset
+from vit.data.image_files import LeftOut
+from vit.data.image_tables import read_image_tables
 from vit.data.leaves import write_leaves
 from vit.data.loaders import BatchDataset, DeviceLoader, SyntheticLoader, WorkerLoader, default_num_workers
+from vit.data.pixels import choose_pixel_range
 from vit.data.prepared import read_prepared
-from vit.data.sources import find_source, read_imagefolder
+from vit.data.sources import find_source
 from vit.data.splits import finetune_splits, scratch_splits
+from vit.data.summary import DataSummary
 from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop, transform_of_processor
 from vit.files import cache_home
 from vit.system import local_world_size
@@ -44,29 +49,35 @@ def load_dataset(settings) -> ImageDataset:
     Raises:
         DataError: there is no data set of that name, or a user has to fix the data.
     """
-    splits, labels = read_splits(settings.dataset, settings.image_column, settings.label_column)
+    splits, labels, left_out = read_splits(settings.dataset, ReadOptions.of(settings))
     select = finetune_splits if settings.config is None else scratch_splits
-    return select(splits, labels, settings)
+    dataset = select(splits, labels, settings)
+    pixel_range, notes = choose_pixel_range(dataset.train, settings.pixel_range)
+    dataset.notes += [*left_out.lines(), *notes]
+    return dataset.with_pixel_range(pixel_range)
 
 
 def read_splits(
-    name: str, image_column: str | None = None, label_column: str | None = None
-) -> tuple[dict[str, Split], list[str]]:
-    """All splits of the data set ``name``, and its class names. A new source is one more `if` here.
+    name: str, options: ReadOptions = DEFAULT_OPTIONS
+) -> tuple[dict[str, Split], list[str], LeftOut]:
+    """All splits of the data set ``name``, its class names, and what is not used. A new source is one more
+    `if` here.
 
     Raises:
         DataError: there is no data set of that name, or a user has to fix the data.
     """
-    source = find_source(name)
+    source, nothing = find_source(name), LeftOut()
     if source == "drawn":
         return read_imagefolder(write_leaves(cache_home() / "vit-colossalai" / "drawn-leaves"))
     if source == "imagefolder":
         return read_imagefolder(Path(name))
+    if source == "image_table":
+        return read_image_tables(name, options)
     if source == "cifar10":
-        return read_cifar10(name)
+        return *read_cifar10(name), nothing
     if source == "prepared":
-        return read_prepared(Path(name))
-    return read_hf_dataset(name, source, image_column, label_column)
+        return *read_prepared(Path(name)), nothing
+    return *read_hf_dataset(name, source, options), nothing
 
 
 @dataclass
@@ -75,7 +86,7 @@ class Loaders:
 
     train: Loader
     evaluated: Loader  # after each epoch
-    label_names: list[str]
+    summary: DataSummary
     processor: (
         object  # transformers' image processor: the preprocessing of evaluation, exported with the model
     )
@@ -84,6 +95,10 @@ class Loaders:
     minival: Loader | None = None
     held_out: bool = False  # ``evaluated`` was cut from train
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def label_names(self) -> list[str]:
+        return list(self.summary.labels)
 
     @property
     def labels_text(self) -> str:
@@ -141,7 +156,7 @@ def build_loaders(dataset: ImageDataset, settings, processor, device) -> Loaders
     return Loaders(
         loader(dataset.train, crop),
         loader(dataset.validation),
-        dataset.label_names,
+        DataSummary.of(dataset),
         processor,
         where,
         test=loader(dataset.test),
@@ -187,7 +202,7 @@ def build_scratch_loaders(settings, device) -> Loaders:
     return Loaders(
         train,
         loader(dataset.test or dataset.validation),
-        dataset.label_names,
+        DataSummary.of(dataset),
         resize.processor(*mean_std),
         f"{where}; mean {mean}, std {std}",
         minival=loader(dataset.minival),
@@ -208,10 +223,12 @@ def build_synthetic_loaders(settings, processor, augment, device) -> Loaders:
     size, classes = settings.config["IMG_SIZE"], settings.config["NUM_CLASSES"]
     step = settings.config["TOTAL_BATCH_SIZE"]
     images = int(settings.dataset.partition(":")[2] or 100 * step)
+    train = SyntheticLoader("train", images, size, classes, device, augment)
+    labels = tuple(f"class {i}" for i in range(classes))
     return Loaders(
-        SyntheticLoader("train", images, size, classes, device, augment),
+        train,
         SyntheticLoader("synthetic", step, size, classes, device),
-        [f"class {i}" for i in range(classes)],
+        DataSummary(labels, {"train": train.labels.bincount(minlength=classes).cpu().numpy()}),
         processor,
         f"made on {device.type}",
         notes=[

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from pathlib import Path
 
 from vit.console import silence_libraries
@@ -29,7 +30,7 @@ import numpy as np
 from data import read_splits
 from vit.console import exit_with_errors, print_rank0, progress_bar
 from vit.data.dataset import DataError, Split, check_all_classes, shorten_list
-from vit.data.decode import open_image
+from vit.data.pixels import choose_pixel_range, open_image
 from vit.data.prepared import (
     PREPARED_INDEX,
     is_shard_written,
@@ -68,6 +69,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--quality", type=int, default=90, help="of --format jpeg")
     add("--processes", type=int, default=cores, help="default: one for each core")
     add("--skip_bad_images", action="store_true", help="leave out unreadable images, named and counted")
+    text = "values of black and white in images of more than 8 bits (default: found)"
+    add("--pixel_range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=text)
     args = parser.parse_args(argv)
     for flag, low, high in (("size", 8, 4096), ("quality", 1, 100), ("processes", 1, 1024)):
         if not low <= getattr(args, flag) <= high:
@@ -84,7 +87,7 @@ def encode(split: Split, indices, args, skipped: list[str]) -> Iterator[tuple[by
     """Each readable image as `write_shard` takes it; the names of the others go to ``skipped``."""
     for i in indices:
         try:
-            image = resize_shorter_side(open_image(split.images[i]), args.size)
+            image = resize_shorter_side(open_image(split.images[i], split.pixel_range), args.size)
         except Exception as error:  # PIL raises many kinds on a damaged file
             skipped.append(f"{split.describe(i)} ({error})")
             continue
@@ -112,20 +115,21 @@ def write_one(shard: tuple[str, int]) -> tuple[int, list[str]]:
 # ---- in the main process
 
 
-def read_source(name: str) -> tuple[dict[str, Split], list[str]]:
-    """The splits with labels, complete as training needs them.
+def read_source(name: str, given) -> tuple[dict[str, Split], list[str]]:
+    """The splits with labels, complete as training needs them. ``given``: --pixel_range, or None.
 
     Raises:
         DataError: they are not.
     """
-    splits, labels = read_splits(name)
+    splits, labels, left_out = read_splits(name)
     splits, notes = labelled_splits(splits, labels, name)
     check_training_classes(splits["train"], labels, name)
     for split in splits.values():
         check_all_classes(name, split.name, [labels[i] for i in np.unique(split.labels)], labels)
-    for note in notes:
+    pixel_range, found = choose_pixel_range(splits["train"], given)
+    for note in (*notes, *left_out.lines(), *found):
         print_rank0(f"note: {note}")
-    return splits, labels
+    return {split: replace(images, pixel_range=pixel_range) for split, images in splits.items()}, labels
 
 
 def check_out(out: Path, index: dict) -> None:
@@ -204,11 +208,13 @@ def main(argv=None) -> None:
     args = parse(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # ends the other processes too
     try:
-        splits, labels = read_source(args.data)
+        splits, labels = read_source(args.data, args.pixel_range)
         counts = {name: len(split) for name, split in splits.items()}
         index = {"source": str(Path(args.data).resolve()), "size": args.size, "format": args.format}
         index |= {"sources": counts, "labels": labels}
         index |= {"quality": args.quality} if args.format == "jpeg" else {}
+        if pixel_range := splits["train"].pixel_range:
+            index["pixel_range"] = [pixel_range.low, pixel_range.high]
         check_out(args.out, index)
     except (DataError, OSError) as error:
         exit_with_errors(str(error))

@@ -40,15 +40,12 @@ def parse(argv=None) -> argparse.Namespace:
 
 
 def find_images(paths: list[str]) -> list[Path]:
-    """The given files, and all files with an image suffix below the given folders."""
-    from vit.data.dataset import IMAGE_SUFFIXES
+    """The given files, and all images below the given folders."""
+    from vit.data import image_files
 
     found = []
     for path in map(Path, paths):
-        if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        else:
-            found.append(path)
+        found += map(Path, image_files.find_images(path)) if path.is_dir() else [path]
     return found
 
 
@@ -62,7 +59,7 @@ def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
     from safetensors import SafetensorError
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    from vit.data.decode import open_image
+    from vit.data.pixels import open_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -10,8 +10,9 @@ from pathlib import Path
 from vit import hub
 from vit.data.cifar10 import IMAGE_SIZE, cifar10_label_names
 from vit.data.dataset import DataError, check_all_classes, check_class_count
+from vit.data.folders import class_folders
 from vit.data.prepared import read_index
-from vit.data.sources import class_folders, find_source
+from vit.data.sources import find_source
 from vit.output_checks import output_problems
 from vit.parallel.plugins import PLUGINS
 from vit.presets import FAMILIES, PRESETS, known_architecture
@@ -204,6 +205,8 @@ def divisors_text(number: int) -> str:
 def data_problems(settings: Settings) -> Iterator[str]:
     """Whether the data set is there; reads directory entries, and class names where a small file has them."""
     option = "--dataset " if settings.config is None else "DATA="
+    if (given := settings.pixel_range) and not (None in given or given[0] < given[1]):
+        yield f"--pixel_range {given[0]:g} {given[1]:g}: black must be below white"
     try:
         source = find_source(settings.dataset)
         if settings.config is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import PurePath
 from typing import Any
@@ -31,6 +31,9 @@ class Settings:
     image_size: int | None = None  # pixels; None: the model's
     image_column: str | None = None
     label_column: str | None = None
+    dataset_config: str | None = None
+    allow_external_images: bool = False
+    pixel_range: Sequence[float] | None = None  # black and white in images of more than 8 bits
     validation_fraction: float = 0.1
     fold: str | None = None
     max_train_samples: int | None = None
@@ -147,7 +150,8 @@ RECORDED_SETTINGS = (
     "model_name_or_path dataset image_size plugin precision optimizer tp_size pp_size zero_stage batch_size "
     "gradient_accumulation_steps learning_rate scale_lr num_epoch weight_decay warmup_ratio max_norm augment "
     "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep fold seed max_train_samples "
-    "max_eval_samples validation_fraction image_column label_column skip_bad_images"
+    "max_eval_samples validation_fraction image_column label_column dataset_config pixel_range "
+    "skip_bad_images"
 ).split()
 
 # What the published setting leaves out, with the value that means so.

@@ -15,8 +15,9 @@ from PIL import Image
 import prepare_images
 from data import load_dataset
 from vit.data.dataset import DataError, ImageDataset
-from vit.data.decode import decode_dataset, open_image
+from vit.data.decode import decode_dataset
 from vit.data.loaders import BatchDataset
+from vit.data.pixels import open_image
 from vit.data.prepared import write_shard
 from vit.data.sources import find_source
 from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop, resize_shorter_side

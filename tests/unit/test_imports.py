@@ -18,18 +18,18 @@ LEVELS = {
     "report.reading",
     # L2: process group, optimizer, and reading and transforming images
     2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "
-    "data.cifar10 data.prepared data.decode data.splits patches.transformers_vit report.card report.charts "
-    "report.sweep_tables",
+    "data.cifar10 data.prepared data.splits data.image_files data.summary patches.transformers_vit "
+    "report.card report.charts report.sweep_tables",
     # L3: models, sources, schedules, and the forms of parallelism
-    3: "model schedule flops data.gpu_augment data.sources parallel.plain parallel.boosted parallel.mesh "
-    "parallel.policy report.benchmark_charts report.accuracy report.sweep",
+    3: "model schedule flops data.gpu_augment data.pixels data.folders parallel.plain parallel.boosted "
+    "parallel.mesh parallel.policy report.benchmark_charts report.accuracy report.sweep",
     # L4: batches, a train step, a checkpoint
-    4: "step checkpoint sweep data.loaders data.hf_datasets parallel.fsdp parallel.mesh_train "
+    4: "step checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp parallel.mesh_train "
     "report.benchmark",
     # L5: a boosted model, the folder of a run
-    5: "run_folder benchmark parallel.boost",
+    5: "run_folder benchmark parallel.boost data.sources",
     # L6: the training loop, and all checks of settings
-    6: "trainer output_checks checks resolve",
+    6: "trainer output_checks checks resolve data.hf_datasets",
 }
 # Inside a level: the checks are in several files, and `resolve` calls them.
 SAME_LEVEL = {("vit.checks", "vit.output_checks"), ("vit.resolve", "vit.checks")}

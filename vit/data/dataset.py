@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm"}
 # Label of a padding image, which fills a batch and is not counted: torch's cross_entropy ignores it.
 IGNORE_INDEX = -100
+RANGE_OPTION = "say which values are black and white: --pixel_range LOW HIGH"
 
 
 class DataError(ValueError):
@@ -37,6 +37,53 @@ class DataError(ValueError):
         return str(self).strip().rpartition("DataError: ")[2].splitlines()[-1]
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """How tables are read; the flags of the same names."""
+
+    image_column: str | None = None  # None: found by name and type
+    label_column: str | None = None
+    dataset_config: str | None = None  # of several configurations in one data set
+    allow_external_images: bool = False  # tables may name images outside of their folder
+
+    @classmethod
+    def of(cls, settings) -> ReadOptions:
+        return cls(**{option.name: getattr(settings, option.name) for option in fields(cls)})
+
+
+DEFAULT_OPTIONS = ReadOptions()
+
+
+@dataclass(frozen=True)
+class PixelRange:
+    """The values that become black (0) and white (255) in images of more than 8 bits.
+
+    ``given``: by the user. Values outside are then clipped, otherwise they are an error.
+    """
+
+    low: float
+    high: float
+    given: bool = False
+
+    def to_bytes(self, values: np.ndarray) -> np.ndarray:
+        """Values of any type -> uint8, rounded.
+
+        Raises:
+            DataError: values are outside of a range that was not given, or are no numbers.
+        """
+        values = values.astype(np.float64)
+        if not np.isfinite(values).all():
+            raise DataError("has values that are no numbers")
+        if not self.given and (values.min() < self.low or values.max() > self.high):
+            found = f"{values.min():g} to {values.max():g}"
+            raise DataError(f"has values from {found}, other images have {self}; {RANGE_OPTION}")
+        scaled = (values - self.low) * (255 / (self.high - self.low))
+        return np.rint(scaled).clip(0, 255).astype(np.uint8)
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}"
+
+
 @dataclass
 class Split:
     """Images and labels, one entry each per image.
@@ -52,6 +99,7 @@ class Split:
     cached_pixels: Sequence | np.ndarray | None = None  # uint8 (3, S, S) each, for evaluation
     cached_images: Sequence | np.ndarray | None = None  # uint8 (H, W, 3) each, for random crops
     unreadable: tuple[str, ...] = ()  # names of the images that were left out
+    pixel_range: PixelRange | None = None  # None: all images have 8 bits
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +116,7 @@ class Split:
 
     def describe(self, i: int) -> str:
         """Name of image ``i`` for messages."""
-        return self.names[i] if self.names is not None else f"{self.name} image {i}"
+        return readable(self.names[i]) if self.names is not None else f"{self.name} image {i}"
 
 
 class LazySubset(Sequence):
@@ -115,6 +163,16 @@ class ImageDataset:
         """The splits that exist."""
         found = (self.train, self.validation, self.test, self.minival)
         return [split for split in found if split is not None]
+
+    def with_pixel_range(self, pixel_range: PixelRange | None) -> ImageDataset:
+        """The data set with that range in all splits."""
+        splits: dict[str, Any] = {s.name: replace(s, pixel_range=pixel_range) for s in self.splits()}
+        return replace(self, **splits)
+
+
+def readable(name: str) -> str:
+    r"""A name of the file system as text that can be written as UTF-8: other bytes become \xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def shorten_list(names: list[str]) -> str:

@@ -1,8 +1,7 @@
-"""Decodes image files to RGB, and keeps a decoded data set in memory."""
+"""Decodes a data set once, and keeps it in memory."""
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable
@@ -11,47 +10,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
 
 from vit.data.dataset import DataError, ImageDataset, Split, shorten_list
+from vit.data.pixels import open_image
 from vit.system import memory_limit
 
 # A larger training split is not decoded before the training starts: that would take minutes.
 MAX_CACHED_TRAIN_IMAGES = 200_000
 # Images that decode faster than this are decoded in one thread: several would mostly wait for Python's lock.
 FAST_DECODE_SECONDS = 1e-3
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert any mode to 8-bit RGB.
-
-    EXIF orientation is applied, transparency is laid over white, 16-bit grey keeps its 8 high bits.
-    """
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
-    image.load()
-    if image.mode.startswith("I") or image.mode == "F":
-        pixels = np.asarray(image, dtype=np.float64)
-        if pixels.max(initial=0) > 255:
-            pixels = pixels / 257  # 65535 -> 255
-        image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def open_image(encoded) -> Image.Image:
-    """Decode an entry of `Split.images` (path, bytes of a file, PIL image, or uint8 (H, W, 3)) to RGB."""
-    if isinstance(encoded, np.ndarray):
-        return Image.fromarray(encoded)
-    if isinstance(encoded, Image.Image):
-        return to_rgb(encoded)
-    if isinstance(encoded, bytes):
-        encoded = io.BytesIO(encoded)
-    with Image.open(encoded) as image:
-        return to_rgb(image)
 
 
 def decode_dataset(dataset: ImageDataset, resize, crop, settings, processes: int) -> tuple[ImageDataset, int]:
@@ -102,7 +69,7 @@ def _decode_split(
 
     def decode_one(i: int) -> np.ndarray | str:
         try:
-            return decode(open_image(split.images[i]))
+            return decode(open_image(split.images[i], split.pixel_range))
         except Exception as error:  # PIL raises many types for a damaged file
             return f"{split.describe(i)} ({error})"
 

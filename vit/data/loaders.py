@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from vit.data.dataset import IGNORE_INDEX, DataError, Split
-from vit.data.decode import open_image
 from vit.data.gpu_augment import BatchAugment
+from vit.data.pixels import open_image
 
 AUGMENT_BYTES = 2**25  # of pixels that are augmented in one call
 
@@ -68,10 +69,13 @@ class BatchDataset(torch.utils.data.Dataset):
         if self.crop:
             if split.cached_images is not None:
                 return self.crop(split.cached_images[image], epoch, image)
-            return self.crop(self.crop.shrink(open_image(split.images[image])), epoch, image)
+            return self.crop(self.crop.shrink(self._open(image)), epoch, image)
         if split.cached_pixels is not None:
             return torch.from_numpy(split.cached_pixels[image])
-        return torch.from_numpy(self.resize(open_image(split.images[image])))
+        return torch.from_numpy(self.resize(self._open(image)))
+
+    def _open(self, image: int) -> Image.Image:
+        return open_image(self.split.images[image], self.split.pixel_range)
 
 
 class _BatchOrder:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vit.data.dataset import DataError, Split
+from vit.data.dataset import DataError, PixelRange, Split
 from vit.files import write_atomically
 
 PREPARED_INDEX = "prepared.json"
@@ -142,6 +142,7 @@ def read_prepared(folder: Path) -> tuple[dict[str, Split], list[str]]:
         DataError: the folder is unfinished, or was copied incompletely.
     """
     about, splits = read_complete_index(folder), {}
+    pixel_range = PixelRange(*about["pixel_range"]) if "pixel_range" in about else None
     for split in about["splits"]:
         try:
             index = dict(np.load(folder / f"{split}.npz"))
@@ -154,4 +155,5 @@ def read_prepared(folder: Path) -> tuple[dict[str, Split], list[str]]:
                 raise DataError(f"{path.name} is missing or cut short: copy the folder again", folder)
         images: Any = PreparedImages(folder, split, index, about["format"] == "raw")
         splits[split] = Split(split, images, index["label"], cached_images=images if images.raw else None)
+        splits[split].pixel_range = pixel_range  # of the files that it was made from
     return splits, about["labels"]

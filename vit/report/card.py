@@ -7,6 +7,7 @@ from vit.hub import is_hub_name
 from vit.report.tables import markdown_table
 
 HEADER = ["epoch", "train loss", "average_loss", "accuracy", "images/s", "seconds"]
+CLASSES_SHOWN = 100
 COLOSSALAI = "https://github.com/hpcaitech/ColossalAI"
 NUMBERS = "{train_loss:.4f}|{average_loss:.4f}|{accuracy:.4f}|{images_per_second:.0f}|{seconds:.1f}"
 
@@ -55,10 +56,26 @@ print(pipeline("image-classification", model=".")("image.jpg"))
 
 On {run["hardware"]}, {run["layout"]}, {run["date"]}; {versions}.
 
-## Settings
+{data_section(run["data"])}## Settings
 
 {chosen}
 """
+
+
+def data_section(data: dict) -> str:
+    """The images of each class and split, what guessing would score, and what else was noted of the data."""
+    splits = data["images_of_class"]
+    classes = list(splits["train"])
+    rows = [[name, *(splits[split][name] for split in splits)] for name in classes[:CLASSES_SHOWN]]
+    if len(classes) > CLASSES_SHOWN:
+        rows.append([f"and {len(classes) - CLASSES_SHOWN} more", *[""] * len(splits)])
+    rows.append(["all", *(sum(counts.values()) for counts in splits.values())])
+    lines = [
+        f"- Always guessing the largest class, {name}: accuracy {accuracy:.4f} on {split}."
+        for split, (name, accuracy) in data["largest_class"].items()
+    ] + [f"- {note}" for note in data["notes"]]
+    text = "".join(f"{line}\n" for line in lines)
+    return f"## Data\n\n{markdown_table(['class', *splits], rows)}\n{text}\n"
 
 
 def card_metadata(title: str, settings: dict, base: bool, split: str, result: dict, whole: bool) -> str:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from vit.data.dataset import DataError
-from vit.data.decode import open_image
+from vit.data.pixels import open_image
 from vit.data.transforms import (
     RandomResizedCrop,
     Resize,
