@@ -59,8 +59,12 @@ def silence_libraries() -> None:
     """Silence warnings of libraries. Call before colossalai or transformers is imported.
 
     They recommend apex, tensornvme, bitsandbytes and flash-attention, log every choice of a plugin, and pass
-    on deprecation warnings for calls that this program does not make.
+    on deprecation warnings for calls that this program does not make. Also lets the program print the names
+    of classes and files that the locale has no characters for.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not where a test or a notebook has replaced it
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

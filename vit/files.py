@@ -29,9 +29,9 @@ def cache_home() -> Path:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a temporary file in the same folder and rename it."""
+    """Write a temporary file in the same folder and rename it. It is UTF-8, whatever the locale."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
+    partial.write_bytes(text.encode("utf-8", "backslashreplace"))  # names of files may have any bytes
     os.replace(partial, path)
 
 

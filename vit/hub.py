@@ -23,7 +23,7 @@ def endpoint() -> str:
 def read_config(folder: Path) -> dict:
     """``config.json`` of a model folder; {} when it is missing or broken."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
 

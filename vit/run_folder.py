@@ -226,7 +226,9 @@ class RunFolder:
         training = sum(row["seconds"] for row in self.rows if row["kind"] == "epoch")
         self.rows.append({"kind": "end", "seconds": seconds, "training_seconds": training})
         settings, loaders = self.settings, self.loaders
-        config.pixel_range = loaders.summary.pixel_range  # for vit_predict.py
+        vars(config).pop("pixel_range", None)  # of the base model
+        if loaders.summary.pixel_range:
+            config.pixel_range = loaders.summary.pixel_range  # for vit_predict.py
         if rank() == 0:
             export_model(weights, config, loaders.processor, self.path)
             self.write()

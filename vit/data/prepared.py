@@ -108,7 +108,7 @@ def read_index(folder: Path) -> dict:
         DataError: it is damaged, or of another version.
     """
     try:
-        about = json.loads((folder / PREPARED_INDEX).read_text())
+        about = json.loads((folder / PREPARED_INDEX).read_text(encoding="utf-8"))
         if about["version"] == VERSION:
             return about
     except (OSError, ValueError, KeyError, TypeError):
