@@ -203,8 +203,7 @@ def choose_pixel_range(
     pixel_range = survey.pixel_range
     if pixel_range is None:
         return None, survey.notes
-    note = (
-        f"images of more than 8 bits: {pixel_range} become black to white (--pixel_range chooses others); "
-        "transformers' pipeline reads them otherwise, so classify with vit_predict.py"
-    )
+    note = f"images of more than 8 bits: {pixel_range} become black to white (--pixel_range chooses others)"
+    if (pixel_range.low, pixel_range.high) != (0, 255):
+        note += "; transformers' pipeline reads them otherwise, so classify with vit_predict.py"
     return pixel_range, [note, *survey.notes]

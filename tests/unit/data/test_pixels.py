@@ -58,6 +58,57 @@ def test_deep_images_train_as_their_8_bit_form(tmp_path, kind):
     assert decoded.validation.pixel_range == found
 
 
+COLOURS = np.random.default_rng(1).integers(0, 256, (8, 9, 4), dtype=np.uint8)
+RGBA = Image.fromarray(COLOURS)
+RGB, GREY = RGBA.convert("RGB"), RGBA.convert("L")
+
+
+def turned(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    "image, name, options, said",
+    [
+        (RGB, "rgb.png", {}, ""),
+        (GREY, "l.png", {}, ""),
+        (GREY.convert("1"), "1.png", {}, ""),
+        (RGB.quantize(8), "p.png", {}, ""),
+        (RGB.convert("CMYK"), "cmyk.jpg", {}, ""),
+        (RGB.convert("YCbCr"), "ycbcr.jpg", {}, ""),
+        *((RGB, f"exif{i}.png", {"exif": turned(i)}, "") for i in range(1, 9)),
+        (RGB, "a.gif", {"save_all": True, "append_images": [Image.new("RGB", (9, 8))]}, ""),
+        (RGB, "a.tif", {"save_all": True, "append_images": [Image.new("RGB", (9, 8))]}, ""),
+        (Image.fromarray(np.asarray(GREY).astype(np.uint16)), "8 in 16.tif", {}, ""),
+        (Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257), "16.png", {}, "reads them otherwise"),
+        (
+            Image.fromarray(np.asarray(GREY).astype(np.uint16) * 16),
+            "12 in 16.tif",
+            {},
+            "reads them otherwise",
+        ),
+        (Image.fromarray(np.asarray(GREY) / np.float32(255)), "f.tif", {}, "reads them otherwise"),
+        (RGBA, "rgba.png", {}, "pipeline ignores"),
+        (RGBA.convert("LA"), "la.png", {}, "pipeline ignores"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_transformers_pipeline_sees_the_same_pixels_or_the_run_says_so(tmp_path, image, name, options, said):
+    from transformers.image_utils import load_image
+
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for i in range(3):
+            image.save(tmp_path / label / f"{i} {name}", **options)
+    images = load_images(tmp_path)
+    path = images.train.images[0]
+    ours = np.asarray(open_image(path, images.train.pixel_range))
+    same = (np.asarray(load_image(path)) == ours).all()
+    assert same == (not said) and (said in "".join(images.notes))
+
+
 def test_the_range_is_that_of_the_data_set_and_not_of_an_image(tmp_path):
     write_set(tmp_path, lambda p: Image.fromarray(p.astype(np.uint16) * 16))
     dark = np.full((20, 24), 255, np.uint16)  # as bright as white in 8 bits, nearly black in 12
