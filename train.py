@@ -84,7 +84,8 @@ def main(argv: list[str] | None = None) -> None:
             ready = time.perf_counter() - started
             print_rank0(f"  ready     {ready:.1f} s from the imports to the first step\n")
             trainer.fit()
-        run.export(boosted, model.config)
+            trainer.finish()
+            run.export(boosted, model.config)
         destroy_distributed()
 
 

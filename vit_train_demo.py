@@ -88,9 +88,7 @@ def main() -> None:
             trainer.fit()
 
             # --- test and export the selected epoch
-            trainer.load_selected_epoch()
-            if loaders.test is not None:
-                run.add_test(trainer.evaluate(loaders.test))
+            trainer.finish()
             run.export(boosted, model.config)
         destroy_distributed()
         if settings.push_to_hub and rank() == 0:

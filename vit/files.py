@@ -10,7 +10,8 @@ from pathlib import Path
 # What a run writes into its output folder, and --overwrite_output removes.
 RUN_FILES = (
     "checkpoints tensorboard model.safetensors config.json preprocessor_config.json "
-    "metrics.jsonl metrics.png README.md"
+    "metrics.jsonl metrics.png README.md predictions.parquet classes.csv confusion.csv "
+    "confusion_validation.png confusion_test.png report.html"
 ).split()
 
 

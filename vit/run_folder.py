@@ -13,8 +13,10 @@ from vit.distributed import all_gather_objects
 from vit.environment import environment, predict_command, recorded_command
 from vit.files import RUN_FILES, remove_folder, write_atomically, write_jsonl
 from vit.model import export_model
+from vit.predictions import Predictions, write_predictions
 from vit.report.card import model_card
 from vit.report.charts import epoch_chart
+from vit.report.page import write_class_files, write_page
 from vit.report.tables import ranking_key
 from vit.schedule import BatchPlan, CosineWithWarmup
 from vit.settings import augmentation_flags
@@ -35,6 +37,7 @@ class RunFolder:
         self.settings, self.loaders, self.started = settings, loaders, started
         self.path = Path(settings.output_path)
         self.writer: Any = None  # of TensorBoard
+        self.predictions: list[Predictions] = []  # of the exported epoch, for each evaluated split
         first = {
             "kind": "run",
             **environment(),
@@ -224,8 +227,10 @@ class RunFolder:
         weights = boosted.gather_state_dict(self.path)
         seconds = time.perf_counter() - self.started
         training = sum(row["seconds"] for row in self.rows if row["kind"] == "epoch")
-        self.rows.append({"kind": "end", "seconds": seconds, "training_seconds": training})
         settings, loaders = self.settings, self.loaders
+        if rank() == 0:
+            self.rows += write_class_files(self.predictions, loaders.label_names, self.path)
+        self.rows.append({"kind": "end", "seconds": seconds, "training_seconds": training})
         vars(config).pop("pixel_range", None)  # of the base model
         if loaders.summary.pixel_range:
             config.pixel_range = loaders.summary.pixel_range  # for vit_predict.py
@@ -237,6 +242,8 @@ class RunFolder:
             from_scratch = split if settings.config is not None else None
             card = model_card(self.rows, settings.card, loaders.label_names, from_scratch)
             write_atomically(self.path / "README.md", card)
+            write_predictions(self.predictions, loaders.label_names, self.path / "predictions.parquet")
+            write_page(self.rows, self.predictions, settings.card, settings.title, self.path)
             if settings.keep_checkpoints == 0:
                 remove_folder(self.path / "checkpoints")
             if self.writer is not None:

@@ -212,7 +212,11 @@ class TrainStep:
 
 @torch.no_grad()
 def evaluate(
-    step: TrainStep, batches: Iterable[dict], images: int, check_interrupt: Callable[[], None] | None = None
+    step: TrainStep,
+    batches: Iterable[dict],
+    images: int,
+    check_interrupt: Callable[[], None] | None = None,
+    keep: Callable[[int, torch.Tensor, torch.Tensor], None] | None = None,
 ) -> dict:
     """Mean loss and accuracy over every image exactly once, on any layout; of the averaged weights if there
     are any.
@@ -222,6 +226,8 @@ def evaluate(
             `IGNORE_INDEX`.
         images: number of images in the split.
         check_interrupt: called every 20 batches; may raise.
+        keep: called with each batch's number, logits (N, C) and labels (N,), on one rank of each
+            data-parallel group.
 
     Returns:
         ``average_loss``, ``accuracy`` and ``images``; the same on every rank.
@@ -239,7 +245,10 @@ def evaluate(
             labels = batch.pop("labels")
             logits = _evaluation_logits(step, batch)
             if step.layout.reports_loss:
-                correct = logits[:, : step.num_labels].argmax(-1) == labels
+                logits = logits[:, : step.num_labels]
+                if keep:
+                    keep(i, logits, labels)
+                correct = logits.argmax(-1) == labels
                 real = labels != IGNORE_INDEX
                 sums += torch.stack(
                     [step.sum_cross_entropy(logits, labels).double(), correct.sum(), real.sum()]

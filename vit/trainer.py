@@ -19,6 +19,7 @@ from vit.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, r
 from vit.console import exit_with_errors, print_rank0, progress_bar
 from vit.data.dataset import DataError
 from vit.distributed import all_reduce_max, all_reduce_sum, destroy_distributed, device, peak_memory_gib
+from vit.predictions import PredictionCollector, Predictions
 from vit.run_folder import RunFolder
 from vit.schedule import BatchPlan, CosineWithWarmup
 from vit.step import TrainStep, evaluate
@@ -226,6 +227,29 @@ class Trainer:
     def evaluate(self, loader) -> dict:
         order = self.plan.evaluation_batches(len(loader))
         return evaluate(self.step, loader.batches(order), len(loader), self.stop.raise_if_set)
+
+    def predict(self, loader) -> tuple[dict, Predictions]:
+        """As `evaluate`, and what the model says of each image. Collective."""
+        order = list(self.plan.evaluation_batches(len(loader)))
+        collector = PredictionCollector(len(loader), self.step.num_labels)
+
+        def keep(number: int, logits: torch.Tensor, labels: torch.Tensor) -> None:
+            collector.add([image for _, image in order[number]], logits, labels)
+
+        batches = loader.batches(order)
+        result = evaluate(self.step, batches, len(loader), self.stop.raise_if_set, keep)
+        return result, collector.join(loader.split)
+
+    def finish(self) -> None:
+        """Evaluate the epoch to export once more, test it, and keep its predictions."""
+        self.load_selected_epoch()
+        for loader in (self.loaders.evaluated, self.loaders.test):
+            if loader is None or loader.split is None:
+                continue
+            result, predictions = self.predict(loader)
+            if loader is self.loaders.test:
+                self.run.add_test(result)
+            self.run.predictions.append(predictions)
 
     def read_losses(self, losses: list[torch.Tensor], since: float) -> tuple[list[float], int, float]:
         """Wait for the device and agree with the other ranks.

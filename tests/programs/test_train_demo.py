@@ -17,11 +17,17 @@ from safetensors.torch import load_file
 SCRIPT = ROOT / "vit_train_demo.py"
 FILES = {
     "README.md",
+    "classes.csv",
+    "confusion.csv",
+    "confusion_test.png",
+    "confusion_validation.png",
     "config.json",
     "metrics.jsonl",
     "metrics.png",
     "model.safetensors",
+    "predictions.parquet",
     "preprocessor_config.json",
+    "report.html",
 }
 
 
@@ -110,8 +116,8 @@ def test_transformers_alone_opens_the_folder_and_finds_the_measured_accuracy(
 
 
 def test_metrics_tell_every_epoch_the_test_and_the_run(rows):
-    assert [row["kind"] for row in rows] == ["run", "epoch", "epoch", "test", "end"]
-    run, first, second, test, end = rows
+    assert [row["kind"] for row in rows] == ["run", "epoch", "epoch", "test", "classes", "classes", "end"]
+    run, first, second, test, *_, end = rows
     assert run["versions"]["colossalai"] and run["hardware"].startswith("CPU") and "tp 2" in run["layout"]
     assert run["settings"]["plugin"] == "hybrid_parallel" and "--tp_size 2" in run["command"]
     for row in (first, second):
@@ -255,3 +261,25 @@ def test_sigterm_of_a_running_process_saves_and_its_run_goes_on(tmp_path, image_
     damaged = subprocess.run([*map(str, words), "--resume", "auto"], text=True, capture_output=True)
     assert damaged.returncode == 2 and "Traceback" not in damaged.stderr
     assert f"{newest.name}: state_tp0_pp0_dp0.pt missing or damaged: remove this folder" in damaged.stderr
+
+
+def test_predictions_have_each_image_once_and_add_up_to_the_measured_numbers(shared, one, two, four):
+    """On every plugin and layout that ran to its end."""
+    import pyarrow.parquet
+
+    paths = sorted(shared.glob("*/predictions.parquet"))
+    assert len(paths) > 10
+    for path in paths:
+        found = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+        best = next(row for row in found if row["kind"] == "epoch" and row["best"])
+        measured = {"test": next(row for row in found if row["kind"] == "test"), "validation": best}
+        images = pyarrow.parquet.read_table(path).to_pylist()
+        for split, row in measured.items():
+            mine = [image for image in images if image["split"] == split]
+            assert len({image["file"] for image in mine}) == len(mine) == row["images"], path
+            right = [image["true_class"] == image["predicted_class"] for image in mine]
+            assert sum(right) / len(mine) == row["accuracy"], path
+            loss = sum(image["loss"] for image in mine) / len(mine)
+            assert loss == pytest.approx(row["average_loss"], rel=1e-3), path
+            assert all(image["true_class"] in image["file"] for image in mine)
+            assert all(sum(image["top_probabilities"]) == pytest.approx(1, abs=1e-3) for image in mine)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,7 @@ class WorkerLoader:
         self, dataset: BatchDataset, workers: int, device: torch.device, augment: BatchAugment | None = None
     ):
         self.dataset, self.workers, self.device, self.augment = dataset, workers, device, augment
+        self.split: Split | None = dataset.split
         self.name, self.missing = dataset.split.name, dataset.split.unreadable
         self.skipped: list[str] = []
 
@@ -164,6 +166,7 @@ class DeviceLoader:
 
     def __init__(self, split: Split, device: torch.device, augment: BatchAugment | None = None):
         self.name, self.missing, self.augment = split.name, split.unreadable, augment
+        self.split: Split | None = replace(split, cached_pixels=None, cached_images=None)
         self.pixels = torch.from_numpy(np.stack(list(split.cached_pixels))).to(device)  # uint8 (N, 3, S, S)
         self.labels = torch.from_numpy(split.labels).to(device)
 
@@ -227,6 +230,7 @@ class SyntheticLoader(DeviceLoader):
 
     def __init__(self, name: str, images: int, size: int, classes: int, device: torch.device, augment=None):
         self.name, self.missing, self.augment = name, (), augment
+        self.split = None  # there are no files to speak of
         generator = torch.Generator().manual_seed(0)
         shape = (min(images, self.POOL), 3, size, size)
         self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)

@@ -1,0 +1,90 @@
+"""What the exported model says of each image of the evaluated splits: predictions.parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vit.data.dataset import IGNORE_INDEX, Split
+from vit.distributed import all_reduce_sum, device
+
+TOP = 5  # classes kept of each image
+
+
+@dataclass
+class Predictions:
+    """Of a split, in the order of its images.
+
+    Args:
+        losses: cross-entropy of each image, (N,).
+        classes: the most probable classes, best first, int64 (N, K); K is at most `TOP`.
+        probabilities: of these classes, (N, K).
+    """
+
+    split: Split
+    losses: np.ndarray
+    classes: np.ndarray
+    probabilities: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """The true classes, int64 (N,)."""
+        return self.split.labels
+
+    def columns(self, label_names: Sequence[str]) -> dict[str, list]:
+        """For a table with one row an image."""
+        names = np.array(label_names, dtype=object)
+        return {
+            "split": [self.split.name] * len(self.labels),
+            "file": [self.split.describe(i) for i in range(len(self.labels))],
+            "true_class": names[self.labels].tolist(),
+            "predicted_class": names[self.classes[:, 0]].tolist(),
+            "loss": self.losses.tolist(),
+            "top_classes": [names[row].tolist() for row in self.classes],
+            "top_probabilities": self.probabilities.tolist(),
+        }
+
+
+class PredictionCollector:
+    """Collects the predictions of this rank's batches, and joins those of all ranks.
+
+    Args:
+        images: in the split.
+        classes: true number of classes.
+    """
+
+    def __init__(self, images: int, classes: int):
+        self.top = min(TOP, classes)
+        # loss, classes, probabilities; a rank fills the rows of its images, so that the ranks' sum is all
+        self.rows = torch.zeros(images, 1 + 2 * self.top, dtype=torch.float64, device=device())
+
+    def add(self, images: list[int], logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """A batch: image numbers (N), -1 for padding; logits (N, C); labels (N,)."""
+        logits = logits.float()
+        best = logits.softmax(-1).topk(self.top)
+        losses = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="none")
+        rows = torch.cat([losses[:, None], best.indices, best.values], dim=1).double()
+        real = labels != IGNORE_INDEX
+        self.rows[torch.tensor(images, device=self.rows.device)[real]] = rows[real]
+
+    def join(self, split: Split) -> Predictions:
+        """The predictions of all ranks. Collective."""
+        rows = all_reduce_sum(self.rows).cpu().numpy()
+        classes = rows[:, 1 : 1 + self.top].astype(np.int64)
+        return Predictions(split, rows[:, 0], classes, rows[:, 1 + self.top :])
+
+
+def write_predictions(found: list[Predictions], label_names: Sequence[str], path: Path) -> None:
+    """Write one table of all splits, beside ``path`` first."""
+    import pyarrow
+    import pyarrow.parquet
+
+    tables = [pyarrow.table(predictions.columns(label_names)) for predictions in found]
+    beside = path.with_name(f".{path.name}.partial")
+    pyarrow.parquet.write_table(pyarrow.concat_tables(tables), beside)
+    beside.replace(path)
