@@ -11,7 +11,7 @@ To add a source:
 6. Describe it in docs/data.md.
 
 Every image becomes RGB uint8. It is resized, and for training cropped and flipped, on the CPU; conversion
-to floats happens on the device (vit/step.py, Normalize).
+to floats happens on the device (vit/data/processor.py, Normalize).
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from vit.data.leaves import write_leaves
 from vit.data.loaders import BatchDataset, DeviceLoader, SyntheticLoader, WorkerLoader, default_num_workers
 from vit.data.pixels import choose_pixel_range
 from vit.data.prepared import read_prepared
+from vit.data.processor import transform_of_processor
 from vit.data.sources import find_source
 from vit.data.splits import finetune_splits, scratch_splits
 from vit.data.summary import DataSummary
-from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop, transform_of_processor
+from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop
 from vit.files import cache_home
 from vit.system import local_world_size
 

@@ -30,13 +30,14 @@ def main(argv: list[str] | None = None) -> None:
     from vit.config_settings import vit_config, warmup_steps
     from vit.console import exit_with_errors, print_rank0
     from vit.data.dataset import DataError
+    from vit.data.processor import Normalize
     from vit.distributed import destroy_distributed, device, import_libraries, init_distributed
     from vit.initial_weights import build_vit
     from vit.model_variants import initialise
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder
     from vit.schedule import BatchPlan, CosineWithWarmup
-    from vit.step import Normalize, TrainStep
+    from vit.step import TrainStep
     from vit.trainer import SignalHandler, Trainer, exits_in_one_line
 
     config = settings.config

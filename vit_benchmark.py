@@ -22,13 +22,14 @@ def measure_case(case: Case) -> dict:
     """Build, warm up and time one case. -> the measured part of its row. Collective."""
     import torch
 
+    from vit.data.processor import Normalize
     from vit.distributed import all_reduce_max, all_reduce_sum, device, peak_memory_gib, reset_peak_memory
     from vit.flops import time_on_device
     from vit.model import load_model
     from vit.parallel.boost import boost
     from vit.presets import preset_name
     from vit.schedule import BatchPlan
-    from vit.step import Normalize, TrainStep
+    from vit.step import TrainStep
     from vit.step_graph import StepGraph
 
     settings, layout = case.settings, case.settings.layout

@@ -23,12 +23,13 @@ def main() -> None:
     from vit.checkpoint import CheckpointFolder
     from vit.console import exit_with_errors, print_rank0, rank
     from vit.data.dataset import DataError
+    from vit.data.processor import Normalize
     from vit.distributed import destroy_distributed, device, import_libraries, init_distributed
     from vit.model import load_model
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder, result_text
     from vit.schedule import BatchPlan, CosineWithWarmup
-    from vit.step import Normalize, TrainStep
+    from vit.step import TrainStep
     from vit.trainer import SignalHandler, Trainer, exits_in_one_line
 
     with SignalHandler() as stop:

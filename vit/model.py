@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vit.data.dataset import DataError
-from vit.data.transforms import set_processor_size
+from vit.data.processor import set_processor_size
 from vit.initial_weights import build_vit, draw_classifier, empty_vit
 from vit.modules import load_weights, order_parameters
 from vit.presets import FAMILIES, PRESETS

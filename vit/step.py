@@ -4,35 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 
 from vit.data.dataset import IGNORE_INDEX
+from vit.data.processor import Normalize
 from vit.data.transforms import fork_rng_for
 from vit.distributed import all_reduce_sum, device
 from vit.parallel.boosted import BoostedModel
 from vit.step_graph import StepGraph
-
-
-@dataclass
-class Normalize:
-    """uint8 pixels (N, 3, H, W) to floats: (x / 255 - mean) / std of each channel, on the device."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        mean, std = (_channel_tensor(tuple(values), pixels.device) for values in (self.mean, self.std))
-        return (pixels - mean).div_(std)  # one float copy of the batch
-
-
-@cache
-def _channel_tensor(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
-    """(1, 3, 1, 1) in units of 1/255. Cached: sending it again makes the CPU wait for the GPU."""
-    return 255 * torch.tensor(values, device=device).view(1, 3, 1, 1)
 
 
 class Mixup:

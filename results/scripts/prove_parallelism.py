@@ -65,6 +65,7 @@ from vit import distributed
 from vit.checkpoint import CheckpointFolder, find_checkpoint, load_checkpoint, read_meta
 from vit.config_settings import vit_config
 from vit.data.cifar10 import CIFAR10_FOLDER, TRAIN_FILES
+from vit.data.processor import Normalize
 from vit.environment import environment
 from vit.files import read_jsonl, write_jsonl
 from vit.initial_weights import build_vit
@@ -73,7 +74,7 @@ from vit.parallel import mesh_train
 from vit.parallel.boost import boost
 from vit.patches.colossalai_legacy import patch_legacy_layers
 from vit.schedule import BatchPlan, CosineWithWarmup
-from vit.step import Normalize, TrainStep, evaluate
+from vit.step import TrainStep, evaluate
 from vit.system import free_port
 
 torch.set_num_threads(1)

@@ -19,12 +19,13 @@ import torch
 from helpers import tiny_vit
 
 from vit.data.dataset import IGNORE_INDEX
+from vit.data.processor import Normalize
 from vit.distributed import all_reduce_sum, destroy_distributed, device, import_libraries, init_distributed
 from vit.layout import ParallelLayout
 from vit.parallel.boost import boost
 from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
 from vit.settings import Settings
-from vit.step import Normalize, TrainStep, evaluate
+from vit.step import TrainStep, evaluate
 
 BASE = dict(
     zero_stage=0,

@@ -33,6 +33,7 @@ from vit import distributed
 from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
 from vit.data.decode import decode_dataset
 from vit.data.loaders import BatchDataset
+from vit.data.processor import Normalize
 from vit.data.transforms import Resize
 from vit.distributed import all_reduce_sum
 from vit.layout import ParallelLayout
@@ -40,7 +41,7 @@ from vit.model import load_model, pad_classifier
 from vit.parallel.boost import boost
 from vit.schedule import BatchPlan
 from vit.settings import Settings
-from vit.step import Mixup, Normalize, TrainStep
+from vit.step import Mixup, TrainStep
 from vit.step import evaluate as evaluate_step
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -21,12 +21,12 @@ LEVELS = {
     "data.cifar10 data.prepared data.splits data.image_files data.summary patches.transformers_vit "
     "report.card report.charts report.sweep_tables report.classes",
     # L3: models, sources, schedules, and the forms of parallelism
-    3: "model schedule flops data.gpu_augment data.pixels data.folders parallel.plain parallel.boosted "
-    "parallel.mesh parallel.policy predictions report.class_charts report.benchmark_charts "
-    "report.accuracy report.sweep",
+    3: "schedule flops data.gpu_augment data.pixels data.folders data.processor parallel.plain "
+    "parallel.boosted parallel.mesh parallel.policy predictions report.class_charts "
+    "report.benchmark_charts report.accuracy report.sweep",
     # L4: batches, a train step, a checkpoint
-    4: "step checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp parallel.mesh_train "
-    "report.benchmark report.page",
+    4: "model step checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
+    "parallel.mesh_train report.benchmark report.page",
     # L5: a boosted model, the folder of a run
     5: "run_folder benchmark parallel.boost data.sources",
     # L6: the training loop, and all checks of settings

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from vit.data.processor import Normalize
 from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
-from vit.step import Mixup, Normalize, TrainStep, evaluate
+from vit.step import Mixup, TrainStep, evaluate
 from vit.step_graph import StepGraph
 from vit.trainer import Interrupted, SignalHandler
 

@@ -9,14 +9,8 @@ from PIL import Image
 
 from vit.data.dataset import DataError
 from vit.data.pixels import open_image
-from vit.data.transforms import (
-    RandomResizedCrop,
-    Resize,
-    ResizeCenterCrop,
-    fork_rng_for,
-    set_processor_size,
-    transform_of_processor,
-)
+from vit.data.processor import set_processor_size, transform_of_processor
+from vit.data.transforms import RandomResizedCrop, Resize, ResizeCenterCrop, fork_rng_for
 from vit.settings import AUTO_AUGMENT
 
 SQUARE, CROP = ({"height": side, "width": side} for side in (20, 16))
