@@ -72,8 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         run = RunFolder(settings, loaders, started)
         run.print_plan(plan, learning_rate, model)
         boosted = boost(model, settings)
-        normalize = Normalize(tuple(processor.image_mean), tuple(processor.image_std))
-        step = TrainStep.of(boosted, settings, len(labels), normalize, plan.steps_per_epoch)
+        step = TrainStep.of(boosted, settings, len(labels), Normalize.of(processor), plan.steps_per_epoch)
 
         # --- train
         checkpoints = CheckpointFolder(run.path / "checkpoints", keep=1)

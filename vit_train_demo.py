@@ -68,8 +68,7 @@ def main() -> None:
 
         # --- optimizer, plugin, Booster.boost: vit/parallel/boost.py
         boosted = boost(model, settings)
-        normalize = Normalize(tuple(processor.image_mean), tuple(processor.image_std))
-        step = TrainStep.of(boosted, settings, labels, normalize, plan.steps_per_epoch)
+        step = TrainStep.of(boosted, settings, labels, Normalize.of(processor), plan.steps_per_epoch)
         checkpoints = CheckpointFolder(run.path / "checkpoints", keep=settings.keep_checkpoints)
         trainer = Trainer(step, loaders, plan, learning_rate, run, checkpoints, stop)
 

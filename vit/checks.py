@@ -13,9 +13,10 @@ from vit.data.dataset import DataError, check_all_classes, check_class_count
 from vit.data.folders import class_folders
 from vit.data.prepared import read_index
 from vit.data.sources import find_source
+from vit.model_folder import read_model_folder
 from vit.output_checks import output_problems
 from vit.parallel.plugins import PLUGINS
-from vit.presets import FAMILIES, PRESETS, known_architecture
+from vit.presets import PRESETS, known_architecture
 from vit.settings import Settings
 from vit.system import Machine, local_world_size
 
@@ -156,11 +157,17 @@ def model_problems(settings: Settings) -> Iterator[str]:
     name = settings.model_name_or_path
     heads, layers, patch = 1, settings.pp_size, 1
     if Path(name).is_dir():
-        config = hub.read_config(Path(name))
-        yield from model_folder_problems(settings, config)
-        # what the config leaves out has transformers' default
-        sizes = {"num_attention_heads": 12, "num_hidden_layers": 12, "patch_size": 16} | config
-        heads, layers, patch = sizes["num_attention_heads"], sizes["num_hidden_layers"], sizes["patch_size"]
+        kind = hub.read_config(Path(name)).get("model_type")
+        if kind == "ijepa" and PLUGINS[settings.plugin].model_parallel:
+            reason = f"Colossal-AI cannot shard {name}, which averages its patches"
+            yield f"--plugin {settings.plugin}: {reason}; use another plugin"
+        try:
+            config = read_model_folder(Path(name))
+        except DataError as error:
+            yield f"--model_name_or_path {name}: {error}"
+        else:  # what the config leaves out has transformers' default
+            heads, layers = config.get("num_attention_heads", 12), config.get("num_hidden_layers", 12)
+            patch = config.get("patch_size", 16)
     elif shape := known_architecture(name):
         heads, layers, patch = shape.heads, shape.layers, shape.patch_size
     elif not hub.is_hub_name(name):
@@ -175,22 +182,6 @@ def model_problems(settings: Settings) -> Iterator[str]:
     if size and size % patch:
         below, above = size // patch * patch or patch, (size // patch + 1) * patch
         yield f"--image_size {size}: no multiple of the {patch} px patches of {name}; use {below} or {above}"
-
-
-def model_folder_problems(settings: Settings, config: dict) -> Iterator[str]:
-    name, folder = settings.model_name_or_path, Path(settings.model_name_or_path)
-    where, kind = f"--model_name_or_path {name}", config.get("model_type")
-    if not config:
-        fix = "name the folder that a run or save_pretrained wrote"
-        yield f"{where}: the folder has no readable config.json; {fix}"
-    elif kind not in FAMILIES:
-        examples = "google/vit-base-patch16-224 or a preset"
-        yield f"{where}: is a {kind!r} model; this example trains ViTs, such as {examples}"
-    elif kind == "ijepa" and PLUGINS[settings.plugin].model_parallel:
-        reason = f"Colossal-AI cannot shard {name}, which averages its patches"
-        yield f"--plugin {settings.plugin}: {reason}; use another plugin"
-    elif not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
-        yield f"{where}: has a config.json, but no weights beside it (model.safetensors); copy them there"
 
 
 def divisors_text(number: int) -> str:

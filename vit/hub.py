@@ -23,8 +23,8 @@ def endpoint() -> str:
 def read_config(folder: Path) -> dict:
     """``config.json`` of a model folder; {} when it is missing or broken."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return dict(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
         return {}
 
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from vit.data.dataset import DataError
-from vit.data.processor import set_processor_size
+from vit.data.processor import load_processor, set_processor_size
 from vit.initial_weights import build_vit, draw_classifier, empty_vit
-from vit.modules import load_weights, order_parameters
-from vit.presets import FAMILIES, PRESETS
+from vit.model_folder import class_names, usable_config
+from vit.modules import layer_number, load_weights, order_parameters
+from vit.presets import PRESETS
 
 
 @dataclass
@@ -42,7 +43,10 @@ def load_model(name: str, labels: list[str], image_size: int | None = None) -> L
     if name in PRESETS and not Path(name).exists():
         loaded = _random_model(name, len(labels), label_maps)
     else:
-        loaded = _pretrained_model(name, labels, label_maps)
+        try:
+            loaded = _pretrained_model(name, labels, label_maps)
+        except DataError as error:
+            raise DataError(f"--model_name_or_path {name}: {error}") from None
     model = loaded.model
     if image_size and image_size != model.config.image_size:
         loaded.notes.append(
@@ -65,34 +69,26 @@ def _random_model(name: str, labels: int, label_maps: dict) -> LoadedModel:
 
 
 def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedModel:
-    from safetensors import SafetensorError
-    from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+    from transformers import CONFIG_MAPPING, PretrainedConfig
 
-    config = AutoConfig.from_pretrained(name)
-    if config.model_type not in FAMILIES:
-        raise DataError(
-            f"--model_name_or_path {name} is a {config.model_type!r} model; this example trains ViTs"
-        )
-    trained = [config.id2label[i] for i in range(config.num_labels)]
-    options = {"num_labels": len(labels), "ignore_mismatched_sizes": True, "output_loading_info": True}
-    random_state = torch.get_rng_state()
+    given, _ = PretrainedConfig.get_config_dict(name)
+    sizes, trained = usable_config(given), class_names(given)
     try:
-        model, loading = AutoModelForImageClassification.from_pretrained(name, **label_maps, **options)
-    except SafetensorError as error:
-        problem = f"model.safetensors is damaged ({error}): copy it again"
-        raise DataError(f"--model_name_or_path {name}: {problem}") from None
-    mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
-    new = set(loading["missing_keys"]) | mismatched
-    if missing := [key for key in new if not key.startswith("classifier.")]:
-        problem = f"lacks {len(missing)} weights of a ViT, e.g. {missing[0]}"
-        raise DataError(f"--model_name_or_path {name} {problem}")
-    # in fp32, whatever the file has: transformers 5 keeps its precision
-    model = order_parameters(model.float())
+        config = CONFIG_MAPPING[sizes["model_type"]].from_dict(sizes | label_maps)
+    except Exception as error:  # transformers 5 has types of its own for a wrong value
+        reason = str(error).strip().replace("\n", " ")
+        raise DataError(f"its config.json cannot be used: {reason}") from None
+    random_state = torch.get_rng_state()
+    model, replaced = _read_weights(name, config)
     torch.set_rng_state(random_state)
-    draw_classifier(model, new=bool(new))
+    draw_classifier(model, new=bool(replaced))
     notes = []
-    if new:
-        notes.append(f"new classifier with {len(labels)} outputs (checkpoint has {len(trained)})")
+    if replaced:
+        outputs = "none" if replaced == "missing" else len(trained) if trained else "another number"
+        notes.append(f"new classifier with {len(labels)} outputs (checkpoint has {outputs})")
+    elif trained is None:
+        model.classifier.reset_parameters()
+        notes.append("new classifier: config.json does not number the checkpoint's classes from 0 (id2label)")
     elif sorted(trained) == sorted(labels):
         order = [trained.index(label) for label in labels]  # the data set may order its classes differently
         with torch.no_grad():
@@ -101,8 +97,33 @@ def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedM
     else:
         model.classifier.reset_parameters()
         notes.append(f"new classifier: the checkpoint's {len(labels)} labels have other names")
-    processor = AutoImageProcessor.from_pretrained(name, use_fast=False)
-    return LoadedModel(model, processor, bool(notes), notes)
+    processor, changes = load_processor(name, config.image_size)
+    return LoadedModel(model, processor, bool(notes), notes + changes)
+
+
+def _read_weights(name: str, config) -> tuple[nn.Module, str]:
+    """The model in fp32, and why its classifier is new: "missing", "mismatched" or "".
+
+    Raises:
+        DataError: the files are damaged, or not of this config.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForImageClassification
+
+    options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    try:
+        model, loading = AutoModelForImageClassification.from_pretrained(name, **options)
+    except SafetensorError as error:
+        raise DataError(f"model.safetensors is damaged ({error}): copy it again") from None
+    mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
+    lacks = sorted(mismatched | set(loading["missing_keys"]))
+    if wrong := [key for key in lacks if not key.startswith("classifier.")]:
+        raise DataError(f"lacks {len(wrong)} weights of a ViT, e.g. {wrong[0]}")
+    if extra := [key for key in loading["unexpected_keys"] if layer_number(f".{key}") is not None]:
+        raise DataError(f"has {len(extra)} weights that config.json does not describe, e.g. {min(extra)}")
+    replaced = "mismatched" if mismatched else "missing" if lacks else ""
+    # in fp32, whatever the file has: transformers 5 keeps its precision
+    return order_parameters(model.float()), replaced
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ LEVELS = {
     # L2: process group, optimizer, and reading and transforming images
     2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "
     "data.cifar10 data.prepared data.splits data.image_files data.summary patches.transformers_vit "
-    "report.card report.charts report.sweep_tables report.classes",
+    "model_folder report.card report.charts report.sweep_tables report.classes",
     # L3: models, sources, schedules, and the forms of parallelism
     3: "schedule flops data.gpu_augment data.pixels data.folders data.processor parallel.plain "
     "parallel.boosted parallel.mesh parallel.policy predictions report.class_charts "

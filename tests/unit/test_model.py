@@ -206,7 +206,7 @@ def test_checkpoint_without_a_classifier_gets_a_new_one(tmp_path):
 
 def test_other_architecture_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
-    with pytest.raises(ValueError, match=f"{tmp_path} is a 'bert' model; this example trains ViTs"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: is a 'bert' model; this example trains ViTs"):
         load_model(str(tmp_path), LABELS)
 
 

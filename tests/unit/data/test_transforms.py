@@ -52,7 +52,7 @@ def test_own_processors_do_what_they_say():
 )
 def test_preprocessing_that_is_not_known_is_refused(size, crop):
     processor = Namespace(size=size, crop_size=crop, do_center_crop=bool(crop), resample=2)
-    with pytest.raises(DataError, match="the model's preprocessing, size"):
+    with pytest.raises(DataError, match="its preprocessing, size"):
         transform_of_processor(processor)
 
 
