@@ -13,7 +13,7 @@ from vit.data.dataset import DataError, check_all_classes, check_class_count
 from vit.data.folders import class_folders
 from vit.data.prepared import read_index
 from vit.data.sources import find_source
-from vit.model_folder import read_model_folder
+from vit.model_folder import PREPROCESSING, read_model_folder
 from vit.output_checks import output_problems
 from vit.parallel.plugins import PLUGINS
 from vit.presets import PRESETS, known_architecture
@@ -165,7 +165,10 @@ def model_problems(settings: Settings) -> Iterator[str]:
             config = read_model_folder(Path(name))
         except DataError as error:
             yield f"--model_name_or_path {name}: {error}"
-        else:  # what the config leaves out has transformers' default
+        else:
+            if settings.eval_only and not (Path(name) / PREPROCESSING).exists():
+                yield f"--eval_only: {name} has no {PREPROCESSING} to prepare images by; copy it there"
+            # what the config leaves out has transformers' default
             heads, layers = config.get("num_attention_heads", 12), config.get("num_hidden_layers", 12)
             patch = config.get("patch_size", 16)
     elif shape := known_architecture(name):
