@@ -1,6 +1,8 @@
 """Classify images with a fine-tuned model.
 
 `python vit_predict.py --model ./output_model IMAGE_OR_FOLDER ...`
+
+Images in a folder of the name of a class have a true class, and the accuracy is printed.
 """
 
 import argparse
@@ -9,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from vit.console import exit_with_errors, silence_libraries
+from vit.console import exit_with_errors, silence_libraries, utf8_output
 
 silence_libraries()
 
@@ -39,54 +41,9 @@ def parse(argv=None) -> argparse.Namespace:
     return args
 
 
-def find_images(paths: list[str]) -> list[Path]:
-    """The given files, and all images below the given folders."""
-    from vit.data import image_files
-
-    found = []
-    for path in map(Path, paths):
-        found += map(Path, image_files.find_images(path)) if path.is_dir() else [path]
-    return found
-
-
-def predict(model_path: str, images: list[Path], topk: int, batch_size: int):
-    """Classify images.
-
-    Yields:
-        (path, [(label, probability), ...] most probable first), or (path, error message), in the given order.
-    """
-    import torch
-    from safetensors import SafetensorError
-    from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-    from vit.data.pixels import open_image
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model = AutoModelForImageClassification.from_pretrained(model_path).eval().to(device)
-        processor = AutoImageProcessor.from_pretrained(model_path, use_fast=False)
-    except (OSError, ValueError, SafetensorError) as error:  # no weights, no classifier, or a damaged file
-        exit_with_errors(f"--model {model_path}: {str(error).strip().splitlines()[0]}")
-    topk = min(topk, model.config.num_labels)
-    for start in range(0, len(images), batch_size):
-        opened, results = [], {}
-        for path in images[start : start + batch_size]:
-            try:
-                opened.append((path, open_image(path)))
-            except Exception as error:  # PIL raises many types for a damaged file
-                results[path] = f"cannot be read: {error}"
-        if opened:
-            inputs = processor([image for _, image in opened], return_tensors="pt").to(device)
-            with torch.inference_mode():
-                best = model(**inputs).logits.float().softmax(-1).topk(topk)
-            for (path, _), values, indices in zip(opened, best.values.tolist(), best.indices.tolist()):
-                results[path] = [(model.config.id2label[i], p) for i, p in zip(indices, values)]
-        for path in images[start : start + batch_size]:
-            yield path, results[path]
-
-
 def main(argv=None) -> int:
     args = parse(argv)
+    utf8_output()
     if not (Path(args.model) / "config.json").is_file():
         if not is_hub_name(args.model):
             exit_with_errors(
@@ -98,37 +55,75 @@ def main(argv=None) -> int:
                 f"--model {args.model}: no such folder, and the HuggingFace hub does not answer; "
                 "name a folder that a run wrote"
             )
-    images = find_images(args.images)
+
+    from vit.data.dataset import DataError
+    from vit.predict import Classifier, named_images, true_class
+
+    images = named_images(args.images)
     if not images:
         exit_with_errors(f"no images under {', '.join(args.images)}")
-    rows, bad = [], 0
-    for path, result in predict(args.model, images, args.topk, args.batch_size):
-        if isinstance(result, str):
+    try:
+        classifier = Classifier(args.model)
+    except DataError as error:
+        exit_with_errors(f"--model {args.model}: {error}")
+    rows, bad, labels = [], 0, set(classifier.labels)
+    for result in classifier.predict(images, args.topk, args.batch_size):
+        if result.problem:
             bad += 1
-            print(f"{path}: {result}", file=sys.stderr)
+            print(f"{result.image.path}: {result.problem}", file=sys.stderr)
         else:
-            rows.append((str(path), result))
-    if args.format == "json":
-        print(
-            json.dumps(
-                [
-                    {"image": p, "predictions": [{"label": n, "probability": q} for n, q in r]}
-                    for p, r in rows
-                ],
-                indent=1,
-            )
-        )
-    elif args.format == "csv":
-        writer = csv.writer(sys.stdout)
-        writer.writerow(["image", "rank", "label", "probability"])
-        writer.writerows([p, i + 1, n, f"{q:.6f}"] for p, r in rows for i, (n, q) in enumerate(r))
-    else:
-        width = max((len(p) for p, _ in rows), default=0)
-        for path, result in rows:
-            print(
-                f"{path:<{width}}  " + "  ".join(f"{name} {probability:.3f}" for name, probability in result)
-            )
+            rows.append((str(result.image.path), true_class(result.image, labels), result.best))
+    {"table": print_table, "json": print_json, "csv": print_csv}[args.format](rows)
+    if accuracy := accuracy_text(rows):
+        print(accuracy, file=sys.stdout if args.format == "table" else sys.stderr)
     return 1 if bad else 0
+
+
+def accuracy_text(rows: list) -> str:
+    """Over the images whose true class is known; empty if there are none."""
+    correct = [true == best[0][0] for _, true, best in rows if true is not None]
+    if not correct:
+        return ""
+    right, count = sum(correct), len(correct)
+    return f"accuracy {right / count:.4f} ({right} of {count} images in a folder of the name of a class)"
+
+
+# ---- three formats of the rows (path, true class or None, [(label, probability), ...])
+
+
+def print_table(rows: list) -> None:
+    columns = [[path for path, _, _ in rows]]
+    if any(true is not None for _, true, _ in rows):
+        columns.append([f"({true})" if true is not None else "" for _, true, _ in rows])
+    columns.append(
+        ["  ".join(f"{label} {probability:.3f}" for label, probability in best) for *_, best in rows]
+    )
+    widths = [max(map(len, column), default=0) for column in columns[:-1]] + [0]
+    for cells in zip(*columns):
+        print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)))
+
+
+def print_json(rows: list) -> None:
+    print(
+        json.dumps(
+            [
+                {"image": path}
+                | ({} if true is None else {"true_label": true})
+                | {"predictions": [{"label": label, "probability": value} for label, value in best]}
+                for path, true, best in rows
+            ],
+            indent=1,
+        )
+    )
+
+
+def print_csv(rows: list) -> None:
+    writer = csv.writer(sys.stdout)
+    labelled = any(true is not None for _, true, _ in rows)
+    writer.writerow(["image", "rank", "label", "probability"] + ["true_label"] * labelled)
+    for path, true, best in rows:
+        for rank, (label, value) in enumerate(best, 1):
+            writer.writerow([path, rank, label, f"{value:.6f}"] + [true or ""] * labelled)
 
 
 if __name__ == "__main__":

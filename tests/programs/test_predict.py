@@ -3,10 +3,16 @@
 import csv
 import io
 import json
+import os
+import shutil
+from functools import partial
 
+import numpy as np
 import pytest
+from forks import in_fork
 from helpers import save_tiny_vit, write_image
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import vit_predict
 
@@ -20,6 +26,9 @@ def folder(tmp_path_factory):
         write_image(root / "images" / "deep" / f"{i}.png", i, i)
     Image.new("L", (20, 30), 99).save(root / "images" / "grey.jpg")
     (root / "images" / "notes.txt").write_text("no image")
+    for i, place in enumerate(("kind 0", "kind 1", "kind 1/more", "kind 2")):
+        write_image(root / "labelled" / "test" / place / f"{i}.png", int(place[5]), 7 + i)
+    write_image(root / "labelled" / "unknown" / "9.png", 0, 9)
     return root
 
 
@@ -103,6 +112,79 @@ def test_nothing_but_bad_images_still_is_valid_output(predict):
         assert code == 1 and out.replace("\r", "") == nothing and "missing.png: cannot be read" in err
 
 
+def test_an_image_that_cannot_be_prepared_does_not_stop_the_others(predict, folder):
+    """A processor that does not resize: one image has the size of the model, and the batch has four."""
+    shutil.copytree(folder / "model", folder / "unsized", dirs_exist_ok=True)
+    path = folder / "unsized" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"do_resize": False}))
+    Image.new("RGB", (16, 16), (200, 0, 0)).save(folder / "fits.png")
+    code, out, err = predict("images", "fits.png", "--model", "unsized")
+    assert code == 1 and out.startswith("fits.png  kind ")
+    assert [": cannot be classified: " in line for line in err.splitlines()] == [True] * 4
+
+
+@pytest.mark.parametrize("height", [1, 3, 4])
+def test_image_as_high_as_it_has_channels_is_no_other_image(predict, folder, height):
+    """The same as its enlargement by whole pixels, which a filter of the nearest pixel does not see."""
+    shutil.copytree(folder / "model", folder / "nearest", dirs_exist_ok=True)
+    path = folder / "nearest" / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"resample": 0}))
+    pixels = np.random.default_rng(height).integers(0, 256, (height, 8, 3), dtype=np.uint8)
+    for name, factor in (("thin.png", 1), ("large.png", 5)):
+        Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)).save(folder / name)
+    _, out, _ = predict("thin.png", "large.png", "--model", "nearest", "--format", "json", "--topk", "3")
+    thin, large = (row["predictions"] for row in json.loads(out))
+    assert thin == large
+
+
+TRUE = ["kind 0", "kind 1", "kind 1", "kind 2", None]
+
+
+def test_labelled_folder_has_true_classes_and_accuracy_in_every_form(predict):
+    code, out, err = predict("labelled", "--format", "json")
+    rows = json.loads(out)
+    assert code == 0 and [row.get("true_label") for row in rows] == TRUE
+    found = [row["predictions"][0]["label"] for row in rows]
+    right = sum(a == b for a, b in zip(found, TRUE))
+    accuracy = f"accuracy {right / 4:.4f} ({right} of 4 images in a folder of the name of a class)"
+    assert err.splitlines() == [accuracy]
+    _, out, err = predict("labelled", "--format", "csv", "--topk", "2")
+    table = list(csv.DictReader(io.StringIO(out)))
+    assert [row["true_label"] or None for row in table if row["rank"] == "1"] == TRUE
+    assert err.splitlines() == [accuracy]
+    _, out, err = predict("labelled")
+    *lines, last = out.splitlines()
+    assert (last, err) == (accuracy, "")
+    assert [f"({true})" in line if true else "(" not in line for true, line in zip(TRUE, lines)] == [True] * 5
+    assert [label in line.rpartition("  ")[2] for label, line in zip(found, lines)] == [True] * 5
+
+
+def test_the_named_folder_itself_can_be_a_class_and_other_folders_are_none(predict):
+    _, out, _ = predict("labelled/test/kind 1", "--format", "json")
+    assert [row["true_label"] for row in json.loads(out)] == ["kind 1"] * 2
+    _, out, err = predict("images", "labelled/test/kind 1/2.png")
+    assert "accuracy" not in out + err and "(" not in out
+
+
+def test_damaged_image_of_a_class_is_named_and_not_counted(predict, folder):
+    shutil.copytree(folder / "labelled" / "test", folder / "damaged", dirs_exist_ok=True)
+    (folder / "damaged" / "kind 0" / "a.png").write_bytes(b"none")
+    code, out, err = predict("damaged")
+    assert code == 1 and " of 4 images" in out and err.startswith("damaged/kind 0/a.png: cannot be read")
+
+
+def test_names_that_are_no_text_are_printed_as_their_bytes(predict, folder, tmp_path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    odd.mkdir()
+    shutil.copy(folder / "images" / "grey.jpg", odd / "\u2603.jpg")
+    for form in ("table", "csv", "json"):
+        words = ["--model", str(folder / "model"), str(odd), "--format", form]
+        out = tmp_path / form
+        assert in_fork(partial(vit_predict.main, words), out, tmp_path / "err") == 0
+        name = b"caf\\udce9/\\u2603.jpg" if form == "json" else b"caf\xe9/\xe2\x98\x83.jpg"
+        assert name in out.read_bytes()
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -110,6 +192,15 @@ def test_nothing_but_bad_images_still_is_valid_output(predict):
         (["--model", "nowhere", "images"], "--model nowhere: no such model folder"),
         (["--model", "bare", "images"], "--model bare: "),
         (["--model", "cut", "images"], "--model cut: "),
+        (
+            ["--model", "headless", "images"],
+            "--model headless: has no weights for 2 parameters, e.g. classifier",
+        ),
+        (
+            ["--model", "from one", "images"],
+            "--model from one: config.json does not number its classes from 0",
+        ),
+        (["--model", "unprepared", "images"], "--model unprepared: "),
         (["empty"], "no images under empty"),
         (["--topk", "0", "images"], "--topk 0: must be a whole number >= 1"),
         (["--format", "xml", "images"], "invalid choice: 'xml'"),
@@ -122,6 +213,14 @@ def test_bad_arguments_are_named_and_end_with_2(predict, folder, capsys, words, 
     (folder / "cut" / "model.safetensors").write_bytes(bytes(20))
     (folder / "bare").mkdir(exist_ok=True)
     (folder / "bare" / "config.json").write_text('{"model_type": "vit"}')  # and no weights
+    for name in ("headless", "from one", "unprepared"):
+        shutil.copytree(folder / "model", folder / name, dirs_exist_ok=True)
+    weights = {key: value for key, value in load_file("model/model.safetensors").items() if "vit." in key}
+    save_file(weights, "headless/model.safetensors", metadata={"format": "pt"})
+    (folder / "unprepared" / "preprocessor_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "model" / "config.json").read_text())
+    config["id2label"] = {str(int(i) + 1): name for i, name in config["id2label"].items()}
+    (folder / "from one" / "config.json").write_text(json.dumps(config))
     with pytest.raises(SystemExit) as end:
         predict(*words)
     assert end.value.code == 2 and message in capsys.readouterr().err
