@@ -123,7 +123,7 @@ def test_an_image_that_cannot_be_prepared_does_not_stop_the_others(predict, fold
     assert [": cannot be classified: " in line for line in err.splitlines()] == [True] * 4
 
 
-@pytest.mark.parametrize("height", [1, 3, 4])
+@pytest.mark.parametrize("height", [1, 3, 4])  # 4: since transformers 5
 def test_image_as_high_as_it_has_channels_is_no_other_image(predict, folder, height):
     """The same as its enlargement by whole pixels, which a filter of the nearest pixel does not see."""
     shutil.copytree(folder / "model", folder / "nearest", dirs_exist_ok=True)

@@ -1,8 +1,10 @@
 """vit_train_demo.py as a process: what it prints, the folder that it leaves, and how it ends."""
 
 import json
+import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +34,17 @@ FILES = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, image_folder, model_folder):
+def scaled_model(tmp_path_factory, model_folder):
+    """A model whose inputs go from 0 to 2, not normalised; its preprocessing also has mean and std."""
+    folder = shutil.copytree(model_folder, tmp_path_factory.mktemp("scaled") / "model")
+    path = folder / "preprocessor_config.json"
+    changes = {"rescale_factor": 1 / 127.5, "do_normalize": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, image_folder, scaled_model):
     """A run with 3 labels over 2 tensor-parallel processes, from a model of 5 classes.
 
     -> (process, output folder)
@@ -54,7 +66,7 @@ def finished(tmp_path_factory, image_folder, model_folder):
         2,
         SCRIPT,
         "--model_name_or_path",
-        model_folder,
+        scaled_model,
         "--dataset",
         image_folder,
         "--output_path",
@@ -94,14 +106,15 @@ def test_exported_config_has_the_true_labels_and_no_padding(finished):
     assert load_file(finished[1] / "model.safetensors")["classifier.weight"].shape == (3, 32)
 
 
-def test_transformers_alone_opens_the_folder_and_finds_the_measured_accuracy(
-    finished, rows, image_folder, model_folder
+def test_transformers_alone_opens_the_folder_and_finds_what_was_measured(
+    finished, rows, image_folder, scaled_model
 ):
     from transformers import AutoImageProcessor, pipeline
 
     processor = AutoImageProcessor.from_pretrained(finished[1], use_fast=False)
-    original = json.loads((model_folder / "preprocessor_config.json").read_text())
-    assert (processor.image_mean, processor.image_std) == (original["image_mean"], original["image_std"])
+    original = json.loads((scaled_model / "preprocessor_config.json").read_text())
+    for name in ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor"):
+        assert getattr(processor, name) == original[name]
     assert processor.size == {"height": 16, "width": 16}
     classify = pipeline(
         "image-classification", model=str(finished[1]), image_processor=processor, device="cpu"
@@ -109,10 +122,14 @@ def test_transformers_alone_opens_the_folder_and_finds_the_measured_accuracy(
     best = next(row for row in rows if row["kind"] == "epoch" and row["best"])
     test = next(row for row in rows if row["kind"] == "test")
     for split, measured in (("validation", best), ("test", test)):
-        files = sorted((image_folder / split).glob("*/*.png"))
-        found = [classify(Image.open(path))[0]["label"] == path.parent.name for path in files]
-        assert measured["images"] == len(files) == COUNTS[split]
-        assert sum(found) / len(files) == measured["accuracy"]
+        correct, losses = 0, []
+        for path in (image_folder / split).glob("*/*.png"):
+            found = classify(Image.open(path))
+            correct += found[0]["label"] == path.parent.name
+            losses += [-math.log(row["score"]) for row in found if row["label"] == path.parent.name]
+        assert measured["images"] == len(losses) == COUNTS[split]
+        assert measured["accuracy"] == correct / COUNTS[split]
+        assert measured["average_loss"] == pytest.approx(sum(losses) / COUNTS[split], abs=1e-4)
 
 
 def test_metrics_tell_every_epoch_the_test_and_the_run(rows):
