@@ -44,9 +44,13 @@ def predict(folder, capsys, monkeypatch):
 
 
 def expected(folder, path):
-    from transformers import pipeline
+    from transformers import AutoImageProcessor, pipeline
 
-    classify = pipeline("image-classification", model=str(folder / "model"), device="cpu", use_fast=False)
+    # transformers 5 resizes with torchvision if it is not asked
+    processor = AutoImageProcessor.from_pretrained(folder / "model", use_fast=False)
+    classify = pipeline(
+        "image-classification", model=str(folder / "model"), image_processor=processor, device="cpu"
+    )
     return [
         (row["label"], row["score"]) for row in classify(Image.open(folder / path).convert("RGB"), top_k=3)
     ]
