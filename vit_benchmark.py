@@ -74,11 +74,8 @@ def measure_case(case: Case) -> dict:
     if on_gpu:
         reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
         memory["peak_reserved_gib"] = all_reduce_max(reserved).item()
-    return (
-        memory
-        | speed_figures(case, plan.images_per_step, windows, config)
-        | {"first_loss": first, "last_loss": last}
-    )
+    speed = speed_figures(case, plan.images_per_step, windows, config)
+    return memory | speed | {"first_loss": first, "last_loss": last}
 
 
 def speed_figures(case: Case, images: int, windows: list[float], config) -> dict:
