@@ -71,6 +71,12 @@ def usable_config(given: dict) -> dict:
     for name in ("image_size", "patch_size"):
         if name in config:
             config[name] = _side(config[name], name)
+    # what the config leaves out has transformers' default
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12} | config
+    width, heads, layers = sizes["hidden_size"], sizes["num_attention_heads"], sizes["num_hidden_layers"]
+    if not all(isinstance(value, int) and value > 0 for value in (width, heads, layers)) or width % heads:
+        text = f"hidden_size {width}, num_attention_heads {heads} and num_hidden_layers {layers}"
+        raise DataError(f"config.json has {text}, which is no ViT; copy it again")
     return config
 
 
@@ -165,7 +171,13 @@ def given_sides(size: Any) -> dict[str, int]:
         size = [size, size]
     if isinstance(size, (list, tuple)):
         size = dict(zip(("height", "width"), size))
-    return {side: pixels for side, pixels in dict(size).items() if pixels is not None}
+    try:
+        sides = {side: pixels for side, pixels in dict(size).items() if pixels is not None}
+    except (TypeError, ValueError):
+        sides = {"size": size}
+    if not all(isinstance(pixels, int) for pixels in sides.values()):
+        raise DataError(f"its preprocessing has sizes that are no numbers ({sides}); correct {PREPROCESSING}")
+    return sides
 
 
 def check_preprocessing(given: dict) -> None:

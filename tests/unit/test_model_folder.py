@@ -158,6 +158,14 @@ REFUSED = {
     "image_size [16, 20]": (lambda f: change_config(f, image_size=[16, 20]), "has image_size [16, 20]"),
     "image_size as text": (lambda f: change_config(f, image_size="16"), "has image_size 16"),
     "patch_size [4, 2]": (lambda f: change_config(f, patch_size=[4, 2]), "has patch_size [4, 2]"),
+    "layers as text": (
+        lambda f: change_config(f, num_hidden_layers="4"),
+        "num_hidden_layers 4, which is no ViT",
+    ),
+    "heads that do not divide": (
+        lambda f: change_config(f, num_attention_heads=5),
+        "hidden_size 32, num_att",
+    ),
     "one channel": (lambda f: change_config(f, num_channels=1), "takes images of 1 channels"),
     "no model_type": (lambda f: change_config(f, model_type=None), "config.json has no model_type"),
     "quantized": (lambda f: change_config(f, quantization_config={"bits": 8}), "has quantized weights"),

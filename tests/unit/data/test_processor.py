@@ -170,6 +170,8 @@ BEFORE_LAUNCH = [
     ),
     ({"size": [16, 20]}, "size {'height': 16, 'width': 20}, is neither"),
     ({"size": {"longest_edge": 16}}, "size {'longest_edge': 16}, is neither"),
+    ({"size": "16"}, "sizes that are no numbers"),
+    ({"size": {"height": "16", "width": "16"}}, "sizes that are no numbers"),
     (CROPPED | {"do_center_crop": False}, "size {'shortest_edge': 20}, is neither"),
     (CROPPED | {"crop_size": [16, 12]}, "and crop_size {'height': 16, 'width': 12}, is neither"),
     (CROPPED | {"crop_size": 32}, "and crop_size {'height': 32, 'width': 32}, is neither"),
