@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from vit.console import exit_with_errors, silence_libraries, utf8_output
+from vit.console import exit_with_errors, silence_libraries
 
 silence_libraries()
 
@@ -34,16 +34,24 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument("--topk", type=int, default=1, help="number of classes per image")
     parser.add_argument("--format", choices=("table", "json", "csv"), default="table")
     parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument(
+        "--pixel_range",
+        type=float,
+        nargs=2,
+        metavar=("LOW", "HIGH"),
+        help="black and white in images of more than 8 bits (default: as in training)",
+    )
     args = parser.parse_args(argv)
     for flag in ("topk", "batch_size"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be a whole number >= 1")
+    if args.pixel_range and not args.pixel_range[0] < args.pixel_range[1]:
+        parser.error("--pixel_range {:g} {:g}: black must be below white".format(*args.pixel_range))
     return args
 
 
 def main(argv=None) -> int:
     args = parse(argv)
-    utf8_output()
     if not (Path(args.model) / "config.json").is_file():
         if not is_hub_name(args.model):
             exit_with_errors(
@@ -56,14 +64,14 @@ def main(argv=None) -> int:
                 "name a folder that a run wrote"
             )
 
+    from vit.classify import Classifier, named_images, true_class
     from vit.data.dataset import DataError
-    from vit.predict import Classifier, named_images, true_class
 
     images = named_images(args.images)
     if not images:
         exit_with_errors(f"no images under {', '.join(args.images)}")
     try:
-        classifier = Classifier(args.model)
+        classifier = Classifier(args.model, args.pixel_range)
     except DataError as error:
         exit_with_errors(f"--model {args.model}: {error}")
     rows, bad, labels = [], 0, set(classifier.labels)

@@ -1,6 +1,5 @@
 """Console output: printing on rank 0, progress bars, error exits, and silencing library warnings."""
 
-import io
 import logging
 import os
 import socket
@@ -54,13 +53,6 @@ def exit_with_errors(*problems: str, code: int = 2) -> NoReturn:
             print(f"error{where}: {problem}", file=sys.stderr)
         sys.stderr.flush()
     raise SystemExit(code)
-
-
-def utf8_output() -> None:
-    """Print in UTF-8 whatever the locale, and names of files that are no text as the bytes that they are."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
 
 
 def silence_libraries() -> None:

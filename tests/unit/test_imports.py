@@ -25,7 +25,7 @@ LEVELS = {
     "parallel.boosted parallel.mesh parallel.policy predictions report.class_charts "
     "report.benchmark_charts report.accuracy report.sweep",
     # L4: batches, a train step, a checkpoint
-    4: "model step predict checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
+    4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
     "parallel.mesh_train report.benchmark report.page",
     # L5: a boosted model, the folder of a run
     5: "run_folder benchmark parallel.boost data.sources",

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vit.data.dataset import DataError
+from vit.data.dataset import DataError, PixelRange
 from vit.data.image_files import find_images
 from vit.data.pixels import open_image
 from vit.model_folder import class_names
@@ -53,11 +53,14 @@ def true_class(image: Found, labels: Collection[str]) -> str | None:
 class Classifier:
     """A model of a folder or of the hub, with its image processor.
 
+    Args:
+        pixel_range: black and white in images of more than 8 bits; None: as in the model's training.
+
     Raises:
         DataError: something is missing or damaged; transformers would draw a missing classifier at random.
     """
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, pixel_range: tuple[float, float] | None = None):
         from transformers import AutoImageProcessor
 
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -69,6 +72,10 @@ class Classifier:
         except Exception as error:  # of many types: no weights, a damaged file, an unknown kind of model
             raise DataError(_one_line(error)) from None
         self.model = model.eval().float().to(self.device)
+        trained = getattr(model.config, "pixel_range", None)  # written by vit/run_folder.py
+        self.pixel_range = PixelRange(*trained) if trained else None
+        if pixel_range:
+            self.pixel_range = PixelRange(*pixel_range, given=True)
 
     def predict(self, images: list[Found], topk: int, batch_size: int) -> Iterator[Prediction]:
         """Classify images, in their order. One that cannot be used has a problem instead."""
@@ -90,7 +97,7 @@ class Classifier:
     def _pixels(self, path: Path) -> torch.Tensor:
         """The model's input (3, H, W)."""
         # as an array whose form is given: transformers takes an image 3 px high for three channels
-        pixels = np.asarray(open_image(path))
+        pixels = np.asarray(open_image(path, self.pixel_range))
         inputs = self.processor(pixels, input_data_format="channels_last", return_tensors="pt")
         return inputs["pixel_values"][0]
 
