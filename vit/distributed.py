@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from vit.patches.colossalai_imports import lean_imports
 from vit.patches.colossalai_zero import silence_colossalai_logger
 from vit.system import free_port
 
@@ -22,7 +23,8 @@ def import_libraries() -> None:
     # seconds of training (a step of batch 8 on two cores: 128 ms instead of 16). 0: start them when something
     # is compiled.
     os.environ.setdefault("TORCH_WARM_POOL", "0")
-    import colossalai.booster.plugin  # noqa: F401
+    with lean_imports():
+        import colossalai.booster.plugin  # noqa: F401
     import transformers.models.vit.modeling_vit  # noqa: F401
 
 

@@ -14,7 +14,8 @@ LEVELS = {
     0: "console files layout presets validate versions patches parallel.plugins report.tables",
     # L1: what the machine, a name or a setting is
     1: "settings config system hub environment modules data.dataset data.leaves step_graph "
-    "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_zero patches.torch_kernels "
+    "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_zero patches.colossalai_imports "
+    "patches.torch_kernels "
     "report.reading",
     # L2: process group, optimizer, and reading and transforming images
     2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "

@@ -17,6 +17,8 @@ PATCHES = (
     "cpu_zero",
     "cpu_gemini",
     "cpu_fp16",
+    # start-up
+    "lean_imports",
     # speed of Colossal-AI's optimizers
     "silence_colossalai_logger",
     "skip_unused_grad_norm",
