@@ -19,8 +19,10 @@ import sys
 import threading
 from pathlib import Path
 
+import numpy as np
 import programs
 from forks import in_fork
+from safetensors.numpy import save_file
 
 # In front of every line, but for those with BARE=1.
 WORDS = {
@@ -343,7 +345,12 @@ def write_inputs(root: Path) -> None:
         "mean": {"model_type": "ijepa"},
     }.items():
         write(f"{name}/config.json", json.dumps(config))
-        write(f"{name}/model.safetensors")
+        write(f"{name}/preprocessor_config.json", "{}")
+        # the names of a ViT's layers, which are read before a launch, with one number each
+        names = [
+            f"encoder.layer.{i}.layernorm_before.bias" for i in range(config.get("num_hidden_layers", 12))
+        ]
+        save_file(dict.fromkeys(names, np.zeros(1, np.float32)), root / name / "model.safetensors")
     write("bare/config.json", json.dumps(vit))
     write("full/something")
     write("a_file")
