@@ -67,7 +67,10 @@ def main(argv=None) -> int:
     from vit.classify import Classifier, named_images, true_class
     from vit.data.dataset import DataError
 
-    images = named_images(args.images)
+    try:
+        images = named_images(args.images)
+    except OSError as error:  # a folder that may not be read
+        exit_with_errors(f"{error.filename}: {error.strerror}")
     if not images:
         exit_with_errors(f"no images under {', '.join(args.images)}")
     try:

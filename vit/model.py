@@ -116,9 +116,13 @@ def _read_weights(name: str, config) -> tuple[nn.Module, str]:
     except SafetensorError as error:
         raise DataError(f"model.safetensors is damaged ({error}): copy it again") from None
     mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
-    lacks = sorted(mismatched | set(loading["missing_keys"]))
-    if wrong := [key for key in lacks if not key.startswith("classifier.")]:
-        raise DataError(f"lacks {len(wrong)} weights of a ViT, e.g. {wrong[0]}")
+    lacks = set(loading["missing_keys"])
+    for keys, problem in (
+        (lacks, "lacks {} weights of a ViT"),
+        (mismatched, "has {} weights of other sizes"),
+    ):
+        if wrong := sorted(key for key in keys if not key.startswith("classifier.")):
+            raise DataError(f"{problem.format(len(wrong))}, e.g. {wrong[0]}")
     if extra := [key for key in loading["unexpected_keys"] if layer_number(f".{key}") is not None]:
         raise DataError(f"has {len(extra)} weights that config.json does not describe, e.g. {min(extra)}")
     replaced = "mismatched" if mismatched else "missing" if lacks else ""

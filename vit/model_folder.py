@@ -113,7 +113,7 @@ def class_names(given: dict) -> list[str] | None:
 def check_weights(folder: Path, config: dict) -> None:
     """Whether the files of the weights are there and whole, and hold the layers of ``config``.
 
-    Reads the names in safetensors files, no weights. Pickled files are not opened.
+    Reads names and sizes in safetensors files, no weights. Pickled files are not opened.
     """
     if (folder / WEIGHTS).exists():
         files = [WEIGHTS]
@@ -123,17 +123,19 @@ def check_weights(folder: Path, config: dict) -> None:
         return
     else:
         raise DataError(f"has a config.json, but no weights beside it ({WEIGHTS}); copy them there")
-    check_layers([name for file in files for name in _names_in(folder / file)], config)
+    shapes = {name: shape for file in files for name, shape in _shapes_in(folder / file).items()}
+    check_layers(shapes, config)
+    check_embeddings(shapes, config)
 
 
-def _names_in(path: Path) -> list[str]:
+def _shapes_in(path: Path) -> dict[str, list[int]]:
     from safetensors import SafetensorError, safe_open
 
     if not path.exists():
         raise DataError(f"has no {path.name}, which {INDEX} lists: copy it there")
     try:
         with safe_open(path, framework="np") as file:
-            return list(file.keys())
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (SafetensorError, OSError) as error:
         with open(path, "rb") as start:
             if start.read(30).startswith(b"version https://git-lfs"):
@@ -157,6 +159,22 @@ def check_layers(names: Iterable[str], config: dict) -> None:
     if numbers != set(range(layers)):
         fix = "copy both from the same model"
         raise DataError(f"has weights of {len(numbers)} layers, and config.json is of {layers}; {fix}")
+
+
+def check_embeddings(shapes: dict[str, list[int]], config: dict) -> None:
+    """Whether the embeddings in the files have the sizes of ``config``."""
+    width, patch = config.get("hidden_size", 768), config.get("patch_size", 16)
+    image = config.get("image_size", 224)
+    tokens = (image // patch) ** 2
+    expected = {  # with and without a class token
+        "embeddings.position_embeddings": ([1, tokens, width], [1, tokens + 1, width]),
+        "embeddings.patch_embeddings.projection.weight": ([width, 3, patch, patch],),
+    }
+    for name, shape in shapes.items():
+        for end, possible in expected.items():
+            if name.endswith(end) and shape not in possible:
+                sizes = f"hidden_size {width}, image_size {image} and patch_size {patch}"
+                raise DataError(f"has {name} of size {shape}, which does not fit config.json: {sizes}")
 
 
 # ---- preprocessor_config.json
@@ -185,7 +203,7 @@ def check_preprocessing(given: dict) -> None:
 
     What is not given has a default of the processor's class, which is usable.
     """
-    resized = given_sides(given.get("size") or {})
+    resized = given_sides(given.get("size") or {}) if given.get("do_resize", True) else {}
     crops = given.get("do_center_crop")
     cropped = given_sides(given.get("crop_size") or {}) if crops else {}
     # with `shortest_edge` alone, images keep their proportions until they are cropped

@@ -189,6 +189,11 @@ REFUSED = {
     "a wrapper's names": (lambda f: rename_weights(f, wrapped), "names in `module.vit.`"),
     "config of more layers": (lambda f: change_config(f, num_hidden_layers=6), "weights of 4 layers"),
     "config of fewer layers": (lambda f: change_config(f, num_hidden_layers=2), "weights of 4 layers"),
+    "config of larger images": (
+        lambda f: change_config(f, image_size=24),
+        "position_embeddings of size [1, 17",
+    ),
+    "config of larger patches": (lambda f: change_config(f, patch_size=8), "which does not fit config.json"),
     "preprocessing no JSON": (
         lambda f: (f / "preprocessor_config.json").write_text("{"),
         "preprocessor_config.json is not readable",
@@ -213,10 +218,15 @@ def test_evaluation_alone_needs_the_preprocessing(folder, problems):
 
 
 @pytest.mark.parametrize(
-    "layers, message", [(2, "that config.json does not describe"), (6, "lacks 32 weights")]
+    "changes, message",
+    [
+        ({"num_hidden_layers": 2}, "config.json does not describe"),
+        ({"num_hidden_layers": 6}, "lacks 32 weights"),
+        ({"image_size": 24}, "has 1 weights of other sizes, e.g. vit.embeddings.position_embeddings"),
+    ],
 )
-def test_model_of_the_hub_is_refused_when_it_is_loaded(folder, layers, message):
+def test_model_of_the_hub_is_refused_when_it_is_loaded(folder, changes, message):
     """No check reads its files before: transformers alone would leave layers out, or draw them."""
-    change_config(folder, num_hidden_layers=layers)
+    change_config(folder, **changes)
     with pytest.raises(ValueError, match=message):
         load_model(str(folder), LABELS)

@@ -124,6 +124,10 @@ ADAPTED = {
         "the model has no preprocessor_config.json: images are resized to 16 px, mean and std 0.5",
     ),
     "not resized": ({"do_resize": False}, "the model's preprocessing has do_resize off: other images are"),
+    "not resized, of any size": (
+        {"do_resize": False, "size": {"longest_edge": 99}},
+        "the model's preprocessing has do_resize off: other images are",
+    ),
     "of another size": (
         {"size": 24},
         "images are resized to the 16 px of the model; its preprocessing says 24",
