@@ -16,12 +16,13 @@ to floats happens on the device (vit/data/processor.py, Normalize).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from vit.data.cifar10 import read_cifar10
 from vit.data.dataset import DEFAULT_OPTIONS, ImageDataset, ReadOptions, Split
-from vit.data.decode import decode_dataset
+from vit.data.decode import Decoding, plan_decoding
 from vit.data.folders import read_imagefolder
 from vit.data.gpu_augment import BatchAugment
 from vit.data.hf_datasets import read_hf_dataset
@@ -40,6 +41,7 @@ from vit.files import cache_home
 from vit.system import local_world_size
 
 EVAL_RESIZE_RATIO = 256 / 224  # shorter side over the size of the centre crop, in evaluation
+HALF = ((0.5,) * 3, (0.5,) * 3)  # mean and standard deviation, where they are not known
 
 Loader = DeviceLoader | WorkerLoader
 
@@ -83,7 +85,12 @@ def read_splits(
 
 @dataclass
 class Loaders:
-    """The batches of a run, and what the rest of the program must know of its data."""
+    """The batches of a run, and what the rest of the program must know of its data.
+
+    They are built in two steps: first nothing is decoded, and the counts include images that may turn out to
+    be unreadable. That is enough for the plan. Then ``decode()`` returns those to train with. It is
+    collective, and raises DataError if there are unreadable images.
+    """
 
     train: Loader
     evaluated: Loader  # after each epoch
@@ -92,6 +99,7 @@ class Loaders:
         object  # transformers' image processor: the preprocessing of evaluation, exported with the model
     )
     where: str  # the images are kept, for the plan
+    decode: Callable[[], Loaders] | None = None
     test: Loader | None = None  # evaluated once, at the end
     minival: Loader | None = None
     held_out: bool = False  # ``evaluated`` was cut from train
@@ -127,43 +135,45 @@ def build_transforms(settings, processor):
     return ResizeCenterCrop(size, round(size * EVAL_RESIZE_RATIO)), crop
 
 
-def num_workers(settings, dataset: ImageDataset, crop) -> int:
-    """Data-loading processes of each rank."""
+def num_workers(settings, copies: bool) -> int:
+    """Data-loading processes of each rank. ``copies``: batches of the training split are only copied."""
     if settings.num_workers is not None:
         return settings.num_workers
-    return default_num_workers(dataset.train, crop, local_world_size())
+    return default_num_workers(copies, local_world_size())
 
 
 def build_loaders(dataset: ImageDataset, settings, processor, device) -> Loaders:
-    """Fine-tuning: decode what fits into memory, and serve it by workers.
+    """Fine-tuning: workers serve what is decoded before the training, and decode the rest.
 
     Raises:
-        DataError: unreadable images.
+        DataError: the model's preprocessing is not known.
     """
     resize, crop = build_transforms(settings, processor)
-    dataset, decoded = decode_dataset(dataset, resize, crop, settings, local_world_size())
-    workers = num_workers(settings, dataset, crop)
+    decoding = plan_decoding(dataset, resize, crop, settings)
 
-    def loader(split: Split | None, crop=None) -> WorkerLoader | None:
-        if split is None:
-            return None
-        batches = BatchDataset(split, resize, crop, settings.skip_bad_images)
-        copies = crop is None and split.cached_pixels is not None and split.name != "train"
-        return WorkerLoader(batches, 0 if copies else workers, device)
+    def loaders_of(dataset: ImageDataset, decode=None) -> Loaders:
+        workers = num_workers(settings, dataset.train.cached_pixels is not None and not crop)
 
-    where = "decoded as they are used (--data_memory)"
-    if decoded:
-        where = f"{decoded / 2**20:.0f} MiB decoded in each process"
-    return Loaders(
-        loader(dataset.train, crop),
-        loader(dataset.validation),
-        DataSummary.of(dataset),
-        processor,
-        where,
-        test=loader(dataset.test),
-        held_out=dataset.held_out,
-        notes=dataset.notes,
-    )
+        def loader(split: Split | None, crop=None) -> WorkerLoader | None:
+            if split is None:
+                return None
+            batches = BatchDataset(split, resize, crop, settings.skip_bad_images)
+            copies = crop is None and split.cached_pixels is not None and split.name != "train"
+            return WorkerLoader(batches, 0 if copies else workers, device)
+
+        return Loaders(
+            loader(dataset.train, crop),
+            loader(dataset.validation),
+            DataSummary.of(dataset),
+            processor,
+            decoding.where,
+            decode,
+            test=loader(dataset.test),
+            held_out=dataset.held_out,
+            notes=dataset.notes,
+        )
+
+    return loaders_of(dataset, lambda: loaders_of(decoding.run()))
 
 
 def build_scratch_loaders(settings, device) -> Loaders:
@@ -172,54 +182,67 @@ def build_scratch_loaders(settings, device) -> Loaders:
     Raises:
         DataError: anything that a user has to fix.
     """
-    config, (resize, crop) = settings.config, build_transforms(settings, None)
-    mean_std = (config["MEAN"], config["STD"]) if config["MEAN"] else None
-    half = ((0.5,) * 3, (0.5,) * 3)
-    flips = config["RANDOM_FLIP"] and not crop  # with a crop, it flips on the CPU
-    augment = build_batch_augment(settings, flips)
+    resize, crop = build_transforms(settings, None)
     if find_source(settings.dataset) == "synthetic":
-        return build_synthetic_loaders(settings, resize.processor(*(mean_std or half)), augment, device)
+        return build_synthetic_loaders(settings, resize, build_batch_augment(settings, crop), device)
+    dataset = load_dataset(settings)
+    decoding = plan_decoding(dataset, resize, crop, settings)
+    return scratch_loaders_of(dataset, settings, device, decoding)
 
-    dataset, _ = decode_dataset(load_dataset(settings), resize, crop, settings, local_world_size())
-    workers = num_workers(settings, dataset, crop)
+
+def scratch_loaders_of(dataset: ImageDataset, settings, device, decoding: Decoding | None = None) -> Loaders:
+    """The loaders of a data set. With ``decoding`` it is not decoded yet, and nothing is on the device."""
+    resize, crop = build_transforms(settings, None)
+    train, notes = dataset.train, list(dataset.notes)
+    is_decoded = decoding.keeps_pixels(train) if decoding else train.cached_pixels is not None
+    copies = is_decoded and not crop
+    workers = num_workers(settings, copies)
+
+    def fits_device(split: Split) -> bool:
+        return DeviceLoader.fits(len(split) * 3 * resize.size**2, device)
 
     def loader(split: Split | None, crop=None, augment=None) -> Loader | None:
         if split is None:
             return None
-        if crop is None and DeviceLoader.fits(split, device):
+        is_decoded = crop is None and split.cached_pixels is not None
+        if is_decoded and fits_device(split) and not decoding:
             return DeviceLoader(split, device, augment)
         batches = BatchDataset(split, resize, crop, settings.skip_bad_images)
-        return WorkerLoader(batches, workers if crop or split.cached_pixels is None else 0, device, augment)
+        return WorkerLoader(batches, 0 if is_decoded else workers, device, augment)
 
-    train, notes = loader(dataset.train, crop, augment), dataset.notes
-    where = f"read by {workers} worker(s) of each process"
-    if isinstance(train, DeviceLoader):
-        where = f"on {device.type}"
-        mean_std = mean_std or train.mean_and_std()
-    elif mean_std is None:
+    loaded = loader(train, crop, build_batch_augment(settings, crop))
+    mean_std, on_device = given_mean_std(settings.config), copies and fits_device(train)
+    if isinstance(loaded, DeviceLoader):
+        mean_std = mean_std or loaded.mean_and_std()
+    elif not (mean_std or on_device):
         notes.append("MEAN and STD: 0.5, for a set that does not lie on the device is not measured")
-    mean_std = mean_std or half
-    mean, std = (", ".join(f"{value:.3f}" for value in values) for values in mean_std)
     return Loaders(
-        train,
+        loaded,
         loader(dataset.test or dataset.validation),
         DataSummary.of(dataset),
-        resize.processor(*mean_std),
-        f"{where}; mean {mean}, std {std}",
+        resize.processor(*(mean_std or HALF)),
+        f"on {device.type}" if on_device else f"read by {workers} worker(s) of each process",
+        (lambda: scratch_loaders_of(decoding.run(), settings, device)) if decoding else None,
         minival=loader(dataset.minival),
         held_out=dataset.held_out,
         notes=notes,
     )
 
 
-def build_batch_augment(settings, flips: bool) -> BatchAugment:
-    """What happens to a batch on the device, in training from scratch."""
+def given_mean_std(config) -> tuple | None:
+    """Mean and standard deviation of each channel, if the config has them."""
+    return (config["MEAN"], config["STD"]) if config["MEAN"] else None
+
+
+def build_batch_augment(settings, crop) -> BatchAugment:
+    """What happens to a batch on the device, in training from scratch. A ``crop`` flips on the CPU."""
     config = settings.config
+    flips = config["RANDOM_FLIP"] and not crop
     size, padding = config["IMG_SIZE"], config["RANDOM_CROP_PADDING"]
     return BatchAugment(settings.seed, size, padding, flips, config["AUTO_AUGMENT"], config["RAND_AUGMENT"])
 
 
-def build_synthetic_loaders(settings, processor, augment, device) -> Loaders:
+def build_synthetic_loaders(settings, resize, augment, device) -> Loaders:
     """Noise made on the device, for `DATA=synthetic` or `DATA=synthetic:N`."""
     size, classes = settings.config["IMG_SIZE"], settings.config["NUM_CLASSES"]
     step = settings.config["TOTAL_BATCH_SIZE"]
@@ -230,7 +253,7 @@ def build_synthetic_loaders(settings, processor, augment, device) -> Loaders:
         train,
         SyntheticLoader("synthetic", step, size, classes, device),
         DataSummary(labels, {"train": train.labels.bincount(minlength=classes).cpu().numpy()}),
-        processor,
+        resize.processor(*(given_mean_std(settings.config) or HALF)),
         f"made on {device.type}",
         notes=[
             "synthetic images, noise with random labels: they measure speed, and the accuracy means nothing"

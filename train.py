@@ -7,8 +7,9 @@ Each process by itself, without a launcher:
 
     DATA=... python train.py --world_size=W --rank=R --local_rank=L --host=HOST --port=PORT --config=...
 
-In order: check config and settings, join the processes, read the images, build and boost the model, then
-epoch by epoch train, evaluate and save; at the end the last epoch is exported.
+In order: check config and settings, join the processes, find the images, build the model, print the plan,
+decode the images, boost the model, then epoch by epoch train, evaluate and save; at the end the last epoch is
+exported.
 """
 
 import time
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from data import build_scratch_loaders
     from vit.checkpoint import CheckpointFolder
-    from vit.config_settings import vit_config, warmup_steps
+    from vit.config_settings import vit_config
     from vit.console import exit_with_errors, print_rank0
     from vit.data.dataset import DataError
     from vit.data.processor import Normalize
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     from vit.model_variants import initialise
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder
-    from vit.schedule import BatchPlan, CosineWithWarmup
+    from vit.schedule import plan_schedule
     from vit.step import TrainStep
     from vit.trainer import SignalHandler, Trainer, exits_in_one_line
 
@@ -49,21 +50,14 @@ def main(argv: list[str] | None = None) -> None:
 
         # --- data
         try:
-            loaders = build_scratch_loaders(settings, device())
+            loaders = build_scratch_loaders(settings, device())  # nothing is decoded yet
         except DataError as error:
             exit_with_errors(error.with_option("DATA="))
         except OSError as error:
             exit_with_errors(str(error))
-        processor, labels = loaders.processor, loaders.label_names
-        plan = BatchPlan.of(settings, len(loaders.train))
-        total_steps = plan.steps_per_epoch * settings.num_epoch
-        warmup = warmup_steps(config, plan.steps_per_epoch)
-        if warmup >= total_steps:
-            fifth = f"it has a fifth of them, {total_steps // 5}"
-            note = f"a warm-up of {warmup} steps does not fit a training of {total_steps}: {fifth}"
-            loaders.notes.append(note)
-            warmup = total_steps // 5
-        learning_rate = CosineWithWarmup(settings.peak_learning_rate, total_steps, warmup)
+        labels = loaders.label_names
+        plan, learning_rate, notes = plan_schedule(settings, len(loaders.train))
+        loaders.notes.extend(notes)
 
         # --- model, in the config's form of parallelism
         torch.manual_seed(settings.seed)  # the same initial weights on every rank and in every mode
@@ -71,6 +65,18 @@ def main(argv: list[str] | None = None) -> None:
         initialise(model, positions=config["POSITIONS"], weights=config["INITIAL_WEIGHTS"])
         run = RunFolder(settings, loaders, started)
         run.print_plan(plan, learning_rate, model)
+        if loaders.decode:  # not synthetic
+            try:
+                loaders = loaders.decode()
+            except DataError as error:
+                exit_with_errors(error.with_option("DATA="))
+            plan, learning_rate, _ = plan_schedule(settings, len(loaders.train))
+            run.replace_loaders(loaders, plan)
+        processor = loaders.processor
+        mean, std = (
+            ", ".join(f"{x:.3f}" for x in values) for values in (processor.image_mean, processor.image_std)
+        )
+        print_rank0(f"  pixels    mean {mean}, std {std}")
         boosted = boost(model, settings)
         step = TrainStep.of(boosted, settings, len(labels), Normalize.of(processor), plan.steps_per_epoch)
 

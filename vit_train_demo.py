@@ -1,7 +1,8 @@
 """Fine-tune a Vision Transformer with a Colossal-AI plugin chosen by name. `bash run_demo.sh` launches it.
 
-In order: check the settings, join the processes, read the images, build and boost the model, then epoch by
-epoch train, evaluate and save; at the end the best (or the last) epoch is tested and exported.
+In order: check the settings, join the processes, find the images, load the model, print the plan, decode the
+images, boost the model, then epoch by epoch train, evaluate and save; at the end the best (or the last) epoch
+is tested and exported.
 """
 
 import time
@@ -28,7 +29,7 @@ def main() -> None:
     from vit.model import load_model
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder, result_text
-    from vit.schedule import BatchPlan, CosineWithWarmup
+    from vit.schedule import plan_schedule
     from vit.step import TrainStep
     from vit.trainer import SignalHandler, Trainer, exits_in_one_line
 
@@ -44,19 +45,14 @@ def main() -> None:
             torch.manual_seed(settings.seed)
             loaded = load_model(settings.model_name_or_path, dataset.label_names, settings.image_size)
             dataset.notes.extend(loaded.notes)
-            loaders = build_loaders(dataset, settings, loaded.processor, device())
+            loaders = build_loaders(dataset, settings, loaded.processor, device())  # nothing is decoded yet
         except DataError as error:
             exit_with_errors(error.with_option("--dataset "))
         except OSError as error:
             exit_with_errors(str(error))
         model, processor, labels = loaded.model, loaded.processor, len(dataset.label_names)
-        plan = BatchPlan.of(settings, len(loaders.train))
-        if len(loaders.train) < plan.images_per_step:
-            few = f"{len(loaders.train)} training images are fewer than a step's {plan.images_per_step}"
-            loaders.notes.append(f"{few}: every step sees all of them")
-        total_steps = plan.steps_per_epoch * settings.num_epoch
-        warmup_steps = round(total_steps * settings.warmup_ratio)
-        learning_rate = CosineWithWarmup(settings.peak_learning_rate, total_steps, warmup_steps)
+        plan, learning_rate, notes = plan_schedule(settings, len(loaders.train))
+        loaders.notes.extend(notes)
         run = RunFolder(settings, loaders, started)
         run.print_plan(plan, learning_rate, model)
         if settings.dry_run:
@@ -65,6 +61,12 @@ def main() -> None:
         if settings.eval_only and loaded.new_classifier:
             name = settings.model_name_or_path
             exit_with_errors(f"--eval_only: {name} was not trained on these labels: {loaders.labels_text}")
+        try:
+            loaders = loaders.decode()
+        except DataError as error:
+            exit_with_errors(error.with_option("--dataset "))
+        plan, learning_rate, _ = plan_schedule(settings, len(loaders.train))
+        run.replace_loaders(loaders, plan)
 
         # --- optimizer, plugin, Booster.boost: vit/parallel/boost.py
         boosted = boost(model, settings)

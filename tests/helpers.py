@@ -89,10 +89,11 @@ def load_images(folder, *flags):
 
 def decode_images(images, *flags, crop=None, size: int = 16):
     """-> (the data set, decoded as far as --data_memory allows, and the bytes kept)"""
-    from vit.data.decode import decode_dataset
+    from vit.data.decode import plan_decoding
     from vit.data.transforms import Resize
 
-    return decode_dataset(images, Resize(size), crop, settings(*flags), processes=1)
+    decoding = plan_decoding(images, Resize(size), crop, settings(*flags))
+    return decoding.run(), decoding.kept_bytes
 
 
 def pixels_of(split, size: int = 16) -> dict:

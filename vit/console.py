@@ -22,8 +22,8 @@ def print_rank0(text: str = "") -> None:
         sys.stdout.flush()
 
 
-def progress_bar(steps: int, label: str):
-    """A tqdm bar on rank 0 if the output is a terminal, or if PROGRESS=1.
+def progress_bar(total: int, label: str, unit: str = "step"):
+    """A tqdm bar on rank 0 if the output is a terminal, or if PROGRESS=1. It appears after two seconds.
 
     launch.sh sets PROGRESS, because processes of a launcher print through pipes.
     """
@@ -31,9 +31,10 @@ def progress_bar(steps: int, label: str):
 
     watched = sys.stderr.isatty() or os.environ.get("PROGRESS") == "1"
     return tqdm(
-        total=steps,
+        total=total,
         desc=label,
-        unit="step",
+        unit=unit,
+        delay=2,
         leave=False,
         dynamic_ncols=True,
         disable=rank() != 0 or not watched,

@@ -1,5 +1,7 @@
 """The process group: joining and leaving it, the device of a process, collectives and peak memory."""
 
+from __future__ import annotations
+
 import os
 import re
 import resource
@@ -7,6 +9,7 @@ import signal
 import socket
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -96,9 +99,44 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 def all_gather_objects(value) -> list:
     """The values of all processes, ordered by rank. ``value`` must be picklable. Collective."""
+    if not dist.is_initialized():
+        return [value]
     found = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+@dataclass(frozen=True)
+class LocalGroup:
+    """The processes of this machine, and the position of this one among them."""
+
+    ranks: tuple[int, ...]
+    position: int
+
+    @classmethod
+    def find(cls) -> LocalGroup:
+        """Collective."""
+        hosts = all_gather_objects(socket.gethostname())
+        own = dist.get_rank() if dist.is_initialized() else 0
+        ranks = tuple(rank for rank, host in enumerate(hosts) if host == hosts[own])
+        return cls(ranks, ranks.index(own))
+
+    @property
+    def size(self) -> int:
+        return len(self.ranks)
+
+    @property
+    def is_first(self) -> bool:
+        return self.position == 0
+
+    def gather(self, value) -> list:
+        """The values of the processes of this machine. Collective over all machines."""
+        found = all_gather_objects(value)
+        return [found[rank] for rank in self.ranks]
+
+    def share(self, count: int) -> range:
+        """The part of ``count`` pieces of work that this process does."""
+        return range(count * self.position // self.size, count * (self.position + 1) // self.size)
 
 
 def all_reduce_max(values: torch.Tensor) -> torch.Tensor:

@@ -44,13 +44,18 @@ class RunFolder:
             "layout": str(settings.layout),
             "command": recorded_command(),
         }
-        data = loaders.summary.record | {"notes": loaders.notes}
-        self.rows = [first | {"settings": settings.record, "held_out": loaders.held_out, "data": data}]
+        row = first | {"settings": settings.record, "held_out": loaders.held_out, "data": self.data_record}
+        self.rows = [row]
 
     @property
     def best(self) -> dict:
         """The row of the epoch that is tested and exported, so far; empty before the first one."""
         return next((row for row in self.rows if row["kind"] == "epoch" and row["best"]), {})
+
+    @property
+    def data_record(self) -> dict:
+        """What was read, for the first row."""
+        return self.loaders.summary.record | {"notes": self.loaders.notes}
 
     @property
     def data_identity(self) -> list:
@@ -72,8 +77,7 @@ class RunFolder:
         print_rank0(f"  data      {counts} images of {classes}; {loaders.where}")
         for title, line in zip(("classes", *[""] * 10), loaders.summary.class_lines(), strict=False):
             print_rank0(f"  {title:<9} {line}")
-        steps = f"{settings.num_epoch} epochs x {plan.steps_per_epoch} steps of {plan.images_per_step} images"
-        print_rank0(f"  schedule  {steps}")
+        print_rank0(f"  schedule  {self.steps_text(plan)}")
         batch = f"batch {plan.batch_size} x accumulation {plan.accumulation} x dp {layout.data_parallel_size}"
         print_rank0(f"            = {batch}")
         print_rank0(
@@ -85,6 +89,21 @@ class RunFolder:
         print_rank0(f"  model     {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
         for note in (*settings.notes, *loaders.notes):
             print_rank0(f"  note      {note}")
+
+    def steps_text(self, plan: BatchPlan) -> str:
+        steps = f"{plan.steps_per_epoch} steps of {plan.images_per_step} images"
+        return f"{self.settings.num_epoch} epochs x {steps}"
+
+    def replace_loaders(self, loaders, plan: BatchPlan) -> None:
+        """Go on with the decoded images, and say what is left out since the plan was printed."""
+        planned, self.loaders = self.loaders, loaders
+        new = [note for note in loaders.notes if note not in planned.notes]
+        loaders.notes[:] = [*planned.notes, *new]
+        self.rows[0]["data"] = self.data_record
+        for note in new:
+            print_rank0(f"  note      {note}")
+        if len(loaders.train) != len(planned.train):
+            print_rank0(f"  schedule  {self.steps_text(plan)} from {len(loaders.train)} training images")
 
     # ---- resume and start
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from vit.config_settings import warmup_steps
 from vit.data.transforms import hash_seed
 from vit.layout import ParallelLayout
 
@@ -102,3 +103,21 @@ class BatchPlan:
         order = list(range(images)) + [-1] * (rounds * per_round - images)
         start = layout.data_parallel_rank * size
         return [[(0, image) for image in order[r * per_round + start :][:size]] for r in range(rounds)]
+
+
+def plan_schedule(settings, images: int) -> tuple[BatchPlan, CosineWithWarmup, list[str]]:
+    """What each step trains on, and its learning rate, for ``images`` training images; notes for the user."""
+    plan, notes = BatchPlan.of(settings, images), []
+    total_steps = plan.steps_per_epoch * settings.num_epoch
+    if settings.config is None:
+        warmup = round(total_steps * settings.warmup_ratio)
+        if images < plan.images_per_step:
+            few = f"{images} training images are fewer than a step's {plan.images_per_step}"
+            notes.append(f"{few}: every step sees all of them")
+    else:
+        warmup = warmup_steps(settings.config, plan.steps_per_epoch)
+        if warmup >= total_steps:
+            fifth = f"it has a fifth of them, {total_steps // 5}"
+            notes.append(f"a warm-up of {warmup} steps does not fit a training of {total_steps}: {fifth}")
+            warmup = total_steps // 5
+    return plan, CosineWithWarmup(settings.peak_learning_rate, total_steps, warmup), notes

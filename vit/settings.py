@@ -40,6 +40,7 @@ class Settings:
     max_eval_samples: int | None = None
     skip_bad_images: bool = False
     data_memory: float | None = None  # GiB
+    data_cache: float = 32.0  # GiB
     num_workers: int | None = None
     # optimisation
     batch_size: int = AUTO  # images per data-parallel rank and micro-step

@@ -126,8 +126,11 @@ CASES = {
 def write_cut(folder: Path) -> str:
     """Some training images of DATA, `IMAGES` to train and `HELD_OUT` to evaluate, as torchvision's folder."""
     settings = parse_scratch(["--config", CASES["vanilla"].path, "--output_path", str(folder / "none")])
-    loaders = build_scratch_loaders(settings, torch.device("cpu"))
-    pixels, labels = loaders.train.pixels.flatten(1).numpy(), loaders.train.labels.numpy()
+    loaders = build_scratch_loaders(settings, torch.device("cpu")).decode()
+    pixels, labels = (
+        np.stack(list(loaders.train.images)).reshape(len(loaders.train), -1),
+        loaders.train.labels.numpy(),
+    )
     chosen = np.random.default_rng(SEED).permutation(len(labels))[: IMAGES + HELD_OUT]
     parts = dict(zip(TRAIN_FILES, np.array_split(chosen[:IMAGES], len(TRAIN_FILES)), strict=True))
     cut = folder / CIFAR10_FOLDER
@@ -151,7 +154,7 @@ class Run:
         self.norms = []
         self.note_norms(torch.nn.utils)
         self.note_norms(mesh_train)
-        self.loaders = build_scratch_loaders(self.settings, distributed.device())
+        self.loaders = build_scratch_loaders(self.settings, distributed.device()).decode()
         self.plan = BatchPlan.of(self.settings, IMAGES)
         torch.manual_seed(SEED)
         model = build_vit(vit_config(self.settings.config, self.loaders.label_names))

@@ -31,7 +31,7 @@ import vit_train_demo
 from data import load_dataset
 from vit import distributed
 from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
-from vit.data.decode import decode_dataset
+from vit.data.decode import plan_decoding
 from vit.data.loaders import BatchDataset
 from vit.data.processor import Normalize
 from vit.data.transforms import Resize
@@ -141,7 +141,7 @@ def evaluate(tp=1, pp=1, **changes) -> dict:
         loaded.model.classifier.weight[:labels] = torch.randn(labels, 32) * 0.5
         loaded.model.classifier.bias[:labels] = -100
     resize = Resize(16, int(loaded.processor.resample))
-    dataset, _ = decode_dataset(dataset, resize, None, settings, WORLD)
+    dataset = plan_decoding(dataset, resize, None, settings).run()
     step, settings = build(loaded.model, tp, pp, **changes)
     step.normalize = Normalize(tuple(loaded.processor.image_mean), tuple(loaded.processor.image_std))
     batches, count = BatchDataset(dataset.validation, resize), len(dataset.validation)

@@ -216,10 +216,10 @@ def test_set_that_is_not_kept_in_memory_is_streamed_whatever_its_crops(tree, mon
     def mean_and_std(loaders):
         return tuple(loaders.processor.image_mean), tuple(loaders.processor.image_std)
 
-    small = build_scratch_loaders(settings, torch.device("cpu"))
+    small = build_scratch_loaders(settings, torch.device("cpu")).decode()
     assert isinstance(small.train, DeviceLoader) and mean_and_std(small) != half
     monkeypatch.setattr("vit.data.decode.MAX_CACHED_TRAIN_IMAGES", 50)
-    large = build_scratch_loaders(settings, torch.device("cpu"))
+    large = build_scratch_loaders(settings, torch.device("cpu")).decode()
     assert isinstance(large.train, WorkerLoader) and isinstance(large.evaluated, DeviceLoader)
     assert mean_and_std(large) == half and any("MEAN and STD: 0.5" in note for note in large.notes)
     order = [[(0, i) for i in range(40)]]

@@ -15,7 +15,7 @@ from PIL import Image
 import prepare_images
 from data import load_dataset
 from vit.data.dataset import DataError, ImageDataset
-from vit.data.decode import decode_dataset
+from vit.data.decode import plan_decoding
 from vit.data.loaders import BatchDataset
 from vit.data.pixels import open_image
 from vit.data.prepared import write_shard
@@ -102,13 +102,15 @@ def test_fine_tuning_reads_a_prepared_folder_too(tree, tmp_path, capsys, parts):
     prepare(capsys, tree, tmp_path / "out")
     args = settings("--dataset", tmp_path / "out")
     images = load_dataset(args)
-    augmented, kept = decode_dataset(images, Resize(16), RandomResizedCrop(16, 0), args, 1)
+    decoding = plan_decoding(images, Resize(16), RandomResizedCrop(16, 0), args)
     assert (
-        augmented.train.cached_images is images.train.cached_images and kept == 9 * 3 * 16 * 16
+        decoding.run().train.cached_images is images.train.cached_images
+        and decoding.kept_bytes == 9 * 3 * 16 * 16
     )  # train stays where it is
-    plain, kept = decode_dataset(images, Resize(16), None, args, 1)
+    decoding = plan_decoding(images, Resize(16), None, args)
+    plain = decoding.run()
     assert (
-        kept == 54 * 3 * 16 * 16
+        decoding.kept_bytes == 54 * 3 * 16 * 16
         and (plain.train.cached_pixels[7] == Resize(16)(open_image(images.train.images[7]))).all()
     )
 

@@ -20,7 +20,7 @@ from vit.config import FIELDS, load_config
 from vit.config_settings import config_problems
 from vit.data.cifar10 import CIFAR10_FOLDER
 from vit.data.dataset import ImageDataset
-from vit.data.decode import decode_dataset
+from vit.data.decode import plan_decoding
 from vit.settings import Settings
 from vit.system import Machine, free_port
 
@@ -85,7 +85,7 @@ def read(folder, *args, **values) -> ImageDataset:
     """The images that train.py would train on and evaluate, decoded. Arguments: of `scratch_settings`."""
     settings = scratch_settings(folder, *args, **values)
     resize, crop = build_transforms(settings, None)
-    return decode_dataset(load_dataset(settings), resize, crop, settings, processes=1)[0]
+    return plan_decoding(load_dataset(settings), resize, crop, settings).run()
 
 
 # ---- runs

@@ -23,6 +23,7 @@ from vit.data.gpu_augment import BatchAugment
 from vit.data.pixels import open_image
 
 AUGMENT_BYTES = 2**25  # of pixels that are augmented in one call
+CHUNK_BYTES = 2**27  # of pixels that are copied to a device, or counted, in one call
 
 
 class BatchDataset(torch.utils.data.Dataset):
@@ -48,12 +49,13 @@ class BatchDataset(torch.utils.data.Dataset):
     def __getitems__(self, pairs: list[tuple[int, int]]) -> dict:
         size = self.resize.size
         pixels = torch.zeros(len(pairs), 3, size, size, dtype=torch.uint8)
+        slots = pixels.numpy()  # the same memory
         labels = torch.full((len(pairs),), IGNORE_INDEX)
         skipped: list[str] = []
         for slot, (epoch, image) in enumerate(pairs):
             while image >= 0:
                 try:
-                    pixels[slot] = self._pixels(epoch, image)
+                    slots[slot] = self._pixels(epoch, image)
                     labels[slot] = int(self.split.labels[image])
                     break
                 except Exception as error:
@@ -65,15 +67,15 @@ class BatchDataset(torch.utils.data.Dataset):
                     image = (image + 1) % len(self) if self.split.name == "train" else -1
         return {"pixel_values": pixels, "labels": labels, "skipped": skipped}
 
-    def _pixels(self, epoch: int, image: int) -> torch.Tensor:
+    def _pixels(self, epoch: int, image: int) -> np.ndarray:
         split = self.split
         if self.crop:
             if split.cached_images is not None:
-                return self.crop(split.cached_images[image], epoch, image)
-            return self.crop(self.crop.shrink(self._open(image)), epoch, image)
+                return self.crop(split.cached_images[image], epoch, image).numpy()
+            return self.crop(self.crop.shrink(self._open(image)), epoch, image).numpy()
         if split.cached_pixels is not None:
-            return torch.from_numpy(split.cached_pixels[image])
-        return torch.from_numpy(self.resize(self._open(image)))
+            return split.cached_pixels[image]
+        return self.resize(self._open(image))
 
     def _open(self, image: int) -> Image.Image:
         return open_image(self.split.images[image], self.split.pixel_range)
@@ -116,9 +118,9 @@ def make_loader(dataset: BatchDataset, order: Iterable, workers: int) -> DataLoa
     )
 
 
-def default_num_workers(split: Split, crop, processes: int) -> int:
+def default_num_workers(copies: bool, processes: int) -> int:
     """Workers of a process: 0 if batches are copied from memory, else its share of the cores, at most 16."""
-    if split.cached_pixels is not None and not crop:
+    if copies:
         return 0
     return max(0, min(16, len(os.sched_getaffinity(0)) // processes - 1))
 
@@ -159,6 +161,8 @@ class WorkerLoader:
 class DeviceLoader:
     """Serves batches of a split that is kept in device memory.
 
+    On a CPU nothing is copied: the processes of a machine share the pixels.
+
     Args:
         split: with ``cached_pixels`` of one size.
         augment: augmentation of a batch, or None.
@@ -167,15 +171,19 @@ class DeviceLoader:
     def __init__(self, split: Split, device: torch.device, augment: BatchAugment | None = None):
         self.name, self.missing, self.augment = split.name, split.unreadable, augment
         self.split: Split | None = replace(split, cached_pixels=None, cached_images=None)
-        self.pixels = torch.from_numpy(np.stack(list(split.cached_pixels))).to(device)  # uint8 (N, 3, S, S)
+        self.images = split.cached_pixels  # uint8 (3, S, S) each
+        self.image_bytes = self.images[0].nbytes
         self.labels = torch.from_numpy(split.labels).to(device)
+        self.pixels = None
+        if device.type != "cpu":
+            pixels = torch.empty((len(split), *self.images[0].shape), dtype=torch.uint8, device=device)
+            for indices in self._chunks():
+                pixels[indices] = self.pixels_of(indices).to(device)
+            self.pixels = pixels
 
     @staticmethod
-    def fits(split: Split, device: torch.device) -> bool:
-        """Whether the split is decoded to one size and needs at most 1/4 of the device's free memory."""
-        if split.cached_pixels is None:
-            return False
-        size = len(split) * split.cached_pixels[0].nbytes
+    def fits(size: int, device: torch.device) -> bool:
+        """Whether ``size`` bytes are at most 1/4 of the device's free memory."""
         return device.type == "cpu" or size <= torch.cuda.mem_get_info(device)[0] / 4
 
     def __len__(self) -> int:
@@ -184,12 +192,18 @@ class DeviceLoader:
     def take_skipped(self) -> list[str]:
         return []  # all were read at the start
 
+    def _chunks(self) -> Iterator[torch.Tensor]:
+        """All indices, as many at a time as take little memory."""
+        return iter(torch.arange(len(self)).split(max(1, CHUNK_BYTES // self.image_bytes)))
+
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels, in 0..1."""
-        channels = self.pixels.unbind(1)
-        counts = torch.stack(
-            [torch.bincount(channel.flatten().int(), minlength=256) for channel in channels]
-        ).double()
+        counts = torch.zeros(3, 256, dtype=torch.float64, device=self.labels.device)
+        for indices in self._chunks():
+            channels = self.pixels_of(indices).unbind(1)
+            counts += torch.stack(
+                [torch.bincount(channel.flatten().int(), minlength=256) for channel in channels]
+            )
         levels = torch.arange(256, dtype=torch.float64, device=counts.device) / 255
         weights = counts / counts.sum(1, keepdim=True)
         mean = (weights * levels).sum(1)
@@ -199,6 +213,8 @@ class DeviceLoader:
 
     def pixels_of(self, indices: torch.Tensor) -> torch.Tensor:
         """Pixels of the images at ``indices`` (N,): uint8 (N, 3, S, S)."""
+        if self.pixels is None:
+            return torch.from_numpy(np.stack([self.images[i] for i in indices.tolist()]))
         return self.pixels[indices]
 
     def batch(self, pairs: list[tuple[int, int]]) -> dict:
@@ -215,7 +231,7 @@ class DeviceLoader:
         """The batches in ``order``. Small ones are augmented several at a time, to start fewer kernels."""
         for _, epoch in itertools.groupby(order, key=lambda pairs: pairs[0][0]):
             for first in epoch:
-                together = AUGMENT_BYTES // (len(first) * self.pixels[0].nbytes) if self.augment else 0
+                together = AUGMENT_BYTES // (len(first) * self.image_bytes) if self.augment else 0
                 more = itertools.islice(epoch, max(0, together - 1))  # noqa: B031 - once for each ``first``
                 taken = [first, *more]
                 joined = self.batch(list(itertools.chain(*taken)))
@@ -234,6 +250,7 @@ class SyntheticLoader(DeviceLoader):
         generator = torch.Generator().manual_seed(0)
         shape = (min(images, self.POOL), 3, size, size)
         self.pixels = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+        self.image_bytes = self.pixels[0].nbytes
         self.labels = torch.randint(0, classes, (images,), generator=generator).to(device)
 
     def pixels_of(self, indices: torch.Tensor) -> torch.Tensor:

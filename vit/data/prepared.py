@@ -24,11 +24,15 @@ COLUMNS = {"offset": np.int64, "length": np.int64, "height": np.int32, "width": 
 class PreparedImages:
     """The images of a split, read from memory maps when they are accessed.
 
-    Each is uint8 (H, W, 3), a view of the map, if ``raw``, otherwise the bytes of a JPEG file.
+    Each is uint8 (H, W, 3), a view of the map, if ``raw``, otherwise the bytes of a JPEG file. With
+    ``channels_first`` it is uint8 (3, H, W).
     """
 
-    def __init__(self, folder: Path, split: str, index: dict[str, np.ndarray], raw: bool):
+    def __init__(
+        self, folder: Path, split: str, index: dict[str, np.ndarray], raw: bool, channels_first: bool = False
+    ):
         self.folder, self.split, self.index, self.raw = folder, split, index, raw
+        self.channels_first = channels_first
         self.maps: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -39,9 +43,18 @@ class PreparedImages:
             self.index[name][i].item() for name in ("part", "offset", "length", "height", "width")
         )
         if part not in self.maps:
-            self.maps[part] = np.asarray(np.memmap(shard_path(self.folder, self.split, part), mode="r"))
+            self.open_map(part)
         piece = self.maps[part][offset : offset + length]
-        return piece.reshape(height, width, 3) if self.raw else piece.tobytes()
+        if not self.raw:
+            return piece.tobytes()
+        return piece.reshape((3, height, width) if self.channels_first else (height, width, 3))
+
+    def open_map(self, part: int) -> None:
+        self.maps[part] = np.asarray(np.memmap(shard_path(self.folder, self.split, part), mode="r"))
+
+    def files(self) -> list[Path]:
+        """The files that the images are read from."""
+        return [shard_path(self.folder, self.split, part) for part in np.unique(self.index["part"])]
 
 
 def shard_path(folder: Path, split: str, part: int) -> Path:
@@ -65,6 +78,8 @@ def write_shard(folder: Path, split: str, part: int, images, skipped: list[str])
             file.write(content)
             rows.append((offset, len(content), height, width, label))
             offset += len(content)
+        file.flush()
+        os.fsync(file.fileno())  # or a power failure leaves a file of the right length with zeros in it
     os.replace(beside, path)
     columns = zip(*rows) if rows else [()] * len(COLUMNS)
     index = {name: np.array(column, kind) for (name, kind), column in zip(COLUMNS.items(), columns)}
@@ -144,16 +159,26 @@ def read_prepared(folder: Path) -> tuple[dict[str, Split], list[str]]:
     about, splits = read_complete_index(folder), {}
     pixel_range = PixelRange(*about["pixel_range"]) if "pixel_range" in about else None
     for split in about["splits"]:
-        try:
-            index = dict(np.load(folder / f"{split}.npz"))
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{split}.npz cannot be read ({error}): copy the folder again", folder) from None
-        ends = index["offset"] + index["length"]
-        for part in np.unique(index["part"]):
-            path = shard_path(folder, split, part)
-            if not path.exists() or path.stat().st_size != ends[index["part"] == part].max():
-                raise DataError(f"{path.name} is missing or cut short: copy the folder again", folder)
+        index = read_split_index(folder, split)
         images: Any = PreparedImages(folder, split, index, about["format"] == "raw")
         splits[split] = Split(split, images, index["label"], cached_images=images if images.raw else None)
         splits[split].pixel_range = pixel_range  # of the files that it was made from
     return splits, about["labels"]
+
+
+def read_split_index(folder: Path, split: str) -> dict[str, np.ndarray]:
+    """Where each image of a split lies: the columns of `merge_shard_indices`.
+
+    Raises:
+        DataError: it is damaged, or a file of images is not complete.
+    """
+    try:
+        index = dict(np.load(folder / f"{split}.npz"))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise DataError(f"{split}.npz cannot be read ({error}): copy the folder again", folder) from None
+    ends = index["offset"] + index["length"]
+    for part in np.unique(index["part"]):
+        path = shard_path(folder, split, part)
+        if not path.exists() or path.stat().st_size != ends[index["part"] == part].max():
+            raise DataError(f"{path.name} is missing or cut short: copy the folder again", folder)
+    return index

@@ -97,13 +97,13 @@ class RandomResizedCrop:
 
     def shrink(self, image: Image.Image) -> Image.Image:
         """Reduce an image to at most twice the model's size on the shorter side, to take crops from it."""
-        short = min(image.size)
-        if short > 2 * self.size:
-            scale = 2 * self.size / short
-            image = image.resize(
-                (round(image.width * scale), round(image.height * scale)), resample=self.resample
-            )
-        return image
+        sides = self.shrunk_sides(*image.size)
+        return image if sides == image.size else image.resize(sides, resample=self.resample)
+
+    def shrunk_sides(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height after `shrink`."""
+        scale = 2 * self.size / min(width, height)
+        return (round(width * scale), round(height * scale)) if scale < 1 else (width, height)
 
     def keep(self, image: Image.Image) -> np.ndarray:
         """The pixels of an image to keep in memory: uint8 (H, W, 3)."""

@@ -131,9 +131,9 @@ def test_resident_batches_pad_and_measure_mean_and_std(folder):
     resident = DeviceLoader(read(folder).train, torch.device("cpu"))
     batch = resident.batch([(0, 3), (0, -1), (0, 59)])
     assert batch["labels"].tolist() == [3, IGNORE_INDEX, 1]
-    assert torch.equal(batch["pixel_values"][0], resident.pixels[3])
+    assert torch.equal(batch["pixel_values"][0], torch.from_numpy(resident.images[3]))
     mean, std = resident.mean_and_std()
-    scaled = resident.pixels.double() / 255
+    scaled = torch.from_numpy(np.stack(resident.images)).double() / 255
     assert mean == pytest.approx(scaled.mean((0, 2, 3)).tolist())
     assert std == pytest.approx(scaled.transpose(0, 1).flatten(1).std(1, unbiased=False).tolist())
 

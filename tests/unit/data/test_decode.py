@@ -172,6 +172,7 @@ def test_small_images_are_decoded_by_one_thread_and_large_ones_by_several(image_
     )
     for seconds in (1e3, 0):
         monkeypatch.setattr("vit.data.decode.FAST_DECODE_SECONDS", seconds)
-        decoded.append(decode_images(load_images(image_folder))[0].train.cached_pixels)
+        images = decode_images(load_images(image_folder), "--data_cache", 0)[0]
+        decoded.append(images.train.cached_pixels)
         assert bool(pools) == (seconds == 0)
     assert all((one == other).all() for one, other in zip(*decoded, strict=True))
