@@ -102,6 +102,7 @@ def add_data_flags(add) -> None:
     add("--pixel_range", Number(float), text, nargs=2)
     add("--allow_external_images", bool, "tables may name images outside of their folder")
     add("--skip_bad_images", bool, "leave out unreadable images, named and counted")
+    add("--check_duplicates", bool, "compare the contents of all images of equal size, however many")
     text = "GiB of disk for decoded images of this and later runs; 0: none"
     add("--data_cache", Number(float, low=0), text)
 
@@ -258,6 +259,7 @@ def parse_scratch(argv: list[str] | None = None) -> Settings:
         resume=args.resume,
         overwrite_output=args.overwrite_output,
         skip_bad_images=args.skip_bad_images,
+        check_duplicates=args.check_duplicates,
         data_cache=args.data_cache,
     )
     if not settings.dataset:

@@ -23,6 +23,7 @@ from pathlib import Path
 from vit.data.cifar10 import read_cifar10
 from vit.data.dataset import DEFAULT_OPTIONS, ImageDataset, ReadOptions, Split
 from vit.data.decode import Decoding, plan_decoding
+from vit.data.duplicates import duplicate_notes
 from vit.data.folders import read_imagefolder
 from vit.data.gpu_augment import BatchAugment
 from vit.data.hf_datasets import read_hf_dataset
@@ -56,7 +57,7 @@ def load_dataset(settings) -> ImageDataset:
     select = finetune_splits if settings.config is None else scratch_splits
     dataset = select(splits, labels, settings)
     pixel_range, notes = choose_pixel_range(dataset.train, settings.pixel_range)
-    dataset.notes += [*left_out.lines(), *notes]
+    dataset.notes += [*left_out.lines(), *notes, *duplicate_notes(dataset, settings.check_duplicates)]
     return dataset.with_pixel_range(pixel_range)
 
 

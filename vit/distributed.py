@@ -97,6 +97,11 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Rank of this process and number of processes; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def all_gather_objects(value) -> list:
     """The values of all processes, ordered by rank. ``value`` must be picklable. Collective."""
     if not dist.is_initialized():
@@ -116,8 +121,7 @@ class LocalGroup:
     @classmethod
     def find(cls) -> LocalGroup:
         """Collective."""
-        hosts = all_gather_objects(socket.gethostname())
-        own = dist.get_rank() if dist.is_initialized() else 0
+        hosts, own = all_gather_objects(socket.gethostname()), rank_and_size()[0]
         ranks = tuple(rank for rank, host in enumerate(hosts) if host == hosts[own])
         return cls(ranks, ranks.index(own))
 

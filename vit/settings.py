@@ -39,6 +39,7 @@ class Settings:
     max_train_samples: int | None = None
     max_eval_samples: int | None = None
     skip_bad_images: bool = False
+    check_duplicates: bool = False
     data_memory: float | None = None  # GiB
     data_cache: float = 32.0  # GiB
     num_workers: int | None = None

@@ -124,6 +124,8 @@ class LazySubset(Sequence):
 
     def __init__(self, images, indices):
         self.images, self.indices = images, np.asarray(indices)
+        if isinstance(images, LazySubset):  # of the whole sequence then
+            self.images, self.indices = images.images, images.indices[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)

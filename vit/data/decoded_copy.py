@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -57,28 +57,20 @@ def copy_key(split: Split, how: str) -> str | None:
         OSError: a file is gone.
     """
     digest = hashlib.sha256(repr((VERSION, PIL.__version__, how)).encode())
-    base = split.images
-    while isinstance(base, LazySubset):
-        base = base.images
-    if isinstance(base, PathArray):
-        paths: Any = split.images
-    elif hasattr(base, "files"):
+    is_part = isinstance(split.images, LazySubset)
+    base = split.images.images if is_part else split.images
+    paths: Any = split.images if isinstance(base, PathArray) else None
+    if hasattr(base, "files"):
         paths = base.files()
-        for indices in _subsets(split.images):
-            digest.update(indices.astype(np.int64).tobytes())
-    else:
+        digest.update(repr(getattr(base, "column", None)).encode())  # of a table, which may have several
+        digest.update(split.images.indices.astype(np.int64).tobytes() if is_part else b"all")
+    if paths is None:
         return None
     for path in paths:
         found = os.stat(path)
         line = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} "
         digest.update(line.encode() + os.fsencode(os.path.abspath(path)) + b"\0")
     return digest.hexdigest()[:32]
-
-
-def _subsets(images) -> Iterator[np.ndarray]:
-    while isinstance(images, LazySubset):
-        yield images.indices
-        images = images.images
 
 
 class DecodedCopy:

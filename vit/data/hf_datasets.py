@@ -218,6 +218,21 @@ class _ImageColumn(Sequence):
             raise DataError(problem)
         return path
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of each encoded image, int64 (N,); 0 if the table holds its path. Reads no images."""
+        import pyarrow.compute
+
+        column = self.table.with_format("arrow")[:][self.column]
+        if not column.type.num_fields:  # of paths alone
+            return np.zeros(len(self), dtype=np.int64)
+        encoded = pyarrow.compute.struct_field(column, "bytes")
+        return pyarrow.compute.binary_length(encoded).fill_null(0).to_numpy().astype(np.int64)
+
+    def files(self) -> list[str] | None:
+        """The files that the images are read from; None: not known."""
+        files = [file["filename"] for file in self.table.cache_files]
+        return files if files and self.sizes().all() else None
+
 
 def _has_paths_or_bytes(table, column: str) -> bool:
     """Whether `datasets.Image` takes a column as it is: texts, bytes, or {bytes, path} and nothing more."""

@@ -52,6 +52,10 @@ class PreparedImages:
     def open_map(self, part: int) -> None:
         self.maps[part] = np.asarray(np.memmap(shard_path(self.folder, self.split, part), mode="r"))
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of each image, int64 (N,)."""
+        return self.index["length"]
+
     def files(self) -> list[Path]:
         """The files that the images are read from."""
         return [shard_path(self.folder, self.split, part) for part in np.unique(self.index["part"])]
