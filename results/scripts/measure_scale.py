@@ -3,8 +3,8 @@
     python results/scripts/measure_scale.py FOLDER --images 2000 20000 200000 --forms folder parquet
 
 The images are links to a few drawn photographs of 96 x 72 pixels, in 1,000 classes; in parquet files they are
-copies of them, each with a number appended. For each set it starts a dry run, a run on two processes until its first step, and that run again. It
-prints one row for each, and appends it to FOLDER/rows.jsonl.
+copies of them, each with a number appended. For each set it starts a dry run, a run on two processes until
+its first step, and that run again. It prints one row for each, and appends it to FOLDER/rows.jsonl.
 
 --program names the checkout to measure, to compare two of them.
 """
@@ -12,13 +12,12 @@ prints one row for each, and appends it to FOLDER/rows.jsonl.
 import argparse
 import json
 import os
-import re
-import resource
-import signal
-import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "results" / "scripts")]
@@ -64,55 +63,42 @@ def write_parquet(root: Path, images: int) -> Path:
     return root
 
 
-def memory_of(process: int) -> dict[str, float]:
-    """MB of a process: its own (no other process has them), and its share of all that are mapped."""
-    text = Path(f"/proc/{process}/smaps_rollup").read_text()
-    kb = {name: int(value) for name, value in re.findall(r"^(\w+): +(\d+) kB", text, re.M)}
-    return {"own": kb["Private_Clean"] + kb["Private_Dirty"], "share": kb["Pss"]}
+def measure(command: list[str], environment: dict, until: str) -> dict:
+    """Start a command; wait until it prints ``until``. -> seconds, and of the processes that train: CPU seconds
+    of all, the largest peak of memory that is one process's own, and the peak of all together (MB).
 
-
-def ranks_of(session: int) -> list[int]:
-    """The processes that train."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                words = (entry / "cmdline").read_bytes().split(b"\0")
-                if os.getsid(int(entry.name)) == session and b"torch.distributed.run" not in words:
-                    found.append(int(entry.name))
-            except (OSError, ProcessLookupError):
-                continue
-    return found
-
-
-def measure(command: list, environment: dict, until: str) -> dict:
-    """Start a command; wait until it prints ``until`` or ends. -> seconds, and peak memory in MB."""
+    Memory that several processes map is counted once for all of them, and as nobody's own.
+    """
     log = Path(environment["XDG_CACHE_HOME"]).parent / "log.txt"
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    started, peak = time.perf_counter(), {"own": 0.0, "all": 0.0}
+    started, cpu, own, together = time.perf_counter(), {}, 0, 0
     with open(log, "w") as file:
-        program = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        program = psutil.Popen(command, stdout=file, stderr=file, env=environment)
         while program.poll() is None and until not in log.read_text():
             time.sleep(0.25)
-            found = []
-            for process in ranks_of(program.pid):
-                try:
-                    found.append(memory_of(process))
-                except (OSError, KeyError):  # it has ended
-                    continue
-            peak["own"] = max([peak["own"], *(each["own"] / 1000 for each in found)])
-            peak["all"] = max(peak["all"], sum(each["share"] for each in found) / 1000)
+            shares = []
+            for process in [program, *program.children(recursive=True)]:
+                with suppress(psutil.Error):  # it has ended
+                    if "torch.distributed.run" not in process.cmdline():
+                        memory, times = process.memory_full_info(), process.cpu_times()
+                        cpu[process.pid] = times.user + times.system
+                        own = max(own, memory.uss)
+                        shares.append(memory.pss)
+            together = max(together, sum(shares))
         seconds = time.perf_counter() - started
         if program.poll() is None:
-            os.killpg(program.pid, signal.SIGKILL)
+            for process in [*program.children(recursive=True), program]:
+                with suppress(psutil.Error):
+                    process.kill()
         program.wait()
     if until not in log.read_text():
         sys.exit(f"{command} failed:\n{log.read_text()}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": round(seconds, 1), "cpu_seconds": round(cpu, 1)} | {
-        f"{name}_mb": round(value) for name, value in peak.items()
+    rounded = {
+        "seconds": seconds,
+        "cpu_seconds": sum(cpu.values()),
+        "own_mb": own / 1e6,
+        "all_mb": together / 1e6,
     }
+    return {name: round(value, 1) for name, value in rounded.items()}
 
 
 def main() -> None:

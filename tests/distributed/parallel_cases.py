@@ -319,7 +319,8 @@ def all_cases() -> dict:
         cases["pruned"] = (entry, ("pruned", *growing[:-1], 1))
         cases["last kept"] = (entry, ("last_kept", *growing[:-1], 1, "--keep", "last"))
         cases["best first, resumed"] = (best_first_resumed, growing)
-        cases["dry run"] = (entry, ("dry", "--dry_run"))
+        # an unreadable image would be found if one were decoded
+        cases["dry run"] = (lambda: entry("dry", "--dry_run", dataset="damaged"), ())
         cases["evaluation only"] = (
             lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"),
             (),

@@ -68,10 +68,9 @@ def copy_key(split: Split, how: str) -> str | None:
         return None
     for path in paths:
         found = os.stat(path)
-        line = f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} "
-        digest.update(
-            line.encode() + os.fsencode(path if os.path.isabs(path) else os.path.abspath(path)) + b"\0"
-        )
+        name = path if os.path.isabs(path) else os.path.abspath(path)
+        digest.update(f"{found.st_size} {found.st_mtime_ns} {found.st_ctime_ns} ".encode())
+        digest.update(os.fsencode(name) + b"\0")
     return digest.hexdigest()[:32]
 
 

@@ -1,5 +1,6 @@
 """Every mode of an image, unreadable images, and what is kept in memory."""
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -120,8 +121,13 @@ def test_run_with_unreadable_images_that_are_not_kept_in_memory(one, shared):
     result = one["damaged, not in memory"]
     assert result["code"] == 0, result["err"]
     for name in ("train/red/002.png", "validation/red/002.png"):
-        assert name in result["out"] + result["err"]
+        assert name in result["out"]
     assert "(7 images" in result["out"]
+    plan, _, later = result["out"].partition("  model  ")  # the plan was printed before images were decoded
+    assert "train 22, validation 13, test 7 images" in plan and "unreadable" not in plan
+    assert "epochs x 6 steps of 4 images from 21 training images" in later
+    data = json.loads((shared / "skipped" / "metrics.jsonl").read_text().splitlines()[0])["data"]
+    assert any("train: 1 unreadable image(s) skipped" in note for note in data["notes"])
 
 
 @pytest.mark.parametrize(
