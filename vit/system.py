@@ -5,6 +5,7 @@ The launcher uses it before anything is installed: the standard library only, at
 
 import ctypes
 import os
+import resource
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +58,14 @@ def free_port() -> int:
 def local_world_size() -> int:
     """Processes of this launch on this machine."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def allow_open_files(count: int) -> None:
+    """Raise the limit of open files, often 1,024, so that ``count`` more fit, if the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = count + 512  # sockets, pipes of workers, libraries
+    if 0 <= soft < needed:  # negative: no limit
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed if hard < 0 else min(needed, hard), hard))
 
 
 def memory_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int:

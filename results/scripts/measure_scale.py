@@ -64,8 +64,8 @@ def write_parquet(root: Path, images: int) -> Path:
 
 
 def measure(command: list[str], environment: dict, until: str) -> dict:
-    """Start a command; wait until it prints ``until``. -> seconds, and of the processes that train: CPU seconds
-    of all, the largest peak of memory that is one process's own, and the peak of all together (MB).
+    """Start a command; wait until it prints ``until``. -> seconds, and of the processes that train: CPU
+    seconds of all, the largest peak of memory that is one process's own, and the peak of all together (MB).
 
     Memory that several processes map is counted once for all of them, and as nobody's own.
     """

@@ -5,10 +5,12 @@ What is written, what is read, what is wrong with it, and going on after an end.
 
 import json
 import os
+import resource
 
 import numpy as np
 import pytest
 import torch
+from forks import in_fork
 from imagenet_shape import write_set
 from PIL import Image
 
@@ -205,3 +207,17 @@ def test_bad_input_is_one_clear_error(tree, tmp_path, capsys):
     assert "no such folder" in refused(capsys, tmp_path / "none", tmp_path / "out")
     assert "must be a whole number from 8" in refused(capsys, tree, tmp_path / "out", "--size", 2)
     assert not (tmp_path / "out").exists()
+
+
+def test_more_parts_than_files_may_be_open(tree, tmp_path, capsys, monkeypatch):
+    """A map keeps its file open: ImageNet has 1,252 parts, and the usual limit is 1,024."""
+    monkeypatch.setattr(prepare_images, "SHARD_SIZE", 1)
+    prepare(capsys, tree, tmp_path / "out")
+
+    def with_few_files() -> None:
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+        train = load(tmp_path / "out").train
+        assert len(train) == 45 and all(train.images[i].size for i in range(45))
+
+    assert in_fork(with_few_files, tmp_path / "log") == 0, (tmp_path / "log").read_text()

@@ -15,6 +15,7 @@ import numpy as np
 
 from vit.data.dataset import DataError, PixelRange, Split
 from vit.files import write_atomically
+from vit.system import allow_open_files
 
 PREPARED_INDEX = "prepared.json"
 VERSION = 1  # raise when the format changes
@@ -34,6 +35,7 @@ class PreparedImages:
         self.folder, self.split, self.index, self.raw = folder, split, index, raw
         self.channels_first = channels_first
         self.maps: dict[int, np.ndarray] = {}
+        allow_open_files(int(index["part"].max(initial=0)))  # each map keeps its file open
 
     def __len__(self) -> int:
         return len(self.index["label"])
