@@ -87,11 +87,13 @@ def edit_image(folder):
 
 
 def edit_image_but_not_its_time(folder):
-    path = folder / "train" / "red" / "002.png"
-    times, content = path.stat(), bytearray(path.read_bytes())
-    other = (path.parent / "005.png").read_bytes()
-    path.write_bytes(other if len(other) == len(content) else other + content[len(other) :])
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    """Nor its size: a smaller image, filled up."""
+    by_size = sorted((folder / "train").rglob("*.png"), key=lambda path: path.stat().st_size)
+    path, other = by_size[-1], by_size[0]
+    before = path.stat()
+    path.write_bytes(other.read_bytes().ljust(before.st_size, b"\0"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert path.stat().st_size == before.st_size
 
 
 def rename_image(folder):
@@ -205,6 +207,7 @@ def test_copies_used_longest_ago_are_removed_beyond_the_limit(tmp_path, cache):
         before = set(copies(cache)) if i else set()
         in_use = decode_images(load_images(folder), *limit)[0]
         used.append(set(copies(cache)) - before)
+        assert len(used[i]) == 2
         for path in used[i]:
             os.utime(path / "used", (i, i))
         if i == 0:
