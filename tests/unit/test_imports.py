@@ -23,8 +23,8 @@ LEVELS = {
     "model_folder report.card report.charts report.sweep_tables report.classes",
     # L3: models, sources, schedules, and the forms of parallelism
     3: "schedule flops data.gpu_augment data.pixels data.folders data.processor data.decoded_copy "
-    "data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions report.class_charts "
-    "report.benchmark_charts report.accuracy report.sweep",
+    "data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "
+    "report.class_charts report.benchmark_charts report.accuracy report.sweep",
     # L4: batches, a train step, a checkpoint
     4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
     "parallel.mesh_train report.benchmark report.page",

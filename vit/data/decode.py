@@ -22,16 +22,15 @@ from vit.console import progress_bar
 from vit.data.dataset import DataError, ImageDataset, Split, shorten_list
 from vit.data.decoded_copy import DecodedCopy, copy_key, disk_room
 from vit.data.pixels import open_image
-from vit.distributed import LocalGroup
+from vit.distributed import LocalGroup, all_gather_objects
 from vit.system import memory_limit
 
 # A larger training split is not decoded before the training starts: that would take minutes.
 MAX_CACHED_TRAIN_IMAGES = 200_000
 # Images that decode faster than this are decoded in one thread: several would mostly wait for Python's lock.
 FAST_DECODE_SECONDS = 1e-3
-BLOCK = 256  # images that are decoded ahead of the one that is written
-
-
+BLOCK = 128  # images that are decoded ahead of the one that is written
+# where the decoded images are kept, for the plan
 ONCE = "decoded once for all processes and later runs"
 IN_EACH = "decoded in each process"
 NO_ROOM = f"{IN_EACH}, for the disk of the user's cache has no room"
@@ -112,28 +111,47 @@ def plan_decoding(dataset: ImageDataset, resize, crop, settings) -> Decoding:
         if getattr(part.split, part.column) is None and not is_huge:
             parts.append(part)
     group = LocalGroup.find()
-    places = choose_places(parts, settings, group.size) if group.is_first else []
-    parts = [replace(part, **place) for part, place in zip(parts, group.gather(places)[0])]
+    places = group.gather(choose_places(parts, settings, group.size) if group.is_first else None)[0]
+    for part, place in zip(parts, agree(places)):
+        vars(part).update(place)
     return Decoding(dataset, parts, settings, group)
 
 
 def choose_places(parts: list[SplitPlan], settings, processes: int) -> list[dict]:
-    """``size``, ``kept``, ``copy`` and ``fits_each`` of each split, as far as memory and disk have room."""
+    """``size``, ``copy``, ``fits_each`` and ``kept`` of each split, as far as memory and disk have room.
+
+    ``kept`` is where the split is kept if it has no copy on disk.
+    """
     memory = settings.data_memory * 2**30 if settings.data_memory else memory_limit() / 4
     disk, places = disk_room(settings.data_cache * 2**30), []
     for part in parts:
-        size = part.estimate_size()
+        size, kept = part.estimate_size(), IN_EACH
         copy = find_copy(part) if settings.data_cache and size <= memory else None
-        fits_each, has_room = size * processes <= memory, copy and (copy.folder.exists() or size <= disk)
-        place = {"size": size, "fits_each": fits_each}
-        if has_room:
-            place |= {"kept": ONCE, "copy": copy}
+        fits_each = size * processes <= memory
+        if copy and size > disk and not copy.folder.exists():
+            copy, kept = None, NO_ROOM
+        if copy:
             memory, disk = memory - size, disk - size
         elif fits_each:
-            place |= {"kept": NO_ROOM if copy else IN_EACH}
             memory -= size * processes
-        places.append(place)
+        places.append({"size": size, "copy": copy, "fits_each": fits_each, "kept": kept})
     return places
+
+
+def agree(places: list[dict]) -> list[dict]:
+    """The places of this machine, in a way that is possible on all machines. Collective.
+
+    All must read a split in the same way, or processes would wait for others in a collective.
+    """
+    agreed = []
+    for place, *everywhere in zip(places, *all_gather_objects(places)):
+        if all(other["copy"] for other in everywhere):
+            place = place | {"kept": ONCE}
+        else:
+            fits = all(other["fits_each"] for other in everywhere)
+            place = place | {"copy": None, "fits_each": fits, "kept": place["kept"] if fits else ""}
+        agreed.append(place)
+    return agreed
 
 
 def find_copy(part: SplitPlan) -> DecodedCopy | None:
@@ -215,7 +233,11 @@ class Decoding:
         return None, {i: name for found in self.group.gather(bad) for i, name in found.items()}
 
     def write_copy(self, part: SplitPlan) -> str:
-        """Decode a split to disk, each process a part, if no earlier run did. -> why it failed, or empty"""
+        """Decode a split to disk, each process a part, if no earlier run did. Collective.
+
+        Returns:
+            Why it failed, on whatever machine; empty if it did not.
+        """
         copy, group, own = part.copy, self.group, self.group.share(len(part.split))
         is_ready, error = False, ""
         if group.is_first:
@@ -223,17 +245,18 @@ class Decoding:
             is_ready = copy.use() and all(isinstance(part.decode(i), str) for i in copy.unreadable())
             if not is_ready:
                 error = _error_of(copy.start, part.size, self.settings.data_cache * 2**30)
-        is_ready, error = group.gather((is_ready, error))[0]
-        if is_ready or error:
+        is_ready, error = group.gather(is_ready)[0], first_error(error)
+        if error:
             return error
-        images, labels = self.decode_range(part, own), part.split.labels[own.start : own.stop]
-        error = _error_of(copy.write, group.position, images, labels, not part.crop)
-        error = next(filter(None, group.gather(error)), "")
-        if group.is_first:
+        if not is_ready:
+            images, labels = self.decode_range(part, own), part.split.labels[own.start : own.stop]
+            error = _error_of(copy.write, group.position, images, labels, not part.crop)
+        error = first_error(error)
+        if group.is_first and not is_ready:
             error = error or _error_of(copy.finish, group.size)
             if error:
                 copy.discard()
-        return group.gather(error)[0]
+        return first_error(error)
 
     def decode_range(self, part: SplitPlan, indices: range) -> Iterator[np.ndarray | str]:
         """The results of `SplitPlan.decode` in order, by several threads, with a progress bar."""
@@ -258,12 +281,17 @@ class Decoding:
 
 
 def _error_of(call: Callable, *arguments) -> str:
-    """Call it. -> the text of an `OSError`, such as a full disk, or empty"""
+    """Call it. -> the text of its error, such as a full disk, or empty"""
     try:
         call(*arguments)
         return ""
-    except OSError as error:
+    except (OSError, ValueError) as error:
         return str(error)
+
+
+def first_error(error: str) -> str:
+    """The error of the first process that has one, or empty. Collective."""
+    return next(filter(None, all_gather_objects(error)), "")
 
 
 def _without(split: Split, bad: list[int], names: list[str], skip_bad: bool) -> tuple[Split, list[str]]:

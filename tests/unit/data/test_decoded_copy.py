@@ -234,10 +234,11 @@ def test_copies_can_be_switched_off(folder, cache):
     assert is_right(folder, decoding.run().train) and not cache.exists()
 
 
-def test_disk_that_fills_up_means_memory_and_a_note(folder, cache, monkeypatch):
-    def full_disk(*_):
-        raise OSError(28, "No space left on device")
+def full_disk(*_):
+    raise OSError(28, "No space left on device")
 
+
+def test_disk_that_fills_up_means_memory_and_a_note(folder, cache, monkeypatch):
     monkeypatch.setattr(decoded_copy, "write_shard", full_disk)
     kept, _ = decode_images(load_images(folder))
     assert is_right(folder, kept.train) and not list(cache.iterdir())
@@ -267,3 +268,27 @@ def test_processes_decode_a_part_each_and_share_the_copy(folder, tmp_path, cache
     children = [fork(lambda rank=rank: process(rank), tmp_path / "log") for rank in range(3)]
     assert [exit_status(child) for child in children] == [0] * 3, (tmp_path / "log").read_text()
     assert len(copies(cache)) == 2 and copies_folder() == cache
+
+
+@pytest.mark.parametrize("broken", ["no room", "full disk", "little memory", "nothing"])
+def test_machines_that_have_not_the_same_room_read_in_the_same_way(folder, tmp_path, monkeypatch, broken):
+    """Two processes, each as if on a machine of its own with its own cache; something is wrong with one."""
+    port = free_port()
+
+    def process(rank: int) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"cache {rank}"))
+        monkeypatch.setattr("socket.gethostname", lambda: f"machine-{rank}")
+        dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+        if rank == 1 and broken == "no room":
+            decode.disk_room = lambda limit: 0
+        if rank == 1 and broken == "full disk":
+            decoded_copy.write_shard = full_disk
+        memory = 1e-9 if rank == 1 and broken == "little memory" else 1
+        kept, _ = decode_images(load_images(folder), "--data_memory", memory)
+        assert (kept.train.cached_pixels is None) == (broken == "little memory")
+        assert is_right(folder, kept.train)
+        dist.barrier()
+        dist.destroy_process_group()
+
+    children = [fork(lambda rank=rank: process(rank), tmp_path / "log") for rank in range(2)]
+    assert [exit_status(child) for child in children] == [0] * 2, (tmp_path / "log").read_text()
