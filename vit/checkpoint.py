@@ -4,7 +4,7 @@ complete.
 A checkpoint is a folder ``<number>_epoch_<epochs done>_image_<images of the next>``, written under another
 name and renamed when complete. Numbers only rise and nothing is replaced, so the highest is the newest.
 
-    meta.json             position, settings and the metrics so far
+    meta.json             position, settings, the metrics so far, and the SHA-256 of every file
     state_<shard>.pt      weights, fp32 master weights, optimizer and loss scaler of one shard
     random_<rank>.pt      random states of one rank
 
@@ -15,7 +15,6 @@ machines, put it on a shared file system.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -23,17 +22,21 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from vit.checkpoint_files import (
+    CheckpointError,
+    checkpoint_problem,
+    checkpoints_in,
+    newest_whole,
+    number_of,
+    read_meta,
+    write_meta,
+)
+from vit.checksums import HashedFile
 from vit.console import print_rank0, rank
 from vit.distributed import all_gather_objects
-from vit.files import remove_folder
+from vit.files import remove_folder, sync_folder
 from vit.parallel.boosted import BoostedModel
 from vit.parallel.plugins import plugin_named
-
-DAMAGED_HINT = "remove this folder, and --resume auto continues from the checkpoint before it"
-
-
-class CheckpointError(ValueError):
-    """The checkpoint cannot be used for this run; the message says why."""
 
 
 class CheckpointFolder:
@@ -41,17 +44,25 @@ class CheckpointFolder:
 
     def __init__(self, root: Path, keep: int):
         self.root, self.keep = root, keep
+        self.damaged: list[Path] = []  # found by --resume; removed with the next save
 
     def complete(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        folders = (p for p in self.root.glob("*_epoch_*") if p.name[0].isdigit())
-        return sorted(p for p in folders if (p / "meta.json").exists())
+        return checkpoints_in(self.root)
 
     def end_of(self, epoch: int | None) -> Path | None:
         """The newest checkpoint that was made when ``epoch`` epochs were done."""
         return next(
             (p for p in reversed(self.complete()) if p.name.endswith(f"_epoch_{epoch}_image_0")), None
         )
+
+    def why_lost(self, epoch: int) -> str:
+        """Why the model after ``epoch`` epochs cannot be loaded; empty if it can. Collective."""
+        path = self.end_of(epoch)
+        if path is None:
+            return f"is not in {self.root}"
+        problem = checkpoint_problem(path)
+        return problem and f"cannot be loaded ({path}: {problem})"
 
     def save(self, boosted: BoostedModel, meta: dict) -> None:
         """Write a checkpoint of the position ``meta["epoch"]``, ``meta["progress"]["images"]``. Collective.
@@ -63,44 +74,38 @@ class CheckpointFolder:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        dp_rank = boosted.layout.data_parallel_rank
-        if boosted.is_sharded or dp_rank == 0:
-            _save_synced(boosted.capture_state(), partial / f"state_{shard_name(boosted, dp_rank)}.pt")
-        random = {
-            "cpu": torch.get_rng_state(),
-            "layers": [rng.device_rng_state for rng in boosted.dropout_rngs()],
-        }
-        if torch.cuda.is_available():
-            random["cuda"] = torch.cuda.get_rng_state()
-        _save_synced(random, partial / f"random_{rank()}.pt")
-        dist.barrier()
+        written = {name: _save_synced(state, partial / name) for name, state in states_of(boosted).items()}
+        files = {name: sum for found in all_gather_objects(written) for name, sum in found.items()}
         if rank() == 0:
-            (partial / "meta.json").write_text(json.dumps(meta, indent=1))
-            number = 1 + max((int(p.name.split("_")[0]) for p in self.complete()), default=0)
+            write_meta(partial, meta, files)
+            number = 1 + max(map(number_of, self.complete()), default=0)
             name = f"{number:05d}_epoch_{meta['epoch']}_image_{meta['progress']['images']}"
             os.replace(partial, self.root / name)
+            sync_folder(self.root)  # before the one that it replaces is removed
             self.prune(meta["best_epoch"])
         dist.barrier()
 
     def prune(self, best_epoch: int | None) -> None:
         """Remove all but the newest ``keep`` (at least one) and the best epoch's. Rank 0 only."""
-        needed = {*self.complete()[-max(1, self.keep) :], self.end_of(best_epoch)}
+        whole = [path for path in self.complete() if path not in self.damaged]
+        needed = {*whole[-max(1, self.keep) :], self.end_of(best_epoch)}
         for path in set(self.complete()) - needed:
             remove_folder(path)
 
-    def find(self, resume: str) -> Path | None:
-        """The checkpoint that ``--resume`` names; None for `auto` where there is none."""
+    def find(self, resume: str) -> list[Path]:
+        """The checkpoints that ``--resume`` names, the newest first; none for `auto` where there is none."""
         if resume == "auto":
-            return next(reversed(self.complete()), None)
+            return self.complete()[::-1]
         path = Path(resume)
         if (path / "checkpoints").is_dir():  # the output folder of a run
             path = path / "checkpoints"
-        path = next(reversed(CheckpointFolder(path, 1).complete()), path)
+        if found := checkpoints_in(path):
+            return found[::-1]
         if not (path / "meta.json").exists():
             raise CheckpointError(
                 f"--resume {resume}: holds no complete checkpoint (a folder with meta.json)"
             )
-        return path
+        return [path]
 
     def hint_to_resume(self) -> str:
         """For an error in the middle of a run; empty without a checkpoint."""
@@ -113,30 +118,31 @@ def shard_name(boosted: BoostedModel, dp_rank: int) -> str:
     return f"tp{layout.tensor_rank}_pp{layout.pipeline_rank}_dp{dp_rank if boosted.is_sharded else 0}"
 
 
-def _save_synced(state: dict, path: Path) -> None:
-    with open(path, "wb") as file:
+def states_of(boosted: BoostedModel) -> dict[str, dict]:
+    """File name -> what this rank writes into it."""
+    found = {}
+    dp_rank = boosted.layout.data_parallel_rank
+    if boosted.is_sharded or dp_rank == 0:
+        found[f"state_{shard_name(boosted, dp_rank)}.pt"] = boosted.capture_state()
+    layers = [rng.device_rng_state for rng in boosted.dropout_rngs()]
+    found[f"random_{rank()}.pt"] = {"cpu": torch.get_rng_state(), "layers": layers}
+    if torch.cuda.is_available():
+        found[f"random_{rank()}.pt"]["cuda"] = torch.cuda.get_rng_state()
+    return found
+
+
+def _save_synced(state: dict, path: Path) -> str:
+    """-> the file's SHA-256"""
+    with HashedFile(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_meta(path: Path) -> dict:
-    """Position, settings and rows of a checkpoint.
-
-    Raises:
-        CheckpointError: its meta.json is damaged.
-    """
-    try:
-        return json.loads((path / "meta.json").read_text())
-    except ValueError:
-        raise CheckpointError(f"--resume {path}: meta.json is damaged: {DAMAGED_HINT}") from None
+    return file.sha256.hexdigest()
 
 
 def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
     """Restore model, optimizer, loss scaler and random states of ``path``. Collective.
 
     Raises:
-        CheckpointError: a file is damaged; on every rank.
+        CheckpointError: a file is missing or damaged; on every rank.
     """
     layout = boosted.layout
     saved_dp = meta["processes"] // (layout.tensor_size * layout.pipeline_size)
@@ -155,7 +161,10 @@ def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
     same_ranks = meta["processes"] == layout.world_size
     random = read(random_path) if random_path.exists() and same_ranks else None
     if found := sorted(set().union(*all_gather_objects(damaged))):
-        raise CheckpointError(f"--resume {path}: {', '.join(found)} missing or damaged: {DAMAGED_HINT}")
+        raise CheckpointError(
+            f"{path}: {', '.join(found)} missing or damaged: move this folder away, and --resume auto takes "
+            "the checkpoint before it"
+        )
     boosted.restore_state(boosted.merge_shards(shards) if reshards else shards[0])
     if random:
         torch.set_rng_state(random["cpu"])
@@ -178,12 +187,14 @@ def find_checkpoint(checkpoints: CheckpointFolder, settings, data: list) -> Path
         data: number of training images and label names, which the checkpoint's must equal.
 
     Raises:
-        CheckpointError: it was made with other settings or other data.
+        CheckpointError: it was made with other settings or other data, or none is whole.
     """
     if not settings.resume:
         return None
-    path = checkpoints.find(settings.resume)
-    if path is None:
+    if found := checkpoints.find(settings.resume):
+        path = newest_whole(found, settings.resume)
+        checkpoints.damaged = found[: found.index(path)]
+    else:
         print_rank0("  note      --resume auto: no checkpoint found, starting from the beginning")
         return None
     meta = read_meta(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vit.checksums import SUMS_HINT, sums_problem
 from vit.data.dataset import DataError, PixelRange
 from vit.data.image_files import find_images
 from vit.data.pixels import open_image
@@ -63,6 +64,8 @@ class Classifier:
     def __init__(self, name: str, pixel_range: tuple[float, float] | None = None):
         from transformers import AutoImageProcessor
 
+        if problem := sums_problem(Path(name)):
+            raise DataError(f"{problem}: {SUMS_HINT}")
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             model, self.labels = _read_model(name)

@@ -5,11 +5,12 @@ import io
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 # What a run writes into its output folder, and --overwrite_output removes.
 RUN_FILES = (
-    "checkpoints tensorboard model.safetensors config.json preprocessor_config.json "
+    "checkpoints tensorboard model.safetensors config.json preprocessor_config.json SHA256SUMS "
     "metrics.jsonl metrics.png README.md predictions.parquet classes.csv confusion.csv "
     "confusion_validation.png confusion_test.png report.html"
 ).split()
@@ -21,6 +22,14 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
     os.replace(folder, trash)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    with suppress(OSError):  # not every network file system can
+        os.fsync(handle)
+    os.close(handle)
 
 
 def cache_home() -> Path:

@@ -1,11 +1,14 @@
 """A Vision Transformer from a hub name, a local folder or a preset, and its export."""
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from vit.checksums import SUMS, SUMS_HINT, sums_problem, write_sums
 from vit.data.dataset import DataError
 from vit.data.processor import load_processor, set_processor_size
 from vit.initial_weights import build_vit, draw_classifier, empty_vit
@@ -71,6 +74,8 @@ def _random_model(name: str, labels: int, label_maps: dict) -> LoadedModel:
 def _pretrained_model(name: str, labels: list[str], label_maps: dict) -> LoadedModel:
     from transformers import CONFIG_MAPPING, PretrainedConfig
 
+    if problem := sums_problem(Path(name)):
+        raise DataError(f"{problem}: {SUMS_HINT}")
     given, _ = PretrainedConfig.get_config_dict(name)
     sizes, trained = usable_config(given), class_names(given)
     try:
@@ -175,6 +180,8 @@ def pad_classifier(model: nn.Module, multiple: int) -> None:
 def export_model(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:
     """Write a folder that transformers opens: model.safetensors, config.json, preprocessor_config.json.
 
+    Each file replaces an earlier one when all are written; SHA256SUMS, the last, says which belong together.
+
     Args:
         state: full state dict, in any precision; saved in fp32, which every device supports. Padded rows of
             the classifier are removed.
@@ -187,5 +194,16 @@ def export_model(state: dict[str, torch.Tensor], config, processor, folder: Path
     for name in ("classifier.weight", "classifier.bias"):
         state[name] = state[name][:labels]
     load_weights(model, state)
-    model.save_pretrained(folder, safe_serialization=True)
-    processor.save_pretrained(folder)
+    partial = folder / ".export.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, safe_serialization=True)
+        processor.save_pretrained(partial)
+        written = sorted(path.name for path in partial.iterdir())
+        write_sums(partial, written)
+        for name in written:
+            shutil.copymode(partial / SUMS, partial / name)  # safetensors makes files for its user alone
+        for name in (*written, SUMS):
+            os.replace(partial / name, folder / name)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

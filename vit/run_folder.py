@@ -117,17 +117,23 @@ class RunFolder:
             exit_with_errors(str(error))
 
     def restore_rows(self, rows: list[dict], checkpoints: CheckpointFolder) -> None:
-        """The rows of a checkpoint.
+        """The rows of the checkpoint that was just loaded. Collective.
 
-        If its best epoch is not here, in another run's folder, the choice starts again.
+        If its best epoch cannot be loaded any more, or is in another run's folder, the choice starts again.
         """
         self.rows += rows
-        if self.best and self.settings.keep == "best" and checkpoints.end_of(self.best["epoch"]) is None:
-            print_rank0(
-                f"  note      the best epoch so far, {self.best['epoch']}, is not in "
-                f"{checkpoints.root}: the choice starts again"
-            )
-            self.best["best"] = False
+        best, epochs = self.best, [row for row in rows if row["kind"] == "epoch"]
+        if not best or self.settings.keep == "last":
+            return
+        if not (lost := checkpoints.why_lost(best["epoch"])):
+            return
+        print_rank0(f"  note      the best epoch so far, {best['epoch']}, {lost}: the choice starts again")
+        best["best"] = False
+        for row in sorted(epochs, key=ranking_key, reverse=True):
+            # the last epoch of all needs no checkpoint: its weights are in the model now
+            if row["epoch"] == self.settings.num_epoch or not checkpoints.why_lost(row["epoch"]):
+                row["best"] = True
+                return
 
     def open(self) -> None:
         """Make the folder, without an earlier run's files if --overwrite_output allows, and write the first

@@ -287,10 +287,16 @@ class Trainer:
 
     def load_selected_epoch(self) -> None:
         """Put the state of the epoch to export back into the model, if it is not the one there."""
-        if self.run.best["epoch"] != self.position.epoch:
-            path = self.checkpoints.end_of(self.run.best["epoch"])
-            assert path is not None  # it is never pruned
-            load_checkpoint(path, self.step.boosted, read_meta(path))
+        best = self.run.best["epoch"]
+        if best == self.position.epoch:
+            return
+        if lost := self.checkpoints.why_lost(best):
+            raise CheckpointError(
+                f"the best epoch, {best}, {lost}: --resume auto exports the best of the other epochs"
+            )
+        path = self.checkpoints.end_of(best)
+        assert path is not None
+        load_checkpoint(path, self.step.boosted, read_meta(path))
 
 
 @contextmanager

@@ -79,7 +79,9 @@ def initial_model():
 
 
 def meta_of(step: int, epoch: int) -> dict:
-    return dict(step=step, epoch=epoch, progress={"images": 0}, best_epoch=None, processes=WORLD)
+    progress = dict(loss_sum=0.0, images=0, steps=0, seconds=0.0)
+    meta = dict(step=step, epoch=epoch, progress=progress, best_epoch=None, processes=WORLD)
+    return meta | dict(rows=[], settings={})
 
 
 def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict:
@@ -266,13 +268,13 @@ def failing_write() -> dict:
         error = str(caught)
     finally:
         torch.save = whole
-    found = read_meta(folder.find("auto"))["step"]
+    found = read_meta(folder.complete()[-1])["step"]
     folder.save(step.boosted, meta_of(2, epoch=2))
     left = sorted(path.name for path in folder.root.iterdir())
     return {
         "error": error,
         "found": found,
-        "found_after": read_meta(folder.find("auto"))["step"],
+        "found_after": read_meta(folder.complete()[-1])["step"],
         "left": left,
     }
 
@@ -387,9 +389,8 @@ def continued() -> dict:
         9,
     )
     result = entry("continued", *flags, "--resume", "auto")
-    result["newest"] = read_meta(CheckpointFolder(FOLDER / "continued" / "checkpoints", 9).find("auto"))[
-        "epoch"
-    ]
+    newest = CheckpointFolder(FOLDER / "continued" / "checkpoints", 9).complete()[-1]
+    result["newest"] = read_meta(newest)["epoch"]
     return result
 
 

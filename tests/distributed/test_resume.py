@@ -182,13 +182,16 @@ def save_and_die(folder, steps: list[int], at: int) -> None:
             capture_state=lambda step=step: {"of": step},
             dropout_rngs=list,
         )
-        meta = {"step": step, "epoch": step, "progress": {"images": 0}, "best_epoch": None}
+        progress = {"loss_sum": 0.0, "images": 0, "steps": 0, "seconds": 0.0}
+        meta = {"step": step, "epoch": step, "progress": progress, "best_epoch": None}
+        meta |= {"rows": [], "processes": 1, "settings": {}}
         CheckpointFolder(folder, 1).save(boosted, meta)
 
 
 @pytest.mark.parametrize("steps", [[2], [1], [1, 2, 2]], ids=["a new step", "the same step again", "several"])
 def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, steps):
     from vit.checkpoint import CheckpointFolder, read_meta
+    from vit.checkpoint_files import file_problem
 
     deaths = 0
     while True:
@@ -207,10 +210,10 @@ def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, ste
             assert end is None or status == end
         assert status in (0, -signal.SIGKILL)
         found = CheckpointFolder(folder, 1).find("auto")
-        assert found is not None, (
-            f"killed at change {deaths}: only {sorted(p.name for p in folder.iterdir())} left"
-        )
-        read_meta(found)
+        assert found, f"killed at change {deaths}: only {sorted(p.name for p in folder.iterdir())} left"
+        found = found[0]
+        meta = read_meta(found)
+        assert not any(file_problem(found / name, meta) for name in meta["files"])
         assert torch.load(found / "state_tp0_pp0_dp0.pt", weights_only=True)["of"] in {1, *steps}
         if status == 0:
             break
@@ -221,9 +224,9 @@ def test_sigkill_at_any_change_of_a_file_leaves_a_whole_checkpoint(tmp_path, ste
 def test_incomplete_checkpoints_are_not_found(tmp_path):
     from vit.checkpoint import CheckpointError, CheckpointFolder
 
-    for name in (".partial", ".step_00000007.partial", "step_00000003", "00003_epoch_1_image_0"):
-        (tmp_path / name).mkdir()  # without meta.json, which is written last
-    assert CheckpointFolder(tmp_path, 1).find("auto") is None
+    for name in (".partial", ".step_00000007.partial", "step_00000003", ".00003_epoch_1_image_0.removed"):
+        (tmp_path / name).mkdir()  # a checkpoint has its name when all of it is written
+    assert CheckpointFolder(tmp_path, 1).find("auto") == []
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         CheckpointFolder(tmp_path / "elsewhere", 1).find(str(tmp_path))
 

@@ -271,7 +271,8 @@ def check_resumed(name: str, resumed: Path, straight: Path) -> None:
     assert files_of(now) == files_of(was)
     assert sum(path.stat().st_size for path in was.iterdir()) < 300_000
     metas = [json.loads((path / "meta.json").read_text()) for path in (was, now)]
-    assert keys(metas[0]["settings"]) == keys(metas[1]["settings"]) and list(metas[0]) == list(metas[1])
+    assert keys(metas[0]["settings"]) == keys(metas[1]["settings"])
+    assert [*metas[0], "files", "sha256"] == list(metas[1])  # the recorded ones have no checksums
     assert metas[0]["step"] < metas[1]["step"]
     if checkpoints.RECORD:
         assert losses(straight).popitem()[1] == losses(resumed).popitem()[1]

@@ -127,6 +127,7 @@ def test_run_ends_well_and_learns(runs, name):
     assert last["train_loss"] < first["train_loss"] and last["images"] == 23
     assert sorted(p.name for p in (runs / name).iterdir()) == [
         "README.md",
+        "SHA256SUMS",
         "checkpoints",
         "config.json",
         "metrics.jsonl",
