@@ -33,6 +33,7 @@ from vit.checkpoint_files import (
 )
 from vit.checksums import HashedFile
 from vit.console import print_rank0, rank
+from vit.disk import WriteError, room_problem, size_text
 from vit.distributed import all_gather_objects
 from vit.files import remove_folder, sync_folder
 from vit.parallel.boosted import BoostedModel
@@ -69,12 +70,19 @@ class CheckpointFolder:
 
         The one at the end of ``meta["best_epoch"]`` is kept when others are pruned.
         """
-        partial = self.root / ".partial"
+        states, partial = states_of(boosted), self.root / ".partial"
+        sizes = [size for found in all_gather_objects(list(map(bytes_of, states.values()))) for size in found]
+        self.raise_if_any(room_problem(self.root, sum(sizes), max(sizes)))
         if rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         dist.barrier()
-        written = {name: _save_synced(state, partial / name) for name, state in states_of(boosted).items()}
+        written, problem = {}, ""
+        try:
+            written = {name: _save_synced(state, partial / name) for name, state in states.items()}
+        except OSError as error:
+            problem = f"{error.strerror} ({size_text(sum(sizes))} are needed): remove files there"
+        self.raise_if_any(problem)
         files = {name: sum for found in all_gather_objects(written) for name, sum in found.items()}
         if rank() == 0:
             write_meta(partial, meta, files)
@@ -84,6 +92,16 @@ class CheckpointFolder:
             sync_folder(self.root)  # before the one that it replaces is removed
             self.prune(meta["best_epoch"])
         dist.barrier()
+
+    def raise_if_any(self, problem: str) -> None:
+        """Raise `WriteError` on every rank if one of them has a problem with a checkpoint. Collective."""
+        found = sorted(filter(None, all_gather_objects(problem)))
+        if not found:
+            return
+        if rank() == 0:
+            shutil.rmtree(self.root / ".partial", ignore_errors=True)
+        fewer = f", or lower --keep_checkpoints {self.keep}" * (self.keep > 1)
+        raise WriteError(f"{self.root}: no checkpoint saved: {found[0]}{fewer}{self.hint_to_resume()}")
 
     def prune(self, best_epoch: int | None) -> None:
         """Remove all but the newest ``keep`` (at least one) and the best epoch's. Rank 0 only."""
@@ -129,6 +147,17 @@ def states_of(boosted: BoostedModel) -> dict[str, dict]:
     if torch.cuda.is_available():
         found[f"random_{rank()}.pt"]["cuda"] = torch.cuda.get_rng_state()
     return found
+
+
+def bytes_of(state) -> int:
+    """Bytes of the tensors in nested dicts and lists; those that share memory are saved once."""
+    sizes, found = {}, [state]
+    for value in found:
+        if isinstance(value, torch.Tensor):
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (dict, list, tuple)):
+            found += value.values() if isinstance(value, dict) else value
+    return sum(sizes.values())
 
 
 def _save_synced(state: dict, path: Path) -> str:

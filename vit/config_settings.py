@@ -206,23 +206,23 @@ def _parallelism_problems(config: dict, local_batch_size: int) -> list[str]:
     return problems
 
 
+def vit_sizes(config: dict) -> VitPreset:
+    """The sizes of the config's model."""
+    hidden = config["HIDDEN_SIZE"]
+    mlp = round(hidden * config["MLP_RATIO"])
+    return VitPreset(
+        config["IMG_SIZE"], config["PATCH_SIZE"], hidden, config["DEPTH"], config["NUM_HEADS"], mlp
+    )
+
+
 def vit_config(config: dict, labels: list[str] | None = None):
     """The HuggingFace config of the model: a ViT, or I-JEPA's form of it, which classifies the mean of the
     patches.
     """
-    hidden = config["HIDDEN_SIZE"]
-    sizes = VitPreset(
-        config["IMG_SIZE"],
-        config["PATCH_SIZE"],
-        hidden,
-        config["DEPTH"],
-        config["NUM_HEADS"],
-        round(hidden * config["MLP_RATIO"]),
-    )
     names = {}
     if labels is not None:
         names = {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    vit = sizes.config(config["NUM_CLASSES"], **names)
+    vit = vit_sizes(config).config(config["NUM_CLASSES"], **names)
     vit.hidden_dropout_prob, vit.attention_probs_dropout_prob = config["DROPOUT"], config["ATTENTION_DROPOUT"]
     return mean_pooled_config(vit) if config["POOLING"] == "mean" else vit
 

@@ -6,7 +6,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from vit.config_settings import vit_sizes
+from vit.disk import room_problem, size_of, size_text
 from vit.files import RUN_FILES
+from vit.hub import read_config
+from vit.presets import VitPreset, known_architecture
 from vit.settings import Settings
 
 ELSEWHERE = "set OUTPUT_PATH to another folder"
@@ -24,6 +28,7 @@ def output_problems(settings: Settings) -> Iterator[str]:
             check = overwrite_problems if settings.overwrite_output else used_folder_problems
             yield from check(settings, folder)
         yield from parent_problems(folder)
+        yield from disk_problems(settings, folder)
     except OSError as error:  # PermissionError in a folder above
         yield f"--output_path {folder}: {error.strerror}"
     resume = settings.resume
@@ -80,3 +85,36 @@ def parent_problems(folder: Path) -> Iterator[str]:
             yield f"--output_path {folder}: {parent} is a file"
     elif not os.access(parent, os.W_OK):
         yield f"--output_path {folder}: {parent} cannot be written"
+
+
+# ---- room on the disk
+
+
+def architecture(settings: Settings) -> VitPreset | None:
+    """The sizes of the model, as far as they are known without the hub."""
+    name = settings.model_name_or_path
+    if settings.config is not None:
+        return vit_sizes(dict(settings.config))
+    if not Path(name).is_dir():
+        return known_architecture(name)
+    config = {"image_size": 224, "patch_size": 16, "hidden_size": 768, "num_hidden_layers": 12}
+    config |= {"num_attention_heads": 12, "intermediate_size": 3072} | read_config(Path(name))
+    names = "image_size patch_size hidden_size num_hidden_layers num_attention_heads intermediate_size"
+    return VitPreset(*(config[field] for field in names.split()))
+
+
+def disk_problems(settings: Settings, folder: Path) -> Iterator[str]:
+    """Whether the checkpoints and the exported model have room, by what they have at least."""
+    try:
+        weights = 4 * architecture(settings).parameters  # fp32
+    except (AttributeError, ArithmeticError, TypeError, ValueError):
+        return  # unknown, or sizes that are no sizes, which another check says
+    checkpoint = (4 if settings.ema else 3) * weights  # two moments of Adam, and the average
+    steps = settings.checkpoint_steps
+    saves = float("inf") if steps else -(-settings.num_epoch // settings.checkpoint_epochs)
+    kept = min(saves, max(1, settings.keep_checkpoints) + (settings.keep == "best"))
+    most = min(saves, kept + 1)  # the next one is complete before an earlier one is removed
+    needed = max(most * checkpoint, kept * checkpoint + weights) - size_of(folder, RUN_FILES)
+    what = f" ({most} checkpoints of {size_text(checkpoint)}, then the model)"
+    if problem := room_problem(folder, needed, weights, what):
+        yield f"--output_path {folder}: {problem}, or {ELSEWHERE}"

@@ -14,6 +14,15 @@ class VitPreset:
     heads: int
     mlp_size: int
 
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, without the classifier."""
+        hidden, patch = self.hidden_size, self.patch_size
+        patches = (self.image_size // patch) ** 2
+        embeddings = (3 * patch * patch + 1) * hidden + (patches + 2) * hidden
+        attention, mlp = 4 * (hidden + 1) * hidden, (2 * hidden + 1) * self.mlp_size + hidden
+        return embeddings + self.layers * (attention + mlp + 4 * hidden) + 2 * hidden
+
     def config(self, num_labels: int, **overrides):
         """The HuggingFace config; dropout off, as fine-tuning uses it."""
         from transformers import ViTConfig

@@ -12,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from vit.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, read_meta
 from vit.console import exit_with_errors, print_rank0, progress_bar
 from vit.data.dataset import DataError
+from vit.disk import WriteError, free_bytes, is_full, size_text
 from vit.distributed import all_reduce_max, all_reduce_sum, destroy_distributed, device, peak_memory_gib
 from vit.predictions import PredictionCollector, Predictions
 from vit.run_folder import RunFolder
@@ -313,9 +315,23 @@ def exits_in_one_line(settings, checkpoints: CheckpointFolder):
         destroy_distributed()
         last = f" The last checkpoint in {checkpoints.root} is from before." if checkpoints.complete() else ""
         exit_with_errors(f"{error}: {settings.advice_on_divergence}.{last}", code=1)
+    except WriteError as error:  # no room for a checkpoint, on every rank
+        destroy_distributed()
+        exit_with_errors(str(error), code=1)
     except CheckpointError as error:  # a damaged file, on every rank
         destroy_distributed()
         exit_with_errors(str(error))
     except DataError as error:  # in the middle of an epoch, on one rank: torchrun ends the others
-        print(f"error: {error.in_one_line()}{checkpoints.hint_to_resume()}", file=sys.stderr, flush=True)
-        os._exit(1)
+        end_of_one_rank(error.in_one_line(), checkpoints)
+    except Exception as error:  # of the libraries that write a model, many types
+        if not is_full(error):
+            raise
+        folder, reason = Path(settings.output_path), str(error).strip().splitlines()[0]
+        where = f"{folder}: no room for its files ({reason}; {size_text(free_bytes(folder))} are free)"
+        end_of_one_rank(f"{where}: remove files there", checkpoints)
+
+
+def end_of_one_rank(problem: str, checkpoints: CheckpointFolder) -> NoReturn:
+    """End this process at once: the others wait for it in a collective, and torchrun ends them."""
+    print(f"error: {problem}{checkpoints.hint_to_resume()}", file=sys.stderr, flush=True)
+    os._exit(1)

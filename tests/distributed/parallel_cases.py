@@ -29,7 +29,7 @@ from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, WEIGHT_DE
 
 import vit_train_demo
 from data import load_dataset
-from vit import distributed
+from vit import disk, distributed
 from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
 from vit.data.decode import plan_decoding
 from vit.data.loaders import BatchDataset
@@ -250,7 +250,9 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
 
 
 def failing_write() -> dict:
-    """The disk fills up during the second save: an error, and the first checkpoint is whole."""
+    """The disk of the last process fills up during the second save: an error of all of them, and the first
+    checkpoint is whole.
+    """
     step, _ = build(initial_model())
     folder = CheckpointFolder(FOLDER / "failing_write", 1)
     folder.save(step.boosted, meta_of(1, epoch=1))
@@ -258,7 +260,9 @@ def failing_write() -> dict:
 
     def full_disk(state, file):
         file.write(b"half")
-        raise OSError(28, "No space left on device")
+        if RANK == WORLD - 1:
+            raise OSError(28, "No space left on device")
+        whole(state, file)
 
     torch.save = full_disk
     try:
@@ -269,14 +273,36 @@ def failing_write() -> dict:
     finally:
         torch.save = whole
     found = read_meta(folder.complete()[-1])["step"]
-    folder.save(step.boosted, meta_of(2, epoch=2))
     left = sorted(path.name for path in folder.root.iterdir())
+    dist.barrier()
+    folder.save(step.boosted, meta_of(2, epoch=2))
     return {
         "error": error,
         "found": found,
         "found_after": read_meta(folder.complete()[-1])["step"],
         "left": left,
     }
+
+
+def no_room() -> dict:
+    """There is no room for the second checkpoint of a run; when there is, the run continues."""
+    run = (*RUN, "--plugin", "low_level_zero", "--precision", "fp32")
+    straight = entry("no_room/straight", *run)
+    free, asked = disk.free_bytes, []
+
+    def free_bytes(folder):
+        asked.append(folder)
+        return 1000.0 if len(asked) > 2 else free(folder)  # after the check before the launch and a save
+
+    disk.free_bytes = free_bytes
+    try:
+        full = entry("no_room/full", *run)
+    finally:
+        disk.free_bytes = free
+    left = sorted(path.name for path in (FOLDER / "no_room/full/checkpoints").iterdir())
+    dist.barrier()
+    resumed = entry("no_room/full", *run, "--resume", "auto")
+    return {"straight": straight, "full": full, "left": left, "resumed": resumed}
 
 
 # ---------------------------------------------------------------------------------------------- the list
@@ -339,6 +365,7 @@ def all_cases() -> dict:
             cases[f"mixed {name}"] = (train, LAYOUTS[2][name] | dict(mixed=True))
         cases["terminated"] = (terminated, ("terminated",))
         cases["failing write"] = (failing_write, ())
+        cases["no room"] = (no_room, ())
         # a step of all images an epoch, and a signal in the first: there is no later step to notice it in
         cases["terminated in an epoch of one step"] = (terminated, ("one_step", 1, "--batch_size", 16))
         cases["diverging"] = (

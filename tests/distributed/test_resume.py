@@ -131,12 +131,27 @@ def test_sigterm_to_one_process_saves_and_ends_all_and_the_run_goes_on(two, shar
 
 def test_full_disk_during_a_save_is_an_error_and_leaves_the_checkpoint_before(two):
     result = two["failing write"]
-    assert "No space left" in result["error"]
+    error = result["error"]
+    assert "no checkpoint saved: No space left on device (0.2 MB are needed): remove files there" in error
     assert result["found"] == 1
     assert result["found_after"] == 2
-    assert len(result["left"]) == 1 and not result["left"][0].startswith(
-        "."
-    )  # nothing is left of the half one
+    assert result["left"] == ["00001_epoch_1_image_0"]  # nothing is left of the half one
+    assert error.endswith(f"{result['left'][0]}: --resume auto continues from there")
+
+
+def test_run_without_room_for_a_checkpoint_ends_in_one_line_and_goes_on_when_there_is_room(two, shared):
+    result = two["no room"]
+    assert result["full"]["code"] == 1
+    (line,) = result["full"]["err"].splitlines()
+    for part in (
+        "are needed and 0.0 MB are free",
+        "remove files there",
+        "--resume auto continues from there",
+    ):
+        assert part in line
+    assert result["left"] == ["00001_epoch_1_image_0"]
+    assert result["resumed"]["code"] == 0, result["resumed"]["err"]
+    assert_same_run(shared / "no_room" / "straight", shared / "no_room" / "full", 0)
 
 
 # ---------------------------------------------------------------------------------------------- kills

@@ -403,6 +403,9 @@ def be_machine(settings: dict) -> None:
         torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: gpus
         torch.cuda.get_device_capability = lambda *_: (8, 0) if settings.get("BF16") != "0" else (7, 0)
         torch.cuda.get_device_name = lambda *_: "made up"
+    import vit.output_checks
+
+    vit.output_checks.room_problem = lambda *_: ""  # whatever else is on this disk
     if package := settings.get("WITHOUT"):
         sys.modules[package] = None
     if settings.get("HUB"):

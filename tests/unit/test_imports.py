@@ -11,7 +11,7 @@ from helpers import ROOT
 
 LEVELS = {
     # L0: the standard library alone
-    0: "console files layout presets validate versions patches parallel.plugins report.tables",
+    0: "console files disk layout presets validate versions patches parallel.plugins report.tables",
     # L1: what the machine, a name or a setting is
     1: "settings config system hub environment modules data.dataset data.leaves step_graph "
     "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_zero "
