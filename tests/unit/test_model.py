@@ -184,8 +184,10 @@ def test_same_classes_keep_their_head_and_other_names_do_not(tmp_path):
     turned = load_model(str(tmp_path), LABELS[::-1])
     assert turned.notes == [] and not turned.new_classifier
     assert turned.model.config.id2label[0] == LABELS[-1]
+    moved = load_model(str(tmp_path), ["c", "a", "b"])  # not its own inverse
     for name in ("classifier.weight", "classifier.bias"):
         assert torch.equal(turned.model.state_dict()[name], saved[name].flip(0))
+        assert torch.equal(moved.model.state_dict()[name], saved[name][[2, 0, 1]])
     other = load_model(str(tmp_path), ["x", "y", "z"])
     assert other.new_classifier
     assert not torch.equal(other.model.classifier.weight, saved["classifier.weight"])
@@ -243,7 +245,7 @@ def test_export_writes_fp32_safetensors_and_nothing_else(tmp_path):
     loaded = load_model(str(save_tiny_vit(tmp_path / "in")), LABELS)
     half = {name: tensor.bfloat16() for name, tensor in loaded.model.state_dict().items()}
     export_model(half, loaded.model.config, loaded.processor, tmp_path / "out")
-    names = ["config.json", "model.safetensors", "preprocessor_config.json"]
+    names = ["SHA256SUMS", "config.json", "model.safetensors", "preprocessor_config.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}

@@ -1,12 +1,13 @@
 """The learning rate of a step, which images are in which step, and the layout's arithmetic."""
 
 import math
+from dataclasses import replace
 
 import pytest
 from helpers import settings
 
 from vit.layout import ParallelLayout
-from vit.schedule import BatchPlan, CosineWithWarmup
+from vit.schedule import BatchPlan, CosineWithWarmup, plan_schedule
 
 
 def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
@@ -21,6 +22,16 @@ def test_learning_rate_warms_up_linearly_then_follows_a_cosine_to_zero():
 def test_learning_rate_at_the_edges(warmup, expected):
     rate = CosineWithWarmup(1.0, 2, warmup)
     assert [rate(0), rate(1)] == pytest.approx(expected)
+
+
+def test_schedule_of_settings_warms_up_for_its_part_of_all_steps():
+    chosen = settings("--batch_size", 4, "--num_epoch", 4, "--warmup_ratio", 0.3, "--learning_rate", 0.1)
+    plan, rate, _ = plan_schedule(chosen, images=28)
+    assert plan.steps_per_epoch == 7
+    assert rate == CosineWithWarmup(0.1, total_steps=28, warmup_steps=8)  # of 8.4
+    assert plan_schedule(replace(chosen, num_epoch=5), 28)[1].warmup_steps == 10  # of 10.5, to even
+    two = replace(chosen, layout=ParallelLayout(4, tensor_size=2))
+    assert plan_schedule(two, 28)[1].peak == 0.2
 
 
 def test_layout_gives_every_process_its_own_place():

@@ -6,10 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, COUNTS, decode_images, load_images, pixels_of, write_folder
+from helpers import CLASSES, COUNTS, decode_images, load_images, pixels_of, settings, write_folder
 from PIL import Image
 
 from vit.data.dataset import DataError, PixelRange
+from vit.data.decode import decode_dataset
 from vit.data.loaders import BatchDataset, make_loader
 from vit.data.pixels import open_image
 from vit.data.transforms import Resize
@@ -168,6 +169,14 @@ def test_splits_that_fit_the_budget_are_kept_and_others_are_not(image_folder):
     size = 3 * 16 * 16 / 2**30
     kept, _ = decode_images(load_images(image_folder), "--data_memory", (13 + 7 + 1) * size)
     assert [split.cached_pixels is not None for split in kept.splits()] == [False, True, True]
+
+
+def test_processes_of_a_machine_share_the_budget(image_folder):
+    chosen = settings("--data_memory", (22 + 13 + 7) * 3 * 16 * 16 / 2**30)
+    for processes, kept in ((1, [True, True, True]), (2, [False, True, True]), (4, [False, False, True])):
+        images, size = decode_dataset(load_images(image_folder), Resize(16), None, chosen, processes)
+        assert [split.cached_pixels is not None for split in images.splits()] == kept
+        assert size * processes <= chosen.data_memory * 2**30
 
 
 def test_small_images_are_decoded_by_one_thread_and_large_ones_by_several(image_folder, monkeypatch):

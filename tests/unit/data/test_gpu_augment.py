@@ -107,6 +107,14 @@ def test_augmentation_follows_seed_epoch_and_image_alone(pictures):
     assert len({image.numpy().tobytes() for image in whole}) > 50  # of 64, of 4 pictures
 
 
+@pytest.mark.parametrize("drawn", [dict(policy="cifar10"), dict(rand_augment=(2, 9, 31))], ids=str)
+def test_operations_are_drawn_again_in_every_epoch(pictures, drawn):
+    """Without a crop, whose draws would hide that."""
+    augment, pixels = BatchAugment(7, 32, **drawn), pictures[[0] * 64]
+    first, second = (augment(pixels, epoch, torch.arange(64)) for epoch in (0, 1))
+    assert (first != second).flatten(1).any(1).float().mean() > 0.8
+
+
 def test_crop_takes_every_offset_and_pads_with_black():
     pixels = torch.full((4000, 3, 8, 8), 9, dtype=torch.uint8)
     cropped = BatchAugment(0, 8, padding=2)(pixels, 0, torch.arange(4000))

@@ -89,6 +89,24 @@ def test_policies_change_crops_by_seed_epoch_and_image_alone(policy):
     assert 0.5 < changed.float().mean() <= 1
 
 
+@pytest.mark.parametrize("policy", AUTO_AUGMENT)
+def test_policies_are_drawn_again_in_every_epoch_for_every_image_and_seed(policy):
+    """Of crops that are always the whole image, so that nothing else differs."""
+    source = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+
+    def draws(seeds, epochs, images) -> int:
+        crops = [
+            RandomResizedCrop(16, seed, smallest_crop=1.0, flip=False, policy=policy)(source, epoch, image)
+            for seed in seeds
+            for epoch in epochs
+            for image in images
+        ]
+        return len({crop.numpy().tobytes() for crop in crops})
+
+    assert draws([42], range(30), [0]) > 10 and draws([42], [0], range(30)) > 10
+    assert draws(range(30), [0], [0]) > 10 and draws([42], [0], [0] * 30) == 1
+
+
 @pytest.mark.parametrize("resample", [2, 3])
 def test_augmentation_equals_torchvisions(image_folder, resample):
     from torchvision.transforms import InterpolationMode, v2

@@ -11,7 +11,7 @@ import report
 from vit.environment import environment
 from vit.files import read_jsonl, write_jsonl
 from vit.report.charts import PLUGIN_COLORS, save_figure
-from vit.report.sweep import noise_margin, sweep_report
+from vit.report.sweep import noise_margin, summarize, sweep_report
 
 
 def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **settings):
@@ -425,6 +425,19 @@ def test_the_interval_of_the_test_accuracy_is_of_the_test_images(tmp_path):
     sweep_report(tmp_path)
     text = (tmp_path / "table.md").read_text()  # 1.96 sqrt(0.5 x 0.5 / 100)
     assert "95 % interval of a mean on the 100 test images is about ± 9.8 points" in text
+
+
+def test_numbers_of_a_run_are_those_of_its_last_and_best_epoch_over_all_its_time():
+    epoch = {"evaluation_seconds": 0.5, "average_loss": 1.0}
+    epochs = [
+        epoch | dict(accuracy=0.5, images_per_second=100.0, seconds=1.0, peak_memory_gib=3.0),
+        epoch | dict(accuracy=0.75, images_per_second=200.0, seconds=3.0, peak_memory_gib=2.0),
+        epoch | dict(accuracy=0.625, images_per_second=400.0, seconds=4.0, peak_memory_gib=1.0),
+    ]
+    found = summarize({"epochs": epochs})
+    assert found["images_per_second"] == 2300 / 8  # all images over all seconds
+    assert found["seconds"] == 9.5 and found["peak_memory_gib"] == 3.0
+    assert (found["accuracy"], found["best_epoch_accuracy"]) == (0.625, 0.75)
 
 
 def test_damaged_rows_are_named_and_left_out(tmp_path, capsys):

@@ -1,0 +1,152 @@
+"""What an epoch's row says: sums over the epoch, which epoch is the best, memory of all processes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import settings
+
+from vit import distributed
+from vit.layout import ParallelLayout
+from vit.parallel.boost import boost
+from vit.run_folder import RunFolder
+from vit.schedule import BatchPlan, CosineWithWarmup
+from vit.settings import Settings
+from vit.trainer import EpochProgress, Position, Trainer
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Collectives of one process, without a process group."""
+    for name in ("all_reduce_sum", "all_reduce_max"):
+        monkeypatch.setattr(f"vit.trainer.{name}", lambda values: values)
+
+
+def trainer_of(losses: dict[int, float], position: Position, **changes) -> Trainer:
+    """A trainer of 22 images, 8 a step. ``losses``: of each global step."""
+    chosen = SimpleNamespace(num_epoch=2, checkpoint_steps=0, **changes)
+    plan = BatchPlan(22, 8, 1, ParallelLayout(1), seed=0)
+
+    def step(batches, images, learning_rate, global_step):
+        return torch.tensor(losses[global_step], dtype=torch.float64)
+
+    step.model = SimpleNamespace(train=lambda: None)
+    run = SimpleNamespace(settings=chosen)
+    stop = SimpleNamespace(of_any_rank=lambda: 0)
+    trainer = Trainer(step, None, plan, CosineWithWarmup(1.0, 6, 2), run, None, stop)
+    trainer.position = position
+    return trainer
+
+
+@pytest.mark.parametrize("window", [1, 2, 50], ids="a read every {} steps".format)
+def test_loss_of_an_epoch_is_the_mean_over_its_images_also_where_the_last_step_has_fewer(
+    alone, monkeypatch, window
+):
+    monkeypatch.setattr("vit.trainer.MAX_STEPS_BETWEEN_LOSS_READS", window)
+    trainer = trainer_of({3: 4.0, 4: 2.0, 5: 1.0}, Position(epoch=1))
+    trainer.train_epoch(iter([{}] * 3))
+    progress = trainer.position.progress
+    assert progress.loss_sum == 8 * 4.0 + 8 * 2.0 + 6 * 1.0
+    assert (progress.images, progress.steps) == (22, 3) and progress.seconds > 0
+
+
+def test_epoch_that_was_resumed_in_its_middle_reports_all_of_it(alone):
+    before = EpochProgress(loss_sum=8 * 4.0, images=8, steps=1, seconds=10.0)
+    trainer = trainer_of({4: 2.0, 5: 1.0}, Position(1, before))
+    assert trainer.position.global_step(trainer.plan) == 4
+    trainer.train_epoch(iter([{}] * 2))
+    progress = trainer.position.progress
+    assert progress.loss_sum == 8 * 4.0 + 8 * 2.0 + 6 * 1.0
+    assert (progress.images, progress.steps) == (22, 3) and progress.seconds > 10
+
+
+def test_progress_weighs_losses_by_images():
+    progress = EpochProgress()
+    progress.add([1.0, 2.0], [8, 8], 3.0)
+    progress.add([5.0], [6], 1.0)
+    assert progress == EpochProgress(loss_sum=54.0, images=22, steps=3, seconds=4.0)
+
+
+# ---- rows
+
+
+def run_of(**changes) -> RunFolder:
+    run = RunFolder.__new__(RunFolder)
+    run.settings, run.rows = settings(*changes.pop("flags", ())), [{"kind": "run"}]
+    return run
+
+
+def add_epochs(run: RunFolder, results: list[tuple[float, float]]) -> list[bool]:
+    """Rows of epochs with these accuracies and losses. -> which is the best after the last one"""
+    progress = EpochProgress(loss_sum=55.0, images=22, steps=3, seconds=4.0)
+    for epoch, (accuracy, loss) in enumerate(results, 1):
+        result = {"accuracy": accuracy, "average_loss": loss, "images": 13}
+        run.add_epoch(epoch, result, progress, 0.1, 1.0, 2.0, None)
+        assert sum(row["best"] for row in run.rows[1:]) == 1
+    return [row["best"] for row in run.rows[1:]]
+
+
+def test_row_has_means_over_images_and_over_time():
+    run = run_of()
+    add_epochs(run, [(0.5, 1.0)])
+    row = run.rows[-1]
+    assert row["train_loss"] == 2.5 and row["images_per_second"] == 5.5 and row["steps_per_second"] == 0.75
+
+
+@pytest.mark.parametrize(
+    "results, best",
+    [
+        ([(0.5, 1.0), (0.6, 2.0), (0.55, 0.1)], 2),  # the accuracy decides
+        ([(0.5, 1.0), (0.5, 0.9), (0.5, 0.95)], 2),  # of equal ones the lower loss
+        ([(0.5, 1.0), (0.5, 1.0), (0.5, 1.0)], 1),  # of equal ones the first
+        ([(0.5, 1.0), (0.4, 0.5), (0.5, 1.0)], 1),
+    ],
+)
+def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss_then_is_the_first(results, best):
+    assert add_epochs(run_of(), results) == [epoch == best for epoch in (1, 2, 3)]
+
+
+def test_last_epoch_is_kept_whatever_it_measured():
+    assert add_epochs(run_of(flags=("--keep", "last")), [(0.9, 0.1), (0.1, 3.0)]) == [False, True]
+
+
+# ---- processes
+
+
+@pytest.mark.parametrize("others", [0.0, 1e6])
+def test_peak_memory_is_the_largest_of_all_processes(monkeypatch, others):
+    """``others``: GiB of another process, which takes part in the reduction."""
+    calls = []
+
+    def all_reduce(values, op):
+        calls.append(op)
+        values.clamp_(min=others)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    peak = distributed.peak_memory_gib()
+    assert calls == [torch.distributed.ReduceOp.MAX]
+    assert peak == others if others else 0.01 < peak < 1e3
+
+
+def test_data_parallel_ranks_draw_other_masks_and_the_ranks_of_one_group_the_same(monkeypatch):
+    """Drop path draws from torch's generator, which `boost` seeds."""
+
+    def masks(layout: ParallelLayout) -> torch.Tensor:
+        from helpers import tiny_vit
+
+        chosen = Settings(
+            plugin="none", precision="fp32", layout=layout, drop_path=0.5, weight_decay=0.0, learning_rate=0.1
+        )
+        monkeypatch.setattr(
+            "vit.parallel.boost.boost_plain", lambda model, optimizer, _: (None, model, optimizer)
+        )
+        torch.manual_seed(0)
+        model = boost(tiny_vit(), chosen).model.train()
+        with torch.no_grad():
+            return model(torch.ones(16, 3, 16, 16)).logits[:, :3]
+
+    first, second = (masks(ParallelLayout(2, rank=rank)) for rank in (0, 1))
+    assert torch.equal(first, masks(ParallelLayout(2, rank=0))) and not torch.equal(first, second)
+    group = [masks(ParallelLayout(4, tensor_size=2, rank=rank)) for rank in range(4)]
+    assert torch.equal(group[0], group[1]) and torch.equal(group[2], group[3])
+    assert not torch.equal(group[0], group[2])
