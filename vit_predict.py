@@ -11,10 +11,11 @@ import json
 import sys
 from pathlib import Path
 
-from vit.console import exit_with_errors, silence_libraries
+from vit.console import exit_with_errors, printable, silence_libraries
 
 silence_libraries()
 
+from vit.files import csv_cell
 from vit.hub import is_cached, is_hub_name, reachable
 from vit.versions import version_problems
 
@@ -81,7 +82,7 @@ def main(argv=None) -> int:
     for result in classifier.predict(images, args.topk, args.batch_size):
         if result.problem:
             bad += 1
-            print(f"{result.image.path}: {result.problem}", file=sys.stderr)
+            print(printable(f"{result.image.path}: {result.problem}"), file=sys.stderr)
         else:
             rows.append((str(result.image.path), true_class(result.image, labels), result.best))
     {"table": print_table, "json": print_json, "csv": print_csv}[args.format](rows)
@@ -103,12 +104,11 @@ def accuracy_text(rows: list) -> str:
 
 
 def print_table(rows: list) -> None:
-    columns = [[path for path, _, _ in rows]]
+    columns = [[printable(path) for path, _, _ in rows]]
     if any(true is not None for _, true, _ in rows):
-        columns.append([f"({true})" if true is not None else "" for _, true, _ in rows])
-    columns.append(
-        ["  ".join(f"{label} {probability:.3f}" for label, probability in best) for *_, best in rows]
-    )
+        columns.append([printable(f"({true})") if true is not None else "" for _, true, _ in rows])
+    named = ["  ".join(f"{label} {probability:.3f}" for label, probability in best) for *_, best in rows]
+    columns.append(list(map(printable, named)))
     widths = [max(map(len, column), default=0) for column in columns[:-1]] + [0]
     for cells in zip(*columns):
         print("  ".join(f"{cell:<{width}}" for cell, width in zip(cells, widths)))
@@ -134,7 +134,8 @@ def print_csv(rows: list) -> None:
     writer.writerow(["image", "rank", "label", "probability"] + ["true_label"] * labelled)
     for path, true, best in rows:
         for rank, (label, value) in enumerate(best, 1):
-            writer.writerow([path, rank, label, f"{value:.6f}"] + [true or ""] * labelled)
+            cells = [path, rank, label, f"{value:.6f}"] + [true or ""] * labelled
+            writer.writerow(map(csv_cell, cells))
 
 
 if __name__ == "__main__":

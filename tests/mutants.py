@@ -10,14 +10,19 @@ may stay is in docs/development.md, each with its reason.
 from __future__ import annotations
 
 import ast
-import json
+import difflib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
+from forks import in_fork
 
 ROOT = Path(__file__).resolve().parent.parent
 # file -> (functions, classes or methods whose lines are changed, tests that must notice)
@@ -65,49 +70,67 @@ def copy_checkout(folder: Path) -> None:
             shutil.copy(ROOT / name, folder / name)
 
 
-def run_mutants(copy: Path, file: str) -> tuple[int, list[str]]:
-    """Change ``file`` in every way. -> number of mutants, the diffs of those that survived"""
-    from cosmic_ray.work_db import WorkDB, use_db
-    from cosmic_ray.work_item import WorkerOutcome, WorkResult
+def mutants_of(source: str, lines: set[int]) -> Iterator[str]:
+    """Every change that an operator of cosmic-ray makes in some lines of a source text."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator, operator_names
 
+    tree = get_ast(source)
+    for name in operator_names():
+        if SKIPPED.match(name) or get_operator(name).arguments():
+            continue
+        operator = get_operator(name)()
+        places = [start for node in ast_nodes(tree) for start, _ in operator.mutation_positions(node)]
+        for number, (line, _) in enumerate(places):
+            if line in lines:
+                yield mutate_code(source, operator, number)
+
+
+def passes(copy: Path, tests: str) -> bool:
+    """Whether the tests pass in the copy: in a fork, so that the libraries are imported once."""
+
+    def child() -> None:
+        os.chdir(copy)
+        signal.alarm(300)  # a change may make a loop endless
+        words = ["-x", "-q", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests.split())]
+        sys.exit(int(pytest.main(words)))
+
+    return in_fork(child, copy / "said.txt") == 0
+
+
+def run_mutants(copy: Path, file: str) -> tuple[int, list[str]]:
+    """Change ``file`` in every way. -> number of mutants, what is changed in those that survived"""
     names, tests = TARGETS[file]
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider"]
-    command += [f"tests/{test}" for test in tests.split()]
-    config = copy / "mutants.toml"
-    config.write_text(
-        f'[cosmic-ray]\nmodule-path = ["{file}"]\ntimeout = 120.0\nexcluded-modules = []\n'
-        f"test-command = {json.dumps(' '.join(command))}\n"
-        '[cosmic-ray.distributor]\nname = "local"\n'
-    )
-    session = copy / "mutants.sqlite"
-    session.unlink(missing_ok=True)
-    program = [sys.executable, "-m", "cosmic_ray.cli"]
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run(command, cwd=copy, env=environment, check=True, stdout=subprocess.DEVNULL)  # all pass
-    subprocess.run([*program, "init", config, session], cwd=copy, check=True)
-    lines = lines_of(copy / file, names)
-    with use_db(session, WorkDB.Mode.open) as db:
-        for item in list(db.pending_work_items):
-            (mutation,) = item.mutations
-            if mutation.start_pos[0] not in lines or SKIPPED.match(mutation.operator_name):
-                db.set_result(item.job_id, WorkResult(worker_outcome=WorkerOutcome.SKIPPED))
-    subprocess.run([*program, "exec", config, session], cwd=copy, env=environment, check=True)
-    with use_db(session, WorkDB.Mode.open) as db:
-        done = [result for _, result in db.results if result.worker_outcome != WorkerOutcome.SKIPPED]
-    return len(done), [result.diff for result in done if not result.is_killed]
+    source, survivors, count = (copy / file).read_text(), [], 0
+    if not passes(copy, tests):
+        sys.exit(f"{tests}: fail without a change\n{(copy / 'said.txt').read_text()[-2000:]}")
+    for mutant in mutants_of(source, lines_of(copy / file, names)):
+        (copy / file).write_text(mutant)
+        count += 1
+        if passes(copy, tests):
+            before, after = source.splitlines(), mutant.splitlines()
+            changed = [line for line in difflib.ndiff(before, after) if line[0] in "-+"]
+            survivors.append("\n".join(changed))
+            print(file, survivors[-1], sep="\n", flush=True)
+    (copy / file).write_text(source)
+    return count, survivors
 
 
 def main(files: list[str]) -> int:
+    os.environ.update(CUDA_VISIBLE_DEVICES="", PYTHONDONTWRITEBYTECODE="1")
+    sys.dont_write_bytecode = True  # a mutant may have the size and the time of the one before
+    import matplotlib.pyplot  # noqa: F401 - imported once, not in every fork
+    import torchvision  # noqa: F401
+    import transformers.models.vit.modeling_vit  # noqa: F401
+
     total, survivors = 0, 0
     with tempfile.TemporaryDirectory() as folder:
         copy_checkout(Path(folder))
         for file in files or TARGETS:
-            count, diffs = run_mutants(Path(folder), file)
-            total, survivors = total + count, survivors + len(diffs)
-            for diff in diffs:
-                changed = [line for line in diff.splitlines() if re.match(r"[-+](?![-+])", line)]
-                print(file, *changed, sep="\n  ", flush=True)
-            print(f"{file}: {count} mutants, {len(diffs)} survived", flush=True)
+            count, left = run_mutants(Path(folder), file)
+            total, survivors = total + count, survivors + len(left)
+            print(f"{file}: {count} mutants, {len(left)} survived", flush=True)
     print(f"{total} mutants, {survivors} survived")
     return 1 if survivors else 0
 

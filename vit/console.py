@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import sys
+import unicodedata
 import warnings
 from typing import NoReturn
 
@@ -13,12 +14,25 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+# Marks that turn the direction of the text that follows.
+TURNING = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+
+
+def printable(text: str) -> str:
+    """The text with control characters spelled out: in a file's name they would command the terminal."""
+
+    def is_harmless(char: str) -> bool:
+        return char == "\n" or not (unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or char in TURNING)
+
+    return "".join(c if is_harmless(c) else c.encode("unicode_escape").decode() for c in text)
+
+
 def print_rank0(text: str = "") -> None:
     """Print on rank 0 only, above a progress bar if one is running."""
     if rank() == 0:
         from tqdm import tqdm
 
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(printable(text), file=sys.stdout)
         sys.stdout.flush()
 
 
@@ -51,7 +65,7 @@ def exit_with_errors(*problems: str, code: int = 2) -> NoReturn:
     if alone or os.environ["LOCAL_RANK"] == "0":
         where = f" on {socket.gethostname()}" if rank() else ""
         for problem in problems:
-            print(f"error{where}: {problem}", file=sys.stderr)
+            print(printable(f"error{where}: {problem}"), file=sys.stderr)
         sys.stderr.flush()
     raise SystemExit(code)
 

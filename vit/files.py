@@ -72,11 +72,16 @@ def read_jsonl(path: Path) -> list[dict]:
     return rows
 
 
+def csv_cell(value):
+    """The value of a cell; text that a spreadsheet would take for a formula gets an apostrophe in front."""
+    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n")) else value
+
+
 def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:
     """Write a column for each key of any row, in order of first appearance, except those in ``without``."""
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in without))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())

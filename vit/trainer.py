@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from vit.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, read_meta
-from vit.console import exit_with_errors, print_rank0, progress_bar
+from vit.console import exit_with_errors, print_rank0, printable, progress_bar
 from vit.data.dataset import DataError
 from vit.disk import WriteError, free_bytes, is_full, size_text
 from vit.distributed import all_reduce_max, all_reduce_sum, destroy_distributed, device, peak_memory_gib
@@ -333,5 +333,5 @@ def exits_in_one_line(settings, checkpoints: CheckpointFolder):
 
 def end_of_one_rank(problem: str, checkpoints: CheckpointFolder) -> NoReturn:
     """End this process at once: the others wait for it in a collective, and torchrun ends them."""
-    print(f"error: {problem}{checkpoints.hint_to_resume()}", file=sys.stderr, flush=True)
+    print(printable(f"error: {problem}{checkpoints.hint_to_resume()}"), file=sys.stderr, flush=True)
     os._exit(1)

@@ -10,7 +10,7 @@ from vit.console import exit_with_errors
 from vit.files import write_atomically
 from vit.report.charts import learning_curves, line_style
 from vit.report.reading import by_section, headed, read_runs
-from vit.report.tables import machine_sentences, markdown_table, mean_std
+from vit.report.tables import escape_markdown, machine_sentences, markdown_table, mean_std
 
 HOW_TO_READ = (
     "Loss and accuracy are those after the last epoch, on the images that were evaluated; ± is the standard "
@@ -82,7 +82,7 @@ def accuracy_row(name: str, group: list[dict], reference: dict) -> list[str]:
     epochs = [row for run in group for row in run["epochs"]]
     other = {key: value for key, value in settings.items() if value != reference.get(key)}
     return [
-        name,
+        escape_markdown(name),
         " ".join(str(run["settings"]["SEED"]) for run in group),
         group[0]["environment"]["hardware"],
         mean_std([row["average_loss"] for row in last], ".4f"),
@@ -91,5 +91,7 @@ def accuracy_row(name: str, group: list[dict], reference: dict) -> list[str]:
         mean_std([sum(row["seconds"] for row in run["epochs"]) for run in group], ".0f"),
         f"{median(row['images_per_second'] for row in epochs):.0f}",
         f"{max(row['peak_memory_gib'] for row in epochs):.2f}",
-        ", ".join(f"{key} {value}" for key, value in other.items() if key not in ("SEED", "layout")),
+        escape_markdown(
+            ", ".join(f"{key} {value}" for key, value in other.items() if key not in ("SEED", "layout"))
+        ),
     ]

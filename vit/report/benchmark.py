@@ -6,7 +6,7 @@ from pathlib import Path
 from vit.console import exit_with_errors
 from vit.files import read_jsonl, write_atomically, write_csv
 from vit.report.benchmark_charts import benchmark_charts, model_text
-from vit.report.tables import markdown_table
+from vit.report.tables import escape_markdown, markdown_table
 
 # Rows with equal CASE_KEYS are of one case; with equal METHOD_KEYS, too, they were measured in the same way.
 CASE_KEYS = tuple(
@@ -68,7 +68,7 @@ def benchmark_report(folder: Path) -> None:
     for (model, size, labels, preset, hardware), cases in sections.items():
         label_cases(cases)
         title = f"{model_text(model, size)}, {labels} labels, preset {preset}, {hardware}"
-        text.append(f"## {title}\n\n{section_text(cases)}")
+        text.append(f"## {escape_markdown(title)}\n\n{section_text(cases)}")
     write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
     write_csv(folder / "table.csv", rows, without=("kind", "versions", "case"))
     charts = benchmark_charts(sections, folder)
@@ -99,7 +99,12 @@ def failure(row: dict) -> str:
 def case_cells(row: dict) -> list:
     """One row of the long table."""
     if failure(row):
-        return [row["case"], row["batch_size"], f"{failure(row)}: {row['reason']}", *[""] * 7]
+        return [
+            row["case"],
+            row["batch_size"],
+            f"{failure(row)}: {escape_markdown(row['reason'])}",
+            *[""] * 7,
+        ]
     reserved = f"{row['peak_reserved_gib']:.2f}" if "peak_reserved_gib" in row else "-"
     return [row["case"], row["batch_size"], *CASE_NUMBERS.format(reserved=reserved, **row).split("|")]
 

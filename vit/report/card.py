@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from vit.hub import is_hub_name
-from vit.report.tables import markdown_table
+from vit.report.tables import escape_markdown, markdown_table
 
 HEADER = ["epoch", "train loss", "average_loss", "accuracy", "images/s", "seconds"]
 CLASSES_SHOWN = 100
@@ -24,8 +24,9 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
     evaluated, how = from_scratch or "validation", "trained from scratch" if from_scratch else "fine-tuned"
     split, result = ("test", test) if test else (evaluated, best)
     table = markdown_table(HEADER, [[row["epoch"], *NUMBERS.format_map(row).split("|")] for row in epochs])
-    chosen = "\n".join(f"- {name}: {value}" for name, value in settings.items())
+    chosen = "\n".join(f"- {name}: {escape_markdown(str(value))}" for name, value in settings.items())
     versions = ", ".join(f"{name} {number}" for name, number in run["versions"].items())
+    classes = ", ".join(map(escape_markdown, labels))
     tested = ""
     if test:
         numbers = f"average_loss {test['average_loss']:.4f}, accuracy {test['accuracy']:.4f}"
@@ -38,9 +39,9 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
 {metadata}
 ---
 
-# {title}
+# {escape_markdown(title)}
 
-A Vision Transformer {how} with [Colossal-AI]({COLOSSALAI}). Classes: {", ".join(labels)}.
+A Vision Transformer {how} with [Colossal-AI]({COLOSSALAI}). Classes: {classes}.
 
 ```python
 from transformers import pipeline

@@ -4,7 +4,9 @@ import json
 import sys
 from pathlib import Path
 
+from vit.console import printable
 from vit.files import DamagedRows, read_jsonl
+from vit.report.tables import escape_markdown
 
 ENVIRONMENT = ("date", "hardware", "python", "versions", "command")
 
@@ -56,7 +58,7 @@ def read_runs(folder: Path) -> list[dict]:
     for section, path in _run_folders(folder):
         run = read_run(path) | {"section": section}
         if run["status"] == "damaged":
-            print(f"left out: {run['why']}", file=sys.stderr)
+            print(printable(f"left out: {run['why']}"), file=sys.stderr)
         elif run["status"] != "absent":
             runs[section, run["name"]] = run
     return list(runs.values())
@@ -120,4 +122,4 @@ def epoch_values(runs: list[dict], name: str) -> list[list[float]]:
 
 def headed(title: str, section: str) -> str:
     """The heading of a report, or of one of its sections."""
-    return f"# {title}: {section.replace('_', ' ')}" if section else f"# {title}"
+    return f"# {title}: {escape_markdown(section.replace('_', ' '))}" if section else f"# {title}"

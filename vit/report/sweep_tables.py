@@ -6,7 +6,14 @@ from pathlib import Path
 
 from vit.presets import PRESETS
 from vit.report.reading import epoch_values
-from vit.report.tables import machine_sentences, markdown_table, mean_std, plural, short_float
+from vit.report.tables import (
+    escape_markdown,
+    machine_sentences,
+    markdown_table,
+    mean_std,
+    plural,
+    short_float,
+)
 
 # Numbers of a configuration: heading, name, format, and which one is best.
 COLUMNS = (
@@ -45,7 +52,7 @@ CELLS = {
     "images": lambda images: str(images or ""),
 }
 SHARED: dict[str, Callable] = {
-    "dataset": str,
+    "dataset": escape_markdown,
     "num_epoch": lambda number: plural(number, "epoch"),
     "image_size": lambda size: f"{size} px" if size else "the model's own image size",
     "max_train_samples": lambda limit: f"at most {limit} training images" if limit else "",
@@ -59,7 +66,7 @@ SHARED: dict[str, Callable] = {
 
 def setting_cells(settings: dict, named: dict[str, str]) -> list[str]:
     """The text of each named setting."""
-    return [CELLS.get(name, str)(settings.get(name)) for name in named]
+    return [escape_markdown(CELLS.get(name, str)(settings.get(name))) for name in named]
 
 
 def sweep_text(
@@ -82,7 +89,7 @@ def shared_settings(settings: list[dict]) -> str:
     models: dict[str, list[str]] = {}
     for name in dict.fromkeys(s["model_name_or_path"] for s in settings):
         kind = "random" if name in PRESETS and not Path(name).exists() else "pretrained"
-        models.setdefault(kind, []).append(Path(name).name)
+        models.setdefault(kind, []).append(escape_markdown(Path(name).name))
     for kind, names in models.items():
         words.append(f"{' and '.join(names) + ' ' if len(models) > 1 else ''}from {kind} weights")
     return f"All runs: {', '.join(filter(None, words))}."
@@ -111,7 +118,7 @@ def why_no_numbers(run: dict) -> str:
     """Why a run has no numbers, as a cell."""
     if run["status"] == "failed":
         reason = (run["last_lines"] or ["no output"])[-1]
-        return f"failed, status {run['exit_status']}: {reason}".replace("|", "\\|")
+        return f"failed, status {run['exit_status']}: {escape_markdown(reason)}"
     return f"unfinished, {len(run['epochs'])} of {plural(run['settings']['num_epoch'], 'epoch')}"
 
 

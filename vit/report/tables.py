@@ -1,5 +1,7 @@
 """Numbers as text, and Markdown tables."""
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from statistics import mean, stdev
 
@@ -25,11 +27,26 @@ def ranking_key(row: dict) -> tuple[float, float]:
     return row["accuracy"], -row["average_loss"]
 
 
+def escape_markdown(text: str) -> str:
+    """Text that a user chose, such as a class name, in one line and without a meaning in Markdown or HTML."""
+    visible = (" " if unicodedata.category(char) in ("Cc", "Cs") else char for char in text)
+    # an underscore within a word means nothing
+    special = r"[\\`*\[\]<>|&~]|(?<![^\W_])_|_(?![^\W_])"
+    return re.sub(special, r"\\\g<0>", " ".join("".join(visible).split()))
+
+
 def markdown_table(header: list[str], rows: list[list]) -> str:
-    """A Markdown table; columns that hold only numbers are right-aligned, text is printed as it is."""
+    """A Markdown table; columns that hold only numbers are right-aligned.
+
+    Text keeps its Markdown, but for what would end its cell.
+    """
     numeric = [all(isinstance(row[i], (int, float)) for row in rows) for i in range(len(header))]
     separator = "|" + "|".join("---:" if number else "---" for number in numeric) + "|"
-    first, *lines = ("| " + " | ".join(map(str, row)) + " |" for row in [header, *rows])
+
+    def cell(value) -> str:
+        return re.sub(r"(?<!\\)\|", r"\\|", " ".join(str(value).split("\n")))
+
+    first, *lines = ("| " + " | ".join(map(cell, row)) + " |" for row in [header, *rows])
     return "\n".join([first, separator, *lines]) + "\n"
 
 
