@@ -167,6 +167,22 @@ def _save_synced(state: dict, path: Path) -> str:
     return file.sha256.hexdigest()
 
 
+def read_state(file: Path) -> dict:
+    """What `_save_synced` wrote.
+
+    Nothing else is read: torch 2.5 runs the code of a TorchScript archive although weights_only=True
+    (CVE-2025-32434), and has a reader of its own for files before torch 1.6.
+
+    Raises:
+        Exception: of many kinds, if it is another file or damaged.
+    """
+    with open(file, "rb") as opened:
+        is_zip = opened.read(4) == b"PK\x03\x04"
+    if not is_zip or "constants.pkl" in torch._C.PyTorchFileReader(str(file)).get_all_records():
+        raise CheckpointError(f"{file.name} is none of this program")
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
 def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
     """Restore model, optimizer, loss scaler and random states of ``path``. Collective.
 
@@ -180,7 +196,7 @@ def load_checkpoint(path: Path, boosted: BoostedModel, meta: dict) -> None:
 
     def read(file: Path) -> dict:
         try:
-            return torch.load(file, map_location="cpu", weights_only=True)
+            return read_state(file)
         except Exception:  # torch raises many kinds
             damaged.append(file.name)
             return {}

@@ -13,7 +13,9 @@ from vit.checksums import SUMS_HINT, sums_problem
 from vit.data.dataset import DataError, PixelRange
 from vit.data.image_files import find_images
 from vit.data.pixels import open_image
+from vit.hub import lacks_safetensors, weights_options
 from vit.model_folder import class_names
+from vit.versions import pickles_refused
 
 
 @dataclass
@@ -73,7 +75,7 @@ class Classifier:
         except DataError:
             raise
         except Exception as error:  # of many types: no weights, a damaged file, an unknown kind of model
-            raise DataError(_one_line(error)) from None
+            raise DataError(pickles_refused() if lacks_safetensors(error) else _one_line(error)) from None
         self.model = model.eval().float().to(self.device)
         trained = getattr(model.config, "pixel_range", None)  # written by vit/run_folder.py
         self.pixel_range = PixelRange(*trained) if trained else None
@@ -132,7 +134,7 @@ def _read_model(name: str) -> tuple[torch.nn.Module, list[str]]:
     maps = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     config = CONFIG_MAPPING[kind].from_dict(given | maps)
     model, loading = AutoModelForImageClassification.from_pretrained(
-        name, config=config, output_loading_info=True
+        name, config=config, output_loading_info=True, **weights_options()
     )
     if missing := sorted(loading["missing_keys"]):
         raise DataError(

@@ -74,7 +74,10 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def csv_cell(value):
     """The value of a cell; text that a spreadsheet would take for a formula gets an apostrophe in front."""
-    return f"'{value}" if isinstance(value, str) and value.startswith(tuple("=+-@\t\r\n")) else value
+    if not isinstance(value, str):
+        return value
+    text = value.replace("\r", " ")  # the csv module would not quote it, and readers would see a new row
+    return f"'{text}" if value.startswith(tuple("=+-@\t\r\n")) else text
 
 
 def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:

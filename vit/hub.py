@@ -11,6 +11,7 @@ from pathlib import Path
 
 from vit.console import exit_with_errors, print_rank0
 from vit.files import cache_home
+from vit.versions import pickles_are_safe
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
 
@@ -86,6 +87,16 @@ def is_cached(name: str, kind: str) -> bool:
             Path(os.environ.get("HF_DATASETS_CACHE") or home / "datasets") / name.replace("/", "___").lower()
         )
     return any(copy.is_dir() and any(copy.iterdir()) for copy in copies)
+
+
+def weights_options() -> dict:
+    """Arguments of from_pretrained: pickled weights are read by a torch alone in which they run no code."""
+    return {} if pickles_are_safe() else {"use_safetensors": True}
+
+
+def lacks_safetensors(error: Exception) -> bool:
+    """Whether from_pretrained failed because there are pickled weights alone, by its text."""
+    return isinstance(error, OSError) and not pickles_are_safe() and "model.safetensors" in str(error)
 
 
 def upload(folder: Path, repository: str) -> None:

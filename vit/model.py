@@ -11,10 +11,12 @@ from torch import nn
 from vit.checksums import SUMS, SUMS_HINT, sums_problem, write_sums
 from vit.data.dataset import DataError
 from vit.data.processor import load_processor, set_processor_size
+from vit.hub import lacks_safetensors, weights_options
 from vit.initial_weights import build_vit, draw_classifier, empty_vit
 from vit.model_folder import class_names, usable_config
 from vit.modules import layer_number, load_weights, order_parameters
 from vit.presets import PRESETS
+from vit.versions import pickles_refused
 
 
 @dataclass
@@ -116,10 +118,15 @@ def _read_weights(name: str, config) -> tuple[nn.Module, str]:
     from transformers import AutoModelForImageClassification
 
     options = {"config": config, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    options |= weights_options()
     try:
         model, loading = AutoModelForImageClassification.from_pretrained(name, **options)
     except SafetensorError as error:
         raise DataError(f"model.safetensors is damaged ({error}): copy it again") from None
+    except OSError as error:
+        if lacks_safetensors(error):
+            raise DataError(pickles_refused()) from None
+        raise
     mismatched = {key if isinstance(key, str) else key[0] for key in loading["mismatched_keys"]}
     lacks = set(loading["missing_keys"])
     for keys, problem in (

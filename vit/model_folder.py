@@ -15,6 +15,7 @@ from typing import Any
 from vit import hub
 from vit.data.dataset import DataError
 from vit.presets import FAMILIES
+from vit.versions import pickles_are_safe, pickles_refused
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -120,6 +121,8 @@ def check_weights(folder: Path, config: dict) -> None:
     elif (folder / INDEX).exists():
         files = sorted(set(_read_json(folder / INDEX).get("weight_map", {}).values()))
     elif any((folder / name).exists() for name in PICKLED):
+        if not pickles_are_safe():
+            raise DataError(pickles_refused())
         return
     else:
         raise DataError(f"has a config.json, but no weights beside it ({WEIGHTS}); copy them there")

@@ -35,6 +35,26 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+# The first torch.load that is not known to run code from a file although weights_only=True: CVE-2025-32434
+# (until 2.5.1, TorchScript archives) and CVE-2026-24747 (until 2.9, the unpickler).
+SAFE_PICKLES = "2.10"
+
+
+def pickles_are_safe() -> bool:
+    """Whether the installed torch may read pickled weights (pytorch_model.bin) of others."""
+    return numbers(installed_version("torch") or "0") >= numbers(SAFE_PICKLES)
+
+
+def pickles_refused() -> str:
+    """Why pickled weights are not read, and what to do."""
+    torch = installed_version("torch")
+    return (
+        f"has pickled weights alone (pytorch_model.bin), which can run code in torch {torch} "
+        f"(CVE-2025-32434, CVE-2026-24747): use a model with model.safetensors, or torch {SAFE_PICKLES} or "
+        "later (VERSIONS=newest)"
+    )
+
+
 def version_problems() -> list[str]:
     """One line for each library that is missing, too old, or too new for another one."""
     problems = []

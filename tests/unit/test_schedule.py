@@ -129,6 +129,12 @@ def test_evaluation_takes_every_image_exactly_once(world, tp, pp, images):
     assert sorted(image for image in taken if image >= 0) == list(range(images))
 
 
+def test_evaluation_goes_through_the_images_in_order():
+    first, second = (part.evaluation_batches(13) for part in plans(0, 4, world=2))
+    assert first == [[(0, i) for i in range(4)], [(0, i) for i in range(8, 12)]]
+    assert second == [[(0, i) for i in range(4, 8)], [(0, 12), (0, -1), (0, -1), (0, -1)]]
+
+
 def test_plan_of_settings_has_their_sizes():
     chosen = settings("--batch_size", 4, "--gradient_accumulation_steps", 2, "--seed", 7)
     assert BatchPlan.of(chosen, 22) == BatchPlan(22, 4, 2, ParallelLayout(1), 7)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from vit.report.charts import PLUGIN_COLORS, PLUGIN_NAMES, new_figure, save_figure
+from vit.report.charts import PLUGIN_COLORS, PLUGIN_NAMES, new_figure, save_figure, without_math
 
 CHARTS = ("throughput.png", "peak_memory.png", "scaling.png")
 FORM_HATCHES = {"": "", "compiled": "///", "CUDA graphs": "xxx"}
@@ -96,7 +96,7 @@ def panel_chart(panels: list[tuple[str, list[dict]]], column: str, label: str, p
     for axis, (title, cases) in zip(axes, panels, strict=False):
         draw_bars(axis, cases, lambda row: row["batch_size"], column)
         axis.set(xlabel="batch size per data-parallel rank", ylabel=label)
-        axis.set_title(title, fontsize=9)
+        axis.set_title(without_math(title), fontsize=9)
         case_legend(axis, cases)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
@@ -164,7 +164,7 @@ def scaling_chart(scaled: dict[tuple, list[dict]], path: Path) -> None:
         for axis, (column, label) in zip(axes, panels, strict=True):
             draw_bars(axis, cases, lambda row: row["world"], column)
             axis.set(xlabel="GPUs", ylabel=label)
-            axis.set_title(title, fontsize=9)
+            axis.set_title(without_math(title), fontsize=9)
         case_legend(axes[0], cases)
     plugin_legend(figure, [row for cases in scaled.values() for row in cases])
     save_figure(figure, path)

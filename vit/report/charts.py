@@ -65,6 +65,11 @@ def whole_epochs(axis) -> None:
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
+def without_math(text: str) -> str:
+    """Text in which dollars are dollars; matplotlib would take what is between them for a formula."""
+    return text.replace("$", r"\$")
+
+
 def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validation") -> None:
     """Loss and accuracy per epoch of one run. ``split`` names what was evaluated after each epoch."""
     epochs = [row for row in rows if row["kind"] == "epoch"]
@@ -85,7 +90,7 @@ def epoch_chart(rows: list[dict], path: Path, title: str, split: str = "validati
     for axis in (loss, accuracy):
         whole_epochs(axis)
         axis.legend(frameon=False)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(without_math(title), fontsize=11)
     save_figure(figure, path)
 
 
@@ -153,13 +158,13 @@ def learning_curves(sections: dict[str, list[dict]], path: Path, title: str, spl
         draw_curves(loss, lines, "average_loss")
         draw_curves(accuracy, lines, "accuracy")
         loss.set(xlabel="epoch", ylabel=f"{split} loss")
-        accuracy.set(xlabel="epoch", ylabel=f"{split} accuracy", title=name)
+        accuracy.set(xlabel="epoch", ylabel=f"{split} accuracy", title=without_math(name))
         draw_last(last, lines)
         last.set(xlabel=f"{split} accuracy, last epoch")
     limits = [row[2].get_xlim() for row in rows]
     for row in rows:
         row[2].set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(without_math(title), fontsize=11)
     save_figure(figure, path)
 
 
@@ -238,5 +243,5 @@ def heat_map(points: dict[tuple, dict], path: Path, title: str) -> None:
         axis.grid(False)
         heading = f"validation {name.replace('average_', '')}, last epoch"
         axis.set(xlabel="learning rate", ylabel="batch size", title=heading)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(without_math(title), fontsize=11)
     save_figure(figure, path)

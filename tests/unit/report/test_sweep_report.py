@@ -438,6 +438,8 @@ def test_numbers_of_a_run_are_those_of_its_last_and_best_epoch_over_all_its_time
     assert found["images_per_second"] == 2300 / 8  # all images over all seconds
     assert found["seconds"] == 9.5 and found["peak_memory_gib"] == 3.0
     assert (found["accuracy"], found["best_epoch_accuracy"]) == (0.625, 0.75)
+    # two binomial standard errors of the difference
+    assert noise_margin(0.9, 0.8, 100) == pytest.approx(2 * (2 * 0.85 * 0.15 / 100) ** 0.5)
 
 
 def test_damaged_rows_are_named_and_left_out(tmp_path, capsys):
