@@ -176,6 +176,14 @@ def problems(parse, capsys):
     return problems
 
 
+@pytest.fixture
+def home(tmp_path) -> Path:
+    """The launch files in a folder with an awkward name, and a script to launch there."""
+    from launch_cases import make_home
+
+    return make_home(tmp_path)
+
+
 # ---- runs of train.py, which more than one file looks at
 
 

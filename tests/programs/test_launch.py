@@ -1,23 +1,21 @@
-"""launcher/launch.sh and launcher/launch.py.
+"""launcher/launch.sh and launcher/launch.py; test_install.py has their installer.
 
-Environment, GPUs, ports, and processes that get their arguments unchanged and end when they are signalled.
+GPUs, ports, and processes that get their arguments unchanged and end when they are signalled.
 """
 
-import importlib
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import textwrap
 import time
 from pathlib import Path
 
 import pytest
+from helpers import ROOT
+from launch_cases import call, settings
 
-ROOT = Path(__file__).resolve().parents[2]
 AWKWARD = [
     "plain",
     "two words",
@@ -33,67 +31,6 @@ AWKWARD = [
     "-m",
     "--",
 ]
-SCRIPT = """
-import json, os, pathlib, signal, sys, time
-if "--check" in sys.argv:
-    sys.exit("refused" in sys.argv and 2)
-rank, folder, stopped = os.environ["RANK"], pathlib.Path(os.environ["SEEN"]), []
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda number, frame: stopped.append(number))
-seen = dict(args=sys.argv[1:], cwd=os.getcwd(), path=sys.path[0], env=dict(os.environ), pid=os.getpid())
-(folder / f"{rank}.tmp").write_text(json.dumps(seen))
-(folder / f"{rank}.tmp").rename(folder / f"{rank}.json")
-print(f"out {rank}\\n", end="", flush=True)
-print(f"bar {rank} 1\\rbar {rank} 2", end="\\r", file=sys.stderr, flush=True)
-while os.environ.get("WAIT") and not stopped:
-    time.sleep(0.05)
-if stopped:
-    time.sleep(0.5)
-    (folder / f"{rank}.saved").touch()
-    sys.exit(128 + stopped[0])
-if rank == os.environ.get("FAILS"):
-    sys.exit(7)
-"""
-
-
-@pytest.fixture
-def home(tmp_path):
-    """The launch files in a folder with an awkward name, and a script to launch there."""
-    folder = tmp_path / "a home $(touch ran) 'x'"
-    folder.mkdir()
-    shutil.copytree(ROOT / "launcher", folder / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
-    (folder / "vit").mkdir()
-    for name in ("vit/__init__.py", "vit/system.py", "vit/versions.py", "requirements.txt"):
-        shutil.copy(ROOT / name, folder / name)
-    (folder / "job.py").write_text(SCRIPT)
-    (tmp_path / "seen").mkdir()
-    (tmp_path / "call from").mkdir()
-    return folder
-
-
-def settings(home, **env):
-    clean = {
-        k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX", "RANK", "WORLD_SIZE")
-    }
-    for name in "GPUNUM LAUNCHER MASTER_PORT MASTER_ADDR HOSTFILE LAUNCH_ARGS NNODES INSTALL NEEDED".split():
-        clean.pop(name, None)
-    clean |= {
-        "PYTHON": sys.executable,
-        "INSTALL": "0",
-        "CUDA_VISIBLE_DEVICES": "",
-        "SEEN": str(home.parent / "seen"),
-    }
-    return {k: v for k, v in (clean | env).items() if v is not None}
-
-
-def call(home, command, *args, **env):
-    return subprocess.run(
-        ["bash", "-c", f'source "$0/launcher/launch.sh"; {command}', str(home), *args],
-        **dict(cwd=home.parent / "call from", env=settings(home, **env), capture_output=True, timeout=120),
-        encoding="utf-8",
-    )
-
-
 LAUNCH = 'install_environment; launch "$HERE/job.py" "$@"'
 
 
@@ -324,116 +261,3 @@ def test_gpus(home, tmp_path):
         )
     done = call(home, "count_processes", GPUNUM="3", LD_LIBRARY_PATH=str(tmp_path))
     assert done.returncode == 2 and "GPUNUM=3 is more than the GPUs" in done.stderr
-
-
-PIP = """
-import json, pathlib, re, sys
-site = pathlib.Path(__file__).parent.parent
-with open(site / "pip.log", "a") as log:
-    log.write(json.dumps(sys.argv[1:]) + "\\n")
-if (site / "fails").exists() or (site / "no cpu").exists() and "--extra-index-url" in sys.argv:
-    sys.exit("ERROR: the registry is on fire")
-for word in sys.argv[2:]:
-    if match := re.fullmatch(r"([a-z][a-z_-]*)(?:[<=]=([0-9.]+)([+]cpu)?)?", word):
-        package = site / f"{match[1]}-{match[2] or 1}.dist-info"
-        package.mkdir()
-        needs = "Requires-Dist: torch<=2.5.1\\nRequires-Dist: fabric\\n" if match[1] == "colossalai" else ""
-        head = f"Metadata-Version: 2.1\\nName: {match[1]}\\nVersion: {match[2] or 1}\\n"
-        (package / "METADATA").write_text(head + needs)
-"""
-
-
-@pytest.fixture
-def empty_environment(tmp_path):
-    """An environment without packages, whose pip writes down what it is asked and pretends to do it."""
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
-    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
-    (site / "pip").mkdir()
-    (site / "pip" / "__main__.py").write_text(textwrap.dedent(PIP))
-    return site
-
-
-def pip_calls(site):
-    return [json.loads(line) for line in (site / "pip.log").read_text().splitlines()]
-
-
-def install(home, site, **env):
-    env = dict(VIRTUAL_ENV=str(site.parents[2]), PYTHON=None, PYTHONPATH=None, INSTALL=None) | env
-    return call(home, "install_environment", **env)
-
-
-def test_install_is_done_once(home, empty_environment):
-    first, second = install(home, empty_environment), install(home, empty_environment)
-    assert first.returncode == second.returncode == 0, first.stderr
-    for_cpu, rest = pip_calls(empty_environment)
-    assert for_cpu[-2:] == ["torch==2.5.1+cpu", "torchvision==0.20.1+cpu"]
-    assert {"colossalai==0.5.0", "transformers==4.51.3", "pytest==9.2.0"} <= set(rest)
-    assert not [word for word in rest if word.startswith("torch")]
-    assert "installing" in first.stdout and "installing" not in second.stdout
-    assert "colossalai 0.5.0, torch 2.5.1," in second.stdout
-
-
-def test_install_keeps_the_torch_that_is_there(home, empty_environment):
-    package = empty_environment / "torch-2.11.0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
-    assert install(home, empty_environment).returncode == 0
-    alone, rest = pip_calls(empty_environment)
-    assert alone[-2:] == ["--no-deps", "colossalai==0.5.0"]
-    assert {"--constraint", "fabric", "torchvision", "transformers==5.24.0"} <= set(rest)
-    assert not [word for word in rest if word.startswith(("torch<", "torch=", "colossalai"))]
-
-
-def test_install_without_a_cpu_build_takes_the_other_one(home, empty_environment):
-    (empty_environment / "no cpu").touch()
-    done = install(home, empty_environment)
-    assert done.returncode == 0 and "no CPU build of torch==2.5.1" in done.stdout
-    assert {"colossalai==0.5.0", "torch==2.5.1", "torchvision==0.20.1"} <= set(
-        pip_calls(empty_environment)[-1]
-    )
-
-
-def test_newest_versions_are_installed_where_they_are_asked_for(home, empty_environment):
-    done = install(home, empty_environment, VERSIONS="newest")
-    assert done.returncode == 0 and "transformers 5.24.0" in done.stdout
-    assert ["--no-deps", "colossalai==0.5.0"] in [call[-2:] for call in pip_calls(empty_environment)]
-    assert "VERSIONS=old is neither" in install(home, empty_environment, VERSIONS="old").stderr
-
-
-def test_install_is_never_silent_for_long(monkeypatch, capsys):
-    monkeypatch.syspath_prepend(ROOT / "launcher")
-    installer = importlib.import_module("install")
-    monkeypatch.setattr(installer, "SECONDS_OF_SILENCE", 0.1)
-    slow = "import time; print('Downloading torch-2.5.1-cp311.whl (906.4 MB)', flush=True); time.sleep(0.5)"
-    assert installer.run([sys.executable, "-c", slow], "packages")[0] == 0
-    said = capsys.readouterr().out
-    assert "s  torch-2.5.1, 906.4 MB" in said and "still at torch-2.5.1" in said
-
-
-def test_install_that_fails_says_what_to_do(home, empty_environment):
-    (empty_environment / "fails").touch()
-    done = install(home, empty_environment)
-    assert done.returncode == 1
-    assert "the registry is on fire" in done.stderr and "INSTALL=0" in done.stderr
-    done = install(home, empty_environment, INSTALL="0")
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-
-
-def test_optional_packages_are_asked_for_by_name(home, empty_environment):
-    install(home, empty_environment)
-    shutil.rmtree(next(empty_environment.glob("pytest-*")))
-    assert "installing" not in install(home, empty_environment).stdout
-    assert "installing 1 packages" in install(home, empty_environment, NEEDED="pytest").stdout
-
-
-def test_no_venv_module_is_one_clear_error(home, tmp_path):
-    # A python3 that has nothing installed and cannot make environments, as on Debian without python3-venv.
-    (tmp_path / "bin").mkdir()
-    program = tmp_path / "bin" / "python3"
-    program.write_text(f'#!/bin/sh\n[ "$1" != -m ] || exit 1\nexec "{sys.executable}" -I -S "$@"\n')
-    program.chmod(0o755)
-    path = f"{tmp_path / 'bin'}:/usr/bin:/bin"
-    done = call(home, "install_environment", PYTHON=None, INSTALL=None, PATH=path)
-    assert done.returncode == 2
-    assert "apt install python3-venv" in done.stderr and done.stderr.count("\n") == 1
-    assert not (home / ".venv").exists()
