@@ -28,6 +28,7 @@ from vit.system import count_gpus
 from vit.versions import installed_version, numbers
 
 PINNED, NEWEST = PROJECT / "requirements.txt", PROJECT / "launcher" / "requirements-newest.txt"
+TOOLS = {"pip", "setuptools", "wheel"}  # a new environment has old ones, and torch 2.14 needs setuptools 77
 OPTIONAL = {"pytest", "ruff", "mypy", "tensorboard"}  # not needed for a run
 SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
 PINNED_TORCH = (2, 5, 1)  # the newest that Colossal-AI's requirements allow
@@ -70,9 +71,10 @@ def versions() -> str:
 
 
 def installed() -> list[str]:
-    """All installed packages, as constraints for pip."""
+    """All installed packages but pip and its like, as constraints for pip."""
     found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return [f"{name}=={v}" for name, v in found.items() if name and v and re.fullmatch(r"\d[\w.!+-]*", v)]
+    kept = {name: v for name, v in found.items() if name and name not in TOOLS}
+    return [f"{name}=={v}" for name, v in kept.items() if v and re.fullmatch(r"\d[\w.!+-]*", v)]
 
 
 def install(needed: list[str]) -> None:

@@ -16,6 +16,9 @@ import json, pathlib, re, sys
 site = pathlib.Path(__file__).parent.parent
 with open(site / "pip.log", "a") as log:
     log.write(json.dumps(sys.argv[1:]) + "\\n")
+if "--constraint" in sys.argv:
+    kept = pathlib.Path(sys.argv[sys.argv.index("--constraint") + 1])
+    (site / "constraints.txt").write_text(kept.read_text())
 if (site / "fails").exists() or (site / "no cpu").exists() and "--extra-index-url" in sys.argv:
     sys.exit("ERROR: the registry is on fire")
 for word in sys.argv[2:]:
@@ -42,6 +45,12 @@ def pip_calls(site):
     return [json.loads(line) for line in (site / "pip.log").read_text().splitlines()]
 
 
+def add_package(site, name, version):
+    folder = site / f"{name}-{version}.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+
 def install(home, site, **env):
     env = dict(VIRTUAL_ENV=str(site.parents[2]), PYTHON=None, PYTHONPATH=None, INSTALL=None) | env
     return call(home, "install_environment", **env)
@@ -59,14 +68,19 @@ def test_install_is_done_once(home, empty_environment):
 
 
 def test_install_keeps_the_torch_that_is_there(home, empty_environment):
-    package = empty_environment / "torch-2.11.0.dist-info"
-    package.mkdir()
-    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    add_package(empty_environment, "torch", "2.11.0")
     assert install(home, empty_environment).returncode == 0
     alone, rest = pip_calls(empty_environment)
     assert alone[-2:] == ["--no-deps", "colossalai==0.5.0"]
     assert {"--constraint", "fabric", "torchvision", "transformers==5.24.0"} <= set(rest)
     assert not [word for word in rest if word.startswith(("torch<", "torch=", "colossalai"))]
+
+
+def test_install_keeps_what_is_there_but_not_the_tools_of_a_new_environment(home, empty_environment):
+    for name, version in dict(numpy="1.26.4", setuptools="65.5.0", pip="23.2").items():
+        add_package(empty_environment, name, version)
+    assert install(home, empty_environment).returncode == 0
+    assert (empty_environment / "constraints.txt").read_text().split() == ["numpy==1.26.4"]
 
 
 def test_install_without_a_cpu_build_takes_the_other_one(home, empty_environment):
