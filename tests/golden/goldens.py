@@ -21,6 +21,7 @@ import pytest
 GOLDEN = Path(__file__).resolve().parent
 ROOT = GOLDEN.parent.parent
 RECORD = os.environ.get("RECORD_GOLDENS") == "1"
+SEEN = os.environ.get("SEEN_LOSSES")  # a file that gets the losses that were compared: equal_losses.py
 
 # Relative, for losses and gradient norms of up to 20 steps of Adam. Another order of additions changes the
 # seventh digit in fp32, and the third in bf16, which has 8 bits. Measured on the CPU of the goldens with AVX2
@@ -130,6 +131,17 @@ def _differences(found, expected, tolerance: float, where: str, absolute: float 
 # ---------------------------------------------------------------------------------------------- files
 
 
+def _keep_seen(part: str, cases: dict) -> None:
+    """Add a part to the file of `SEEN`."""
+    path = Path(SEEN)
+    seen = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(seen | {part: cases}))
+
+
+def _without(keys: tuple[str, ...], value):
+    return {name: part for name, part in value.items() if name not in keys} if keys else value
+
+
 def read(name: str) -> dict:
     """A golden: {"fingerprint": ..., part: {case: value}}."""
     return json.loads((GOLDEN / name).read_text())
@@ -185,6 +197,8 @@ def check(
         unstable: cases that are not compared.
     """
     cases = to_hex(cases)
+    if SEEN and name == "losses.json":
+        _keep_seen(part, {case: _without(only_here, cases[case]) for case in cases if case not in unstable})
     if RECORD:
         golden = read(name) if (GOLDEN / name).exists() else {}
         if machine and golden.get("fingerprint") != fingerprint():
@@ -201,9 +215,7 @@ def check(
             continue
         pair = [from_hex(side[case]) for side in (cases, expected)]
         if not here:
-            pair = [
-                {k: v for k, v in side.items() if k not in only_here} if only_here else side for side in pair
-            ]
+            pair = [_without(only_here, side) for side in pair]
             pair = [
                 re.sub(r"\d+(\.\d+)?", "#", "\n".join(side)).splitlines() if mask else side for side in pair
             ]
