@@ -30,6 +30,7 @@ set -euo pipefail
   exit 2
 }
 HERE=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P) # the project
+export PYTHONUTF8=1 # names of classes and images are UTF-8, whatever the locale says
 
 say() { printf 'launch: %s\n' "$*"; }
 die() {

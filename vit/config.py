@@ -191,7 +191,7 @@ def execute_config(path: Path, overrides: dict) -> dict:
 
 def _parse(path: Path) -> ast.Module:
     try:
-        return ast.parse(path.read_text(), str(path))
+        return ast.parse(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from None
     except SyntaxError as error:
