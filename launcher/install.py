@@ -31,7 +31,8 @@ PINNED, NEWEST = PROJECT / "requirements.txt", PROJECT / "launcher" / "requireme
 TOOLS = {"pip", "setuptools", "wheel"}  # a new environment has old ones, and torch 2.14 needs setuptools 77
 OPTIONAL = {"pytest", "ruff", "mypy", "tensorboard"}  # not needed for a run
 SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
-PINNED_TORCH = (2, 5, 1)  # the newest that Colossal-AI's requirements allow
+# Colossal-AI's requirements: torch up to, transformers exactly. pip finds no solution beside others.
+PINNED_TORCH, PINNED_TRANSFORMERS = (2, 5, 1), (4, 51, 3)
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 PIP = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check"]
 SECONDS_OF_SILENCE = 8
@@ -54,8 +55,9 @@ def requirements() -> Path:
             sys.exit(f"launch: VERSIONS={chosen} is neither pinned nor newest")
         return PINNED if chosen == "pinned" else NEWEST
     torch, transformers = version_of("torch"), version_of("transformers")
-    newer = torch and numbers(torch) > PINNED_TORCH or transformers and numbers(transformers) > (4, 55, 4)
-    return NEWEST if newer or sys.version_info >= (3, 13) else PINNED
+    newer = torch and numbers(torch) > PINNED_TORCH
+    other = transformers and numbers(transformers) != PINNED_TRANSFORMERS
+    return NEWEST if newer or other or sys.version_info >= (3, 13) else PINNED
 
 
 def missing(needed: list[str]) -> list[str]:

@@ -76,6 +76,18 @@ def test_install_keeps_the_torch_that_is_there(home, empty_environment):
     assert not [word for word in rest if word.startswith(("torch<", "torch=", "colossalai"))]
 
 
+@pytest.mark.parametrize("version, alone", [("4.51.3", False), ("4.52.4", True), ("5.17.0", True)])
+def test_beside_other_transformers_colossalai_is_installed_without_its_requirements(
+    home, empty_environment, version, alone
+):
+    """It requires transformers 4.51.3 exactly, so pip would find no solution."""
+    add_package(empty_environment, "transformers", version)
+    assert install(home, empty_environment).returncode == 0
+    calls = pip_calls(empty_environment)
+    assert (["--no-deps", "colossalai==0.5.0"] in [words[-2:] for words in calls]) == alone
+    assert not [word for words in calls for word in words if word.startswith("transformers")]
+
+
 def test_install_keeps_what_is_there_but_not_the_tools_of_a_new_environment(home, empty_environment):
     for name, version in dict(numpy="1.26.4", setuptools="65.5.0", pip="23.2").items():
         add_package(empty_environment, name, version)
