@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Compare the losses of two environments: how far they differ, relative, from the same weights and images.
 
     python tests/equal_losses.py ONE.json OTHER.json

@@ -148,3 +148,17 @@ def test_no_venv_module_is_one_clear_error(home, tmp_path):
     assert done.returncode == 2
     assert "apt install python3-venv" in done.stderr and done.stderr.count("\n") == 1
     assert not (home / ".venv").exists()
+
+
+def test_checkout_with_windows_line_endings_has_unix_ones_in_scripts(tmp_path):
+    """As git does it on Windows; bash cannot read scripts with others."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("needs a git repository")
+    copy, windows = tmp_path / "copy", ["-c", "core.autocrlf=true"]
+    subprocess.run(["git", "clone", "-q", "--shared", "--no-checkout", ROOT, copy], check=True)
+    subprocess.run(["git", *windows, "checkout", "-q", "HEAD", "--", "."], cwd=copy, check=True)
+    files = [path for path in copy.rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert b"\r\n" in (copy / "README.md").read_bytes()
+    scripts = [path for path in files if path.suffix == ".sh" or path.read_bytes().startswith(b"#!")]
+    assert copy / "run_demo.sh" in scripts and copy / ".ci" / "run" in scripts
+    assert not [path for path in scripts if b"\r" in path.read_bytes()]
