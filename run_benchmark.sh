@@ -27,7 +27,7 @@ GPUS=$(count_gpus)
 processes=$(count_processes)
 nodes=$(count_nodes)
 PROCESSES=$((processes * nodes))
-export PLUGINS BATCH_SIZES PRESET RESULTS GPUS PROCESSES
+export GPUNUM PLUGINS BATCH_SIZES PRESET RESULTS GPUS PROCESSES
 ((GPUS)) || [ "$MODEL" != auto ] ||
   echo "no GPU: measuring the small vit-demo in few steps (MODEL chooses another)"
 exec "$PYTHON" "$HERE/benchmark.py" \

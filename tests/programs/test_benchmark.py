@@ -244,7 +244,7 @@ def command_of(project: Path, folder: Path, **changes) -> dict:
     """How to start run_benchmark.sh of ``project``, as `subprocess` takes it."""
     settings = dict(PLUGINS="none", BATCH_SIZES="2 3 4 5", MODEL="vit-demo", NUM_LABELS="4")
     settings |= dict(RESULTS=str(folder), LAUNCHER="torchrun", INSTALL="0", PYTHON=sys.executable)
-    settings |= dict(GPUNUM="1", PYTHONPATH="")
+    settings |= dict(PYTHONPATH="")  # and not GPUNUM: one process is the default
     flags = ["--windows", "2", "--window_steps", "2"]
     command = ["bash", str(project / "run_benchmark.sh"), *flags]
     return dict(args=command, env=os.environ | settings | changes, text=True)
@@ -257,6 +257,7 @@ def test_shell_continues_after_a_case_that_killed_its_process_and_one_without_me
     assert "measured before" not in done.stdout
     rows = read(results)
     assert statuses(rows) == [(2, "ok"), (3, "failed"), (4, OUT), (5, "ok")]
+    assert {row["world"] for row in rows} == {1}
     assert "status 137" in rows[1]["reason"] and rows[2]["reason"] == "made up"
     assert "| throughput, images/s | out of memory |" in (results / "table.md").read_text()
 
