@@ -161,7 +161,7 @@ class Cases:
 
 def run_all(file: str, root: Path) -> Path:
     """``python file root``, whose `Cases` then lie in ``root``."""
-    said = subprocess.run([sys.executable, file, str(root)], text=True, capture_output=True, timeout=300)
+    said = subprocess.run([sys.executable, file, str(root)], text=True, capture_output=True, timeout=900)
     assert said.returncode == 0, said.stderr
     return root
 
