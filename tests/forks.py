@@ -40,3 +40,11 @@ def exit_status(child: int) -> int:
 def in_fork(call, out: Path, err: Path | None = None) -> int:
     """Exit status of ``call()`` in a forked process; see `fork`."""
     return exit_status(fork(call, out, err))
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process is there, and no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
+    except OSError:
+        return False

@@ -6,7 +6,9 @@ The launcher uses it before anything is installed: the standard library only, at
 import ctypes
 import os
 import resource
+import signal
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,12 @@ def count_gpus() -> int:
         return 0
     found = cuda.cuInit(0) == 0 and cuda.cuDeviceGetCount(ctypes.byref(count)) == 0
     return count.value if found else 0
+
+
+def die_with_parent(signum: int = signal.SIGTERM) -> None:
+    """Have the kernel send ``signum`` to this process when its parent ends, also by SIGKILL."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signum)  # 1 is PR_SET_PDEATHSIG
 
 
 def host_exists(host: str) -> bool:

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import signal
+import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +24,7 @@ from torch.utils.data import DataLoader
 from vit.data.dataset import IGNORE_INDEX, DataError, Split
 from vit.data.gpu_augment import BatchAugment
 from vit.data.pixels import open_image
+from vit.system import die_with_parent
 
 AUGMENT_BYTES = 2**25  # of pixels that are augmented in one call
 CHUNK_BYTES = 2**27  # of pixels that are copied to a device, or counted, in one call
@@ -96,13 +100,34 @@ def _identity(batch: Any) -> Any:
     return batch
 
 
-def _leave_process_group(worker: int) -> None:
-    """Move a worker to its own process group.
+STOPPING = {signal.SIGINT, signal.SIGTERM}
 
-    Ctrl-C and torchrun signal the entire group, but the step that is finished before saving needs the
-    workers.
+
+def _pass_on_signals(worker: int) -> None:
+    """Have a worker go on when it is signalled, and signal its process instead.
+
+    Ctrl-C and torchrun signal the entire process group, but the step that is finished before saving needs
+    the workers. They end with their process, also if that is killed.
     """
-    os.setpgrp()
+    die_with_parent(signal.SIGKILL)
+    parent = os.getppid()
+
+    def pass_on() -> None:
+        while (found := signal.sigwaitinfo(STOPPING)).si_pid != parent:
+            os.kill(parent, found.si_signo)
+        os._exit(0)  # the process ends its workers so
+
+    threading.Thread(target=pass_on, daemon=True).start()
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes that are started in this context have SIGINT and SIGTERM blocked, from their start on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def make_loader(dataset: BatchDataset, order: Iterable, workers: int) -> DataLoader:
@@ -111,7 +136,7 @@ def make_loader(dataset: BatchDataset, order: Iterable, workers: int) -> DataLoa
         dataset,
         batch_sampler=_BatchOrder(order),
         collate_fn=_identity,
-        worker_init_fn=_leave_process_group,
+        worker_init_fn=_pass_on_signals,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # otherwise it would draw from the generator that dropout uses
@@ -150,7 +175,9 @@ class WorkerLoader:
 
     def batches(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[dict]:
         order, ahead = itertools.tee(order)
-        for pairs, batch in zip(order, make_loader(self.dataset, ahead, self.workers), strict=False):
+        with _signals_blocked():
+            served = iter(make_loader(self.dataset, ahead, self.workers))
+        for pairs, batch in zip(order, served, strict=False):
             self.skipped += batch["skipped"]
             pixels = batch["pixel_values"].to(self.device, non_blocking=True)
             if self.augment is not None:

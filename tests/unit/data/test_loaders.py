@@ -1,13 +1,19 @@
 """Batches: padding, unreadable images met by a worker, and crops that do not depend on the workers."""
 
+import multiprocessing
+import os
+import signal
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import decode_images, load_images, pixels_of, write_folder
+from forks import exit_status, fork, is_running
+from helpers import decode_images, in_memory_images, load_images, pixels_of, write_folder
 
 from vit.data.dataset import IGNORE_INDEX, DataError
-from vit.data.loaders import BatchDataset, make_loader
+from vit.data.loaders import BatchDataset, WorkerLoader, make_loader
 from vit.data.transforms import RandomResizedCrop, Resize
 
 
@@ -58,3 +64,47 @@ def test_augmentation_follows_epoch_seed_and_image(image_folder):
     assert not torch.equal(augmented(kept.train, 0, seed=43), expected)
     same = replace(kept.train, cached_images=[kept.train.cached_images[0]] * 22)
     assert len({pixels.numpy().tobytes() for pixels in augmented(same, 0)}) > 15  # one image, other crops
+
+
+# ---- signals
+
+
+def serve(folder: Path, is_done) -> None:
+    """In a process of its own: serve batches with two workers until ``is_done(signals received)``, then all.
+
+    FOLDER/workers has the process ids of the workers.
+    """
+    received: list[int] = []
+    signal.signal(signal.SIGTERM, lambda signum, _: received.append(signum))
+    loader = WorkerLoader(BatchDataset(in_memory_images(8), Resize(16)), 2, torch.device("cpu"))
+    batches = loader.batches([[(0, i) for i in range(8)]] * 40)
+    next(batches)
+    pids = " ".join(str(child.pid) for child in multiprocessing.active_children())
+    (folder / "partial").write_text(pids)
+    (folder / "partial").rename(folder / "workers")
+    while not is_done(received):
+        time.sleep(0.02)
+    print(received, 1 + len(list(batches)))
+
+
+def started(folder: Path, is_done) -> tuple[int, list[int]]:
+    """-> process ids of `serve` and its workers"""
+    process = fork(lambda: serve(folder, is_done), folder / "log")
+    while not (folder / "workers").exists():
+        time.sleep(0.02)
+    return process, [int(pid) for pid in (folder / "workers").read_text().split()]
+
+
+def test_a_signal_to_a_worker_reaches_its_process_and_costs_no_batch(tmp_path):
+    process, workers = started(tmp_path, is_done=bool)
+    os.kill(workers[1], signal.SIGTERM)
+    assert exit_status(process) == 0
+    assert (tmp_path / "log").read_text() == f"[{signal.SIGTERM:d}] 40\n"
+
+
+def test_workers_of_a_killed_process_end_with_it(tmp_path):
+    process, workers = started(tmp_path, is_done=lambda _: False)
+    os.kill(process, signal.SIGKILL)
+    exit_status(process)
+    time.sleep(1)  # by themselves they would look for it every five
+    assert not [pid for pid in workers if is_running(pid)]
