@@ -19,9 +19,11 @@ from vit.console import silence_libraries
 silence_libraries()  # before anything imports colossalai or transformers
 
 from args import parse_scratch
+from vit.watch import watch_launcher
 
 
 def main(argv: list[str] | None = None) -> None:
+    watch_launcher()
     settings = parse_scratch(argv)  # wrong settings end the program here, before the slow imports
 
     import torch
@@ -37,16 +39,17 @@ def main(argv: list[str] | None = None) -> None:
     from vit.model_variants import initialise
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder
+    from vit.run_lock import RunLock
     from vit.schedule import plan_schedule
     from vit.step import TrainStep
     from vit.trainer import SignalHandler, Trainer, exits_in_one_line
 
     config = settings.config
-    with SignalHandler() as stop:
+    with SignalHandler() as stop, RunLock(settings.output_path) as lock:
         import_libraries()
-        stop.exit_if_set()
         started = time.perf_counter()
         init_distributed(settings.seed)
+        lock.acquire()
 
         # --- data
         try:

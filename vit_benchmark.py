@@ -16,6 +16,7 @@ silence_libraries()  # before anything imports colossalai or transformers
 
 from args import Case, parse_benchmark
 from vit.console import print_rank0, rank
+from vit.watch import watch_launcher
 
 
 def measure_case(case: Case) -> dict:
@@ -102,6 +103,7 @@ def speed_figures(case: Case, images: int, windows: list[float], config) -> dict
 
 
 def main() -> None:
+    watch_launcher()
     cases, args = parse_benchmark()
     import torch
 

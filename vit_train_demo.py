@@ -12,9 +12,11 @@ from vit.console import silence_libraries
 silence_libraries()  # before anything imports colossalai or transformers
 
 from args import parse_finetune
+from vit.watch import watch_launcher
 
 
 def main() -> None:
+    watch_launcher()
     settings = parse_finetune()  # wrong settings end the program here, before the slow imports
 
     import torch
@@ -29,15 +31,17 @@ def main() -> None:
     from vit.model import load_model
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder, result_text
+    from vit.run_lock import RunLock
     from vit.schedule import plan_schedule
     from vit.step import TrainStep
     from vit.trainer import SignalHandler, Trainer, exits_in_one_line
 
-    with SignalHandler() as stop:
-        import_libraries()  # seconds; a signal meanwhile ends the program
-        stop.exit_if_set()
+    with SignalHandler() as stop, RunLock(settings.output_path) as lock:
+        import_libraries()
         started = time.perf_counter()
         init_distributed(settings.seed)
+        if not (settings.eval_only or settings.dry_run):
+            lock.acquire()
 
         # --- data and model
         try:
@@ -93,8 +97,8 @@ def main() -> None:
             trainer.finish()
             run.export(boosted, model.config)
         destroy_distributed()
-        if settings.push_to_hub and rank() == 0:
-            hub.upload(run.path, settings.push_to_hub)
+    if settings.push_to_hub and rank() == 0:  # a signal may interrupt it: nothing is lost
+        hub.upload(run.path, settings.push_to_hub)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
+import time
 import unicodedata
 import warnings
 from typing import NoReturn
+
+SECONDS_FOR_RANK0 = 5  # to report an error, before another process ends for it
 
 
 def rank() -> int:
@@ -55,6 +59,37 @@ def progress_bar(total: int, label: str, unit: str = "step"):
     )
 
 
+class _LossyStream:
+    """A stream that is silent when its reader is gone, such as a launcher that was killed.
+
+    An error of printing must not end a process before it has saved.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self._attempt(self.stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._attempt(self.stream.flush)
+
+    def _attempt(self, function, *args) -> None:
+        try:
+            function(*args)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
+def ignore_lost_readers() -> None:
+    """From now on, printing does not fail."""
+    sys.stdout, sys.stderr = _LossyStream(sys.stdout), _LossyStream(sys.stderr)
+
+
 def exit_with_errors(*problems: str, code: int = 2) -> NoReturn:
     """Print each problem on stderr, once per machine, and end the program without a traceback.
 
@@ -67,6 +102,10 @@ def exit_with_errors(*problems: str, code: int = 2) -> NoReturn:
         for problem in problems:
             print(printable(f"error{where}: {problem}"), file=sys.stderr)
         sys.stderr.flush()
+    else:
+        # local rank 0 may find the same problem later, and torchrun stops it as soon as this process ends
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(SECONDS_FOR_RANK0)
     raise SystemExit(code)
 
 

@@ -18,6 +18,9 @@ import torch.distributed as dist
 from vit.patches.colossalai_imports import lean_imports
 from vit.patches.colossalai_zero import silence_colossalai_logger
 from vit.system import free_port
+from vit.watch import Peers
+
+_peers: Peers | None = None
 
 
 def import_libraries() -> None:
@@ -57,6 +60,9 @@ def init_distributed(seed: int) -> None:
     if "LOCAL_WORLD_SIZE" not in os.environ:  # processes were started without torchrun
         host = socket.gethostname()
         os.environ["LOCAL_WORLD_SIZE"] = str(all_gather_objects(host).count(host))
+    if dist.get_world_size() > 1:
+        global _peers
+        _peers = Peers(dist.get_rank(), os.environ["MASTER_ADDR"], all_gather_objects)
 
 
 @contextmanager
@@ -76,6 +82,8 @@ def _default_signals():
 def destroy_distributed() -> None:
     """Leave the process group. Collective: if a process exits without it, the others may log errors."""
     dist.barrier()
+    if _peers:
+        _peers.leave()
     # Gloo's threads free the tensors of the last collectives, for which they need the interpreter's lock. If
     # the group is freed at that moment, it waits for its threads, which wait for the lock: let them finish.
     time.sleep(0.1)

@@ -14,6 +14,7 @@ RUN_FILES = (
     "metrics.jsonl metrics.png README.md predictions.parquet classes.csv confusion.csv "
     "confusion_validation.png confusion_test.png report.html"
 ).split()
+RUN_LOCK = ".lock"  # there while a run writes: vit/run_lock.py
 
 
 def remove_folder(folder: Path) -> None:

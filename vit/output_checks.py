@@ -8,9 +8,10 @@ from pathlib import Path
 
 from vit.config_settings import vit_sizes
 from vit.disk import room_problem, size_of, size_text
-from vit.files import RUN_FILES
+from vit.files import RUN_FILES, RUN_LOCK
 from vit.hub import read_config
 from vit.presets import VitPreset, known_architecture
+from vit.run_lock import other_run
 from vit.settings import Settings
 
 ELSEWHERE = "set OUTPUT_PATH to another folder"
@@ -24,7 +25,9 @@ def output_problems(settings: Settings) -> Iterator[str]:
         if folder.exists() and not folder.is_dir():
             yield f"--output_path {folder}: is a file"
             return
-        if folder.is_dir() and any(folder.iterdir()):
+        if problem := other_run(folder):
+            yield problem
+        elif folder.is_dir() and any(path.name != RUN_LOCK for path in folder.iterdir()):
             check = overwrite_problems if settings.overwrite_output else used_folder_problems
             yield from check(settings, folder)
         yield from parent_problems(folder)
@@ -72,7 +75,7 @@ def used_folder_problems(settings: Settings, folder: Path) -> Iterator[str]:
         reason = "holds a finished run and no checkpoint to resume"
         yield f"{where}: {reason}; {ELSEWHERE}, or replace it with --overwrite_output"
     elif resume == "auto" and not saved and not lines:
-        if any(path.name not in ("failed.json", "checkpoints") for path in folder.iterdir()):
+        if any(path.name not in ("failed.json", "checkpoints", RUN_LOCK) for path in folder.iterdir()):
             yield f"{where}: is not empty and holds no run to resume; {ELSEWHERE}"
 
 

@@ -6,7 +6,9 @@ import itertools
 import math
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,10 +46,18 @@ class NonFiniteLoss(Exception):
 
 
 class SignalHandler:
-    """Remembers SIGINT or SIGTERM, so that a step can be finished and saved before the process ends."""
+    """Remembers SIGINT or SIGTERM, so that a step can be finished and saved before the process ends.
+
+    Before the training starts nothing can be lost: the process ends some seconds later, in which it may
+    report an error that has ended another one.
+    """
+
+    SECONDS_TO_REPORT = 3
 
     def __init__(self):
         self.signum = 0
+        self.end: threading.Timer | None = None
+        self.is_training = False
 
     def __enter__(self):
         self.previous = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -55,11 +65,16 @@ class SignalHandler:
 
     def _remember(self, signum, frame):
         self.signum = signum
+        if not (self.is_training or self.end):
+            self.end = threading.Timer(self.SECONDS_TO_REPORT, os._exit, [128 + signum])
+            self.end.daemon = True
+            self.end.start()
 
-    def exit_if_set(self) -> None:
-        """End the process. For moments in which nothing could be lost."""
-        if self.signum:
-            raise SystemExit(128 + self.signum)
+    def start_training(self) -> None:
+        """From now on there is something to save."""
+        self.is_training = True
+        if self.end:
+            self.end.cancel()
 
     def of_any_rank(self) -> int:
         """The signal that any rank received; 0: none. Collective."""
@@ -146,6 +161,7 @@ class Trainer:
             NonFiniteLoss: the last checkpoint is from before.
         """
         batches = self.batches()
+        self.stop.start_training()
         try:
             while self.position.epoch < self.settings.num_epoch:
                 self.train_epoch(batches)
@@ -308,7 +324,8 @@ def exits_in_one_line(settings, checkpoints: CheckpointFolder):
         yield
     except Interrupted as stopped:
         where = "" if stopped.step is None else f" after step {stopped.step}"
-        print_rank0(f"stopped{where}; checkpoint saved: continue with --resume auto")
+        saved = "" if settings.eval_only else "; checkpoint saved: continue with --resume auto"
+        print_rank0(f"stopped{where}{saved}")
         destroy_distributed()
         sys.exit(128 + stopped.signum)
     except NonFiniteLoss as error:
@@ -321,17 +338,20 @@ def exits_in_one_line(settings, checkpoints: CheckpointFolder):
     except CheckpointError as error:  # a damaged file, on every rank
         destroy_distributed()
         exit_with_errors(str(error))
-    except DataError as error:  # in the middle of an epoch, on one rank: torchrun ends the others
-        end_of_one_rank(error.in_one_line(), checkpoints)
-    except Exception as error:  # of the libraries that write a model, many types
+    except DataError as error:  # in the middle of an epoch, on one rank: the others end too
+        end_this_process(error.in_one_line(), checkpoints)
+    except Exception as error:  # of the libraries that load and write, many types
+        if str(error).startswith("DataLoader worker"):
+            advice = "the system kills it for lack of memory: lower --num_workers or --data_memory"
+            end_this_process(f"a data worker on {socket.gethostname()} was killed; {advice}", checkpoints)
         if not is_full(error):
             raise
         folder, reason = Path(settings.output_path), str(error).strip().splitlines()[0]
         where = f"{folder}: no room for its files ({reason}; {size_text(free_bytes(folder))} are free)"
-        end_of_one_rank(f"{where}: remove files there", checkpoints)
+        end_this_process(f"{where}: remove files there", checkpoints)
 
 
-def end_of_one_rank(problem: str, checkpoints: CheckpointFolder) -> NoReturn:
-    """End this process at once: the others wait for it in a collective, and torchrun ends them."""
+def end_this_process(problem: str, checkpoints: CheckpointFolder) -> NoReturn:
+    """At once, on this rank alone; the others notice it."""
     print(printable(f"error: {problem}{checkpoints.hint_to_resume()}"), file=sys.stderr, flush=True)
     os._exit(1)

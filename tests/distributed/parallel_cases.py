@@ -18,27 +18,30 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import helpers
 import torch
 import torch.distributed as dist
 from cases import EVALUATIONS, LAYOUTS, RESUMES, trainings, zero
 from colossalai.tensor.d_tensor.api import layout_converter
+from forks import exit_status, fork
 from golden import checkpoints
 from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, WEIGHT_DECAY, in_memory_images
 
 import vit_train_demo
 from data import load_dataset
-from vit import disk, distributed
+from vit import console, disk, distributed
 from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
 from vit.data.decode import plan_decoding
 from vit.data.loaders import BatchDataset
 from vit.data.processor import Normalize
 from vit.data.transforms import Resize
-from vit.distributed import all_reduce_sum
+from vit.distributed import all_gather_objects, all_reduce_sum
 from vit.layout import ParallelLayout
 from vit.model import load_model, pad_classifier
 from vit.parallel.boost import boost
+from vit.run_lock import RunLock
 from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.step import Mixup, TrainStep
@@ -249,6 +252,27 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
     }
 
 
+def locked() -> dict:
+    """Another run takes the output folder after the settings of this one were checked."""
+
+    def hold() -> None:
+        lock = RunLock(FOLDER / "locked")
+        lock._try_for_a_second()
+        (FOLDER / "locked.ready").touch()
+        time.sleep(60)
+
+    child = fork(hold, FOLDER / "locked.log") if RANK == 0 else 0
+    while not (FOLDER / "locked.ready").exists():
+        time.sleep(0.02)
+    with mock.patch("vit.output_checks.other_run", lambda folder: None):
+        result = entry("locked", *RUN)
+    files = sorted(path.name for path in (FOLDER / "locked").iterdir())
+    if child:
+        os.kill(child, signal.SIGKILL)
+        exit_status(child)
+    return result | {"codes": all_gather_objects(result["code"]), "holder": child, "files": files}
+
+
 def failing_write() -> dict:
     """The disk of the last process fills up during the second save: an error of all of them, and the first
     checkpoint is whole.
@@ -363,6 +387,7 @@ def all_cases() -> dict:
     if WORLD == 2:
         for name in ("tp2", "pp2", "hybrid dp2"):
             cases[f"mixed {name}"] = (train, LAYOUTS[2][name] | dict(mixed=True))
+        cases["locked"] = (locked, ())
         cases["terminated"] = (terminated, ("terminated",))
         cases["failing write"] = (failing_write, ())
         cases["no room"] = (no_room, ())
@@ -423,7 +448,9 @@ def continued() -> dict:
 
 def main() -> None:
     torch.set_num_threads(1)
+    console.SECONDS_FOR_RANK0 = 0.0  # the processes stay after an error
     distributed.init_distributed(0)
+    leave = distributed.destroy_distributed
     distributed.init_distributed = lambda seed: torch.manual_seed(seed)
     distributed.destroy_distributed = lambda: None
     path = FOLDER / f"results_{WORLD}.jsonl"
@@ -452,8 +479,7 @@ def main() -> None:
             with open(path, "a") as file:
                 line = {"case": name, "result": result, "seconds": time.perf_counter() - started}
                 file.write(json.dumps(line) + "\n")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -115,6 +115,12 @@ def test_other_settings_are_refused_and_named(two, shared):
     assert not (shared / "refused").exists()
 
 
+def test_second_run_on_a_folder_ends_before_it_writes(two):
+    result = two["locked"]
+    assert result["codes"] == [2, 2] and result["files"] == [".lock"]
+    assert f"process {result['holder']} on" in result["err"] and result["err"].count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "case, folder, epochs",
     [("terminated", "terminated", 1), ("terminated in an epoch of one step", "one_step", 0)],

@@ -15,7 +15,7 @@ LEVELS = {
     # L1: what the machine, a name or a setting is
     1: "settings config system hub environment modules data.dataset data.leaves step_graph "
     "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_zero "
-    "patches.colossalai_imports patches.torch_kernels checksums "
+    "patches.colossalai_imports patches.torch_kernels checksums watch "
     "report.reading",
     # L2: process group, optimizer, and reading and transforming images
     2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "
@@ -24,7 +24,8 @@ LEVELS = {
     # L3: models, sources, schedules, and the forms of parallelism
     3: "schedule flops data.gpu_augment data.pixels data.folders data.processor data.decoded_copy "
     "data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "
-    "report.class_charts report.benchmark_charts report.accuracy report.sweep checkpoint_files",
+    "report.class_charts report.benchmark_charts report.accuracy report.sweep checkpoint_files "
+    "run_lock",
     # L4: batches, a train step, a checkpoint
     4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
     "parallel.mesh_train report.benchmark report.page",

@@ -1,11 +1,15 @@
 """One train step: normalisation, mixing, a step as a CUDA graph; and what ends an evaluation."""
 
+import os
+import signal
+import time
 from argparse import Namespace
 from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from forks import in_fork
 
 from vit.data.processor import Normalize
 from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
@@ -39,6 +43,20 @@ def test_a_signal_ends_an_evaluation(monkeypatch):
     with pytest.raises(Interrupted) as end:
         evaluate(step, iter([{}]), 1, stop.raise_if_set)
     assert end.value.signum == 15
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_signal_ends_a_process_at_once_if_nothing_has_to_be_saved(tmp_path, training):
+    def process() -> None:
+        with SignalHandler() as stop:
+            stop.SECONDS_TO_REPORT = 0.2
+            os.kill(os.getpid(), signal.SIGTERM)
+            if training:
+                stop.start_training()
+            time.sleep(1)
+            assert stop.signum == signal.SIGTERM
+
+    assert in_fork(process, tmp_path / "log") == (0 if training else 128 + signal.SIGTERM)
 
 
 def test_attention_with_dropout_is_not_cudnns():
