@@ -17,7 +17,6 @@ through ssh, and also if a process above it is killed.
 """
 
 import contextlib
-import ctypes
 import importlib
 import importlib.metadata
 import io
@@ -36,7 +35,8 @@ sys.path[:0] = map(str, Path(__file__).resolve().parents[:2])
 
 import colossalai_run
 
-from vit.system import count_gpus, host_exists
+from vit.system import count_gpus, die_with_parent, host_exists
+from vit.watch import LOST
 
 
 def exit_with_errors(message):
@@ -75,15 +75,10 @@ def count_hosts(path):
     return len(hosts)
 
 
-def die_with_parent():
-    """Have the kernel send SIGTERM if the shell script is killed by SIGKILL."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # 1 is PR_SET_PDEATHSIG
-
-
 def run_torchrun(command, stdin):
     """Run an agent on this machine. -> exit status"""
-    return subprocess.run([sys.executable, __file__, "agent", *command], stdin=stdin).returncode
+    code = subprocess.run([sys.executable, __file__, "agent", *command], stdin=stdin).returncode
+    return colossalai_run.agent_status(code, socket.gethostname())
 
 
 def supervise(launcher, argv):
@@ -131,6 +126,10 @@ def run_agent(argv):
     """Run torchrun on one machine, without its tables, until its standard input is closed. -> exit status"""
     parent_alive_pipe = os.dup(0)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # standard input of the processes
+    if argv[0] == colossalai_run.READ_ENVIRONMENT:
+        argv = argv[1:]
+        colossalai_run.read_environment(parent_alive_pipe)
+    os.environ["LAUNCH_AGENT"] = str(os.getpid())  # vit/watch.py: the processes end if it is gone
 
     def watch():
         while os.read(parent_alive_pipe, 1024):
@@ -165,6 +164,8 @@ def run_agent(argv):
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         code = failure.exitcode
+        if code == LOST:  # reported where the process was that is gone
+            return code
         what = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
         print(f"launch: process {rank} {what} on {socket.gethostname()}", file=sys.stderr)
         return 128 - code if code < 0 else code

@@ -15,6 +15,7 @@ from vit.environment import PROJECT, environment, recorded_command
 from vit.files import DamagedRows, read_jsonl
 from vit.parallel.plugins import PLUGINS
 from vit.report.benchmark import CASE_KEYS, METHOD_KEYS, benchmark_report, case_key
+from vit.system import die_with_parent
 
 KEYS = CASE_KEYS + METHOD_KEYS
 
@@ -166,7 +167,9 @@ def launch(argv: list[str]) -> int:
     script = 'source "$0"; launch "$@"'
     files = [str(PROJECT / "launcher" / "launch.sh"), str(PROJECT / "vit_benchmark.py")]
     environment = os.environ | {"PYTHON": sys.executable, "CHECKED": "1"}
-    process = subprocess.Popen(["bash", "-c", script, *files, *argv], env=environment)
+    process = subprocess.Popen(
+        ["bash", "-c", script, *files, *argv], env=environment, preexec_fn=die_with_parent
+    )
 
     def forward(signum, frame) -> None:
         process.send_signal(signum)

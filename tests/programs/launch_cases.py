@@ -12,15 +12,18 @@ SCRIPT = """
 import json, os, pathlib, signal, sys, time
 if "--check" in sys.argv:
     sys.exit("refused" in sys.argv and 2)
+from vit.watch import watch_launcher
+watch_launcher()
 rank, folder, stopped = os.environ["RANK"], pathlib.Path(os.environ["SEEN"]), []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stopped.append(number))
-seen = dict(args=sys.argv[1:], cwd=os.getcwd(), path=sys.path[0], env=dict(os.environ), pid=os.getpid())
+seen = dict(args=sys.argv[1:], cwd=os.getcwd(), path=sys.path[0], env=dict(os.environ))
+seen |= dict(pid=os.getpid(), agent=os.getppid())
 (folder / f"{rank}.tmp").write_text(json.dumps(seen))
 (folder / f"{rank}.tmp").rename(folder / f"{rank}.json")
 print(f"out {rank}\\n", end="", flush=True)
 print(f"bar {rank} 1\\rbar {rank} 2", end="\\r", file=sys.stderr, flush=True)
-while os.environ.get("WAIT") and not stopped:
+while os.environ.get("WAIT") and not stopped or rank == os.environ.get("HANGS"):
     time.sleep(0.05)
 if stopped:
     time.sleep(0.5)
@@ -37,7 +40,8 @@ def make_home(tmp_path: Path) -> Path:
     folder.mkdir()
     shutil.copytree(ROOT / "launcher", folder / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "vit").mkdir()
-    for name in ("vit/__init__.py", "vit/system.py", "vit/versions.py", "requirements.txt"):
+    modules = ("__init__", "console", "system", "versions", "watch")
+    for name in (*(f"vit/{module}.py" for module in modules), "requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
     (folder / "job.py").write_text(SCRIPT)
     (tmp_path / "seen").mkdir()

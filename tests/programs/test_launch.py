@@ -11,10 +11,13 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT
 from launch_cases import call, settings
+
+from vit.watch import LOST
 
 AWKWARD = [
     "plain",
@@ -118,15 +121,46 @@ def test_killed_outright_it_still_ends_the_processes(home):
     process.communicate()
 
 
+@pytest.mark.parametrize("launcher", ["colossalai", "torchrun"])
+def test_killed_agent_leaves_no_process(home, launcher):
+    """Its processes save; one that cannot is killed."""
+    process = start(home, LAUNCHER=launcher, HANGS="1")
+    os.kill(seen(home)[0]["agent"], signal.SIGKILL)
+    assert wait_until(lambda: not left(home), seconds=12)
+    assert [path.name for path in (home.parent / "seen").glob("*.saved")] == ["0.saved"]
+    output, _ = process.communicate()
+    assert process.returncode == LOST and "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith("launch:")]
+    assert line.startswith(f"launch: lost {socket.gethostname()}: its agent was killed")
+
+
+@pytest.mark.parametrize("which", ["launcher", "child"])
+def test_killed_launcher_leaves_no_process(home, which):
+    """`colossalai run` starts a process for each machine, which starts the agent."""
+    process = start(home, LAUNCHER="colossalai")
+    child = parent_of(seen(home)[0]["agent"])
+    os.kill(child if which == "child" else parent_of(child), signal.SIGKILL)
+    assert wait_until(lambda: len(list((home.parent / "seen").glob("*.saved"))) == 2)
+    assert wait_until(lambda: not left(home), seconds=12)
+    output, _ = process.communicate()
+    assert process.returncode == (LOST if which == "child" else 128 + signal.SIGKILL)
+    assert "Traceback" not in output
+    if which == "child":
+        assert "launch: the process that starts 127.0.0.1 was killed" in output
+
+
+def parent_of(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
 def test_several_machines_get_the_environment_and_fail_together(home):
     # Two names of this machine: node 0 and node 1, as two machines would be.
     (home.parent / "hosts").write_text("localhost\n127.0.0.1\n")
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = str(probe.getsockname()[1])
-    env = dict(
-        HOSTFILE="../hosts", MASTER_PORT=port, GPUNUM="1", AWKWARD=AWKWARD[3] + "\n$(touch ran)", FAILS="1"
-    )
+    env = dict(HOSTFILE="../hosts", MASTER_PORT=port, GPUNUM="1", FAILS="1")
+    env |= dict(AWKWARD=AWKWARD[3] + "\n$(touch ran)", LAUNCH_ENV="AWKWARD")
     done = call(home, LAUNCH, "two words", **env)
     ranks = seen(home)
     assert [rank["env"]["WORLD_SIZE"] for rank in ranks] == ["2", "2"], done.stderr
@@ -136,6 +170,35 @@ def test_several_machines_get_the_environment_and_fail_together(home):
     assert done.returncode != 0
     assert not list(home.parent.rglob("ran"))
     assert not left(home)
+
+
+def test_other_machines_get_named_variables_and_no_command_shows_them(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launcher")
+    launcher = importlib.import_module("colossalai_run")
+    variables = {f"AWKWARD_{i}": value for i, value in enumerate(AWKWARD)} | {"HF_HOME": "caches"}
+    environment = variables | {"HF_TOKEN": "secret", "HOME": "/root", "LAUNCH_ENV": "MISSING AWKWARD_*"}
+    sent = launcher.variables_to_send(environment)
+    assert sent == variables
+
+    # they arrive by the standard input, which stays open
+    for name in sent:
+        monkeypatch.delenv(name, raising=False)
+    keeps_alive, agent = os.pipe(), os.pipe()
+    with open(keeps_alive[0]) as pipe:
+        stdin = launcher.Stdin(pipe, sent)
+        os.write(agent[1], stdin.read(1).encode())
+        launcher.read_environment(agent[0])
+        assert {name: os.environ.pop(name) for name in sent} == sent
+        assert stdin.read(1) is None
+        os.close(keeps_alive[1])
+        assert stdin.read(1) == ""
+
+    run = SimpleNamespace(get_launch_command=lambda user_script, user_args: "torchrun a.py")
+    monkeypatch.setitem(sys.modules, "colossalai.cli.launcher.run", run)
+    monkeypatch.setenv("SOME_TOKEN", "secret")
+    launcher.quote_command("a.py", [], "launch.py")
+    command = run.get_launch_command("a.py", [])
+    assert "launch.py agent" in command and "secret" not in command and "=" not in command
 
 
 @pytest.mark.parametrize(
