@@ -13,6 +13,7 @@
 #   GPUNUM           auto: one GPU, or 2 processes without a GPU; all: every GPU; or a number
 #   LAUNCHER         colossalai (colossalai run) or torchrun
 #   MASTER_PORT      default: a free port
+#   LAUNCH_ENV       more variables for the machines of HOSTFILE: names, or NAME* for all that begin so
 #   LAUNCH_ARGS      more options of the launcher, such as --ssh-port=2222
 #
 # Several machines need this folder and the Python environment at the same paths, and one MASTER_PORT; GPUNUM

@@ -3,12 +3,14 @@
 GPUs, ports, and processes that get their arguments unchanged and end when they are signalled.
 """
 
+import importlib
 import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -179,6 +181,8 @@ def test_other_machines_get_named_variables_and_no_command_shows_them(monkeypatc
     environment = variables | {"HF_TOKEN": "secret", "HOME": "/root", "LAUNCH_ENV": "MISSING AWKWARD_*"}
     sent = launcher.variables_to_send(environment)
     assert sent == variables
+    page = (ROOT / "docs" / "parallelism.md").read_text()
+    assert [name for name in launcher.SENT.split() if f"`{name}`" not in page] == []
 
     # they arrive by the standard input, which stays open
     for name in sent:
