@@ -446,12 +446,18 @@ def continued() -> dict:
     return result
 
 
+def join_again(seed: int) -> None:
+    """In place of init_distributed: wait for the others, which have checked their settings then."""
+    dist.barrier()
+    torch.manual_seed(seed)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     console.SECONDS_FOR_RANK0 = 0.0  # the processes stay after an error
     distributed.init_distributed(0)
     leave = distributed.destroy_distributed
-    distributed.init_distributed = lambda seed: torch.manual_seed(seed)
+    distributed.init_distributed = join_again
     distributed.destroy_distributed = lambda: None
     path = FOLDER / f"results_{WORLD}.jsonl"
     done = {json.loads(line)["case"] for line in path.read_text().splitlines()} if path.exists() else set()
