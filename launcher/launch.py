@@ -103,6 +103,8 @@ def supervise(launcher, argv):
         os.setsid()  # Ctrl-C then reaches only the script, which sends SIGINT once
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in a background job of a script
     die_with_parent()
+    if int(os.environ.pop("LAUNCH_PARENT", os.getppid())) != os.getppid():  # it is gone already
+        return 128 + signal.SIGKILL
     if launcher == "colossalai":
         with contextlib.redirect_stderr(io.StringIO()):  # warnings on packages that are not used here
             # takes seconds, in which a signal ends this process immediately

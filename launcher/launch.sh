@@ -167,8 +167,9 @@ launch() {
     { [ -t 2 ] && PROGRESS=1 COLUMNS=$(tput cols 2>/dev/null || echo 100); } || PROGRESS=0
   export PROGRESS COLUMNS
 
-  # In the background, because bash runs a trap only after a foreground command has ended.
-  "$PYTHON" "$HERE/launcher/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
+  # In the background, because bash runs a trap only after a foreground command has ended. LAUNCH_PARENT: who
+  # has to be alive.
+  LAUNCH_PARENT=$BASHPID "$PYTHON" "$HERE/launcher/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM
   trap 'kill -INT "$pid" 2>/dev/null || true' INT

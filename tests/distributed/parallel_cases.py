@@ -46,6 +46,7 @@ from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.step import Mixup, TrainStep
 from vit.step import evaluate as evaluate_step
+from vit.trainer import Trainer
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
@@ -252,6 +253,20 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
     }
 
 
+def terminated_in_test() -> dict:
+    """SIGTERM reaches one process before the test split is evaluated; --resume auto continues."""
+    original = Trainer.finish
+
+    def finish(self):
+        if RANK == WORLD - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self)
+
+    with mock.patch.object(Trainer, "finish", finish):
+        stopped = entry("in_test", *RUN)
+    return {"stopped": stopped, "resumed": entry("in_test", *RUN, "--resume", "auto")}
+
+
 def locked() -> dict:
     """Another run takes the output folder after the settings of this one were checked."""
 
@@ -388,6 +403,7 @@ def all_cases() -> dict:
         for name in ("tp2", "pp2", "hybrid dp2"):
             cases[f"mixed {name}"] = (train, LAYOUTS[2][name] | dict(mixed=True))
         cases["locked"] = (locked, ())
+        cases["terminated in the test"] = (terminated_in_test, ())
         cases["terminated"] = (terminated, ("terminated",))
         cases["failing write"] = (failing_write, ())
         cases["no room"] = (no_room, ())

@@ -135,6 +135,14 @@ def test_sigterm_to_one_process_saves_and_ends_all_and_the_run_goes_on(two, shar
     assert_same_run(shared / f"{folder}_straight", shared / folder, 0)
 
 
+def test_sigterm_before_the_test_evaluation_costs_no_epoch(two, shared):
+    result = two["terminated in the test"]
+    assert result["stopped"]["code"] == 128 + signal.SIGTERM, result["stopped"]["err"]
+    assert "checkpoint saved: continue with --resume auto" in result["stopped"]["out"]
+    assert result["resumed"]["code"] == 0 and "Evaluation result" not in result["resumed"]["out"]
+    assert len(rows(shared / "in_test")) == 2 and len(rows(shared / "in_test", "test")) == 1
+
+
 def test_full_disk_during_a_save_is_an_error_and_leaves_the_checkpoint_before(two):
     result = two["failing write"]
     error = result["error"]

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import exit_status, fork
 
 import vit.benchmark
 from args import benchmark_cases
@@ -288,3 +289,21 @@ def test_sigterm_stops_the_driver_and_what_it_launched(project, tmp_path):
     assert statuses(read(results)) == [(2, "ok")]  # what was stopped did not fail
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if path.exists()]
     assert not [words for words in commands if str(project).encode() in words]
+
+
+def test_killed_driver_stops_its_launch(monkeypatch, tmp_path):
+    script = tmp_path / "launcher" / "launch.sh"
+    script.parent.mkdir()
+    script.write_text(
+        'launch() { trap \'touch "$0.stopped"; exit\' TERM; touch "$0.started"; while :; do sleep 1; done; }'
+    )
+    monkeypatch.setattr("vit.benchmark.PROJECT", tmp_path)
+    driver = fork(lambda: vit.benchmark.launch([]), tmp_path / "log")
+    while not (script.parent / "launch.sh.started").exists():
+        time.sleep(0.02)
+    os.kill(driver, signal.SIGKILL)
+    exit_status(driver)
+    deadline = time.monotonic() + 10
+    while not (script.parent / "launch.sh.stopped").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)

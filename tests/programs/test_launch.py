@@ -151,6 +151,13 @@ def test_killed_launcher_leaves_no_process(home, which):
         assert "launch: the process that starts 127.0.0.1 was killed" in output
 
 
+def test_launcher_whose_script_is_gone_starts_nothing(home):
+    command = [sys.executable, str(home / "launcher" / "launch.py"), "torchrun", "--nproc_per_node=2"]
+    env = settings(home, LAUNCH_PARENT="1")
+    done = subprocess.run([*command, "--", str(home / "job.py")], env=env, capture_output=True, timeout=60)
+    assert done.returncode == 128 + signal.SIGKILL and not seen(home)
+
+
 def parent_of(pid):
     return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 

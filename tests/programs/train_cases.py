@@ -127,8 +127,10 @@ class Cases:
             stop_at_step: it gets a SIGTERM when it begins (the rest of) an epoch from that global step on.
         """
         import train
+        from vit import distributed
         from vit.system import local_world_size
         from vit.trainer import Trainer
+        from vit.watch import FAILED
 
         os.environ["DATA"] = str(data)
         argv = ["--config", str(ROOT / "configs" / config), "--output_path", str(self.root / name), *options]
@@ -151,7 +153,12 @@ class Cases:
                     whole(self, batches)
 
                 Trainer.train_epoch = train_epoch
-            train.main([*argv, *by_hand, "--set", *overrides])
+            try:
+                train.main([*argv, *by_hand, "--set", *overrides])
+            except SystemExit:
+                if distributed._peers:
+                    distributed._peers._say(FAILED)  # as at exit, which a forked process leaves out
+                raise
             assert local_world_size() == processes  # found out, where no launcher says it
 
         codes = in_processes(processes, one, self.root / f"{name}.log")
