@@ -41,8 +41,9 @@ def main(argv: list[str] | None = None) -> None:
     from vit.run_folder import RunFolder
     from vit.run_lock import RunLock
     from vit.schedule import plan_schedule
+    from vit.signals import SignalHandler
     from vit.step import TrainStep
-    from vit.trainer import SignalHandler, Trainer, exits_in_one_line
+    from vit.trainer import Trainer, exits_in_one_line
 
     config = settings.config
     with SignalHandler() as stop, RunLock(settings.output_path) as lock:

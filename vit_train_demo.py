@@ -33,8 +33,9 @@ def main() -> None:
     from vit.run_folder import RunFolder, result_text
     from vit.run_lock import RunLock
     from vit.schedule import plan_schedule
+    from vit.signals import SignalHandler
     from vit.step import TrainStep
-    from vit.trainer import SignalHandler, Trainer, exits_in_one_line
+    from vit.trainer import Trainer, exits_in_one_line
 
     with SignalHandler() as stop, RunLock(settings.output_path) as lock:
         import_libraries()

@@ -70,7 +70,8 @@ for name in "$@"; do
   [[ $name =~ ^(pinned|last4|newest)$ ]] || { echo "matrix: no set $name" >&2; exit 2; }
   measure "$name" || status=1
 done
-echo "| set | Python | torch | transformers | losses, checkpoints | differ by | plugins, prediction | install |"
+echo "| set | Python | torch | transformers | losses, checkpoints | differ by | plugins, prediction |" \
+  "install |"
 echo "|---|---|---|---|---|---|---|---|"
 cat "$rows"
 exit "$status"

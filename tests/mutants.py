@@ -51,7 +51,8 @@ TARGETS = {
 # What may be written by mistake: the opposite operator, the bound beside it, the next number.
 CHOSEN = re.compile(
     r"core/(ReplaceBinaryOperator_(Add_Sub|Sub_Add|Mul_Div|Div_Mul|FloorDiv_Div|Mod_FloorDiv|Pow_Mul)"
-    r"|ReplaceComparisonOperator_(Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|Gt_Lt|Eq_NotEq|NotEq_Eq|Is_IsNot|IsNot_Is)"
+    r"|ReplaceComparisonOperator_(Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|Gt_Lt|Eq_NotEq|NotEq_Eq)"
+    r"|ReplaceComparisonOperator_(Is_IsNot|IsNot_Is)"
     r"|ReplaceUnaryOperator_(Delete_USub|Delete_Not|USub_UAdd)|NumberReplacer|ReplaceTrueWithFalse"
     r"|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceContinueWithBreak|AddNot|RemoveDecorator)$"
 )

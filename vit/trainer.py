@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import os
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,72 +20,19 @@ from vit.checkpoint import CheckpointError, CheckpointFolder, load_checkpoint, r
 from vit.console import exit_with_errors, print_rank0, printable, progress_bar
 from vit.data.dataset import DataError
 from vit.disk import WriteError, free_bytes, is_full, size_text
-from vit.distributed import all_reduce_max, all_reduce_sum, destroy_distributed, device, peak_memory_gib
+from vit.distributed import all_reduce_sum, destroy_distributed, device, peak_memory_gib
 from vit.predictions import PredictionCollector, Predictions
 from vit.run_folder import RunFolder
 from vit.schedule import BatchPlan, CosineWithWarmup
+from vit.signals import Interrupted, SignalHandler
 from vit.step import TrainStep, evaluate
 
 SECONDS_BETWEEN_LOSS_READS = 1.0  # reading a loss makes the CPU wait for the GPU
 MAX_STEPS_BETWEEN_LOSS_READS = 50
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM arrived at some rank; raised on every rank after the same step."""
-
-    def __init__(self, signum: int):
-        super().__init__(f"signal {signum}")
-        self.signum = signum
-        self.step: int | None = None  # optimizer steps done, if the training was interrupted
-
-
 class NonFiniteLoss(Exception):
     """The loss became infinite or NaN. Raised on every rank after the same step."""
-
-
-class SignalHandler:
-    """Remembers SIGINT or SIGTERM, so that a step can be finished and saved before the process ends.
-
-    Before the training starts nothing can be lost: the process ends some seconds later, in which it may
-    report an error that has ended another one.
-    """
-
-    SECONDS_TO_REPORT = 3
-
-    def __init__(self):
-        self.signum = 0
-        self.end: threading.Timer | None = None
-        self.is_training = False
-
-    def __enter__(self):
-        self.previous = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _remember(self, signum, frame):
-        self.signum = signum
-        if not (self.is_training or self.end):
-            self.end = threading.Timer(self.SECONDS_TO_REPORT, os._exit, [128 + signum])
-            self.end.daemon = True
-            self.end.start()
-
-    def start_training(self) -> None:
-        """From now on there is something to save."""
-        self.is_training = True
-        if self.end:
-            self.end.cancel()
-
-    def of_any_rank(self) -> int:
-        """The signal that any rank received; 0: none. Collective."""
-        return int(all_reduce_max(torch.tensor(float(self.signum), device=device())).item())
-
-    def raise_if_set(self) -> None:
-        """Raise `Interrupted` on every rank if a signal reached one of them. Collective."""
-        if signum := self.of_any_rank():
-            raise Interrupted(signum)
-
-    def __exit__(self, *exc):
-        for signum, handler in self.previous.items():
-            signal.signal(signum, handler)
 
 
 @dataclass

@@ -22,7 +22,7 @@ LEVELS = {
     "data.cifar10 data.prepared data.splits data.image_files data.summary patches.transformers_vit "
     "model_folder report.card report.charts report.sweep_tables report.classes",
     # L3: models, sources, schedules, and the forms of parallelism
-    3: "schedule flops data.gpu_augment data.pixels data.folders data.processor data.decoded_copy "
+    3: "signals schedule flops data.gpu_augment data.pixels data.folders data.processor data.decoded_copy "
     "data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "
     "report.class_charts report.benchmark_charts report.accuracy report.sweep checkpoint_files "
     "run_lock",

@@ -13,9 +13,9 @@ from forks import in_fork
 
 from vit.data.processor import Normalize
 from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
+from vit.signals import Interrupted, SignalHandler
 from vit.step import Mixup, TrainStep, evaluate
 from vit.step_graph import StepGraph
-from vit.trainer import Interrupted, SignalHandler
 
 
 def test_normalize_equals_the_image_processor():
@@ -36,7 +36,7 @@ def test_diverging_run_ends_all_processes_naming_step_and_rate(two):
 
 
 def test_a_signal_ends_an_evaluation(monkeypatch):
-    monkeypatch.setattr("vit.trainer.all_reduce_max", lambda values: values)
+    monkeypatch.setattr("vit.signals.all_reduce_max", lambda values: values)
     step, stop = TrainStep.__new__(TrainStep), SignalHandler()
     step.model, step.boosted = torch.nn.Identity(), Namespace(ema_weights=nullcontext)
     stop.signum = 15

@@ -18,8 +18,8 @@ from vit.trainer import EpochProgress, Position, Trainer
 @pytest.fixture
 def alone(monkeypatch):
     """Collectives of one process, without a process group."""
-    for name in ("all_reduce_sum", "all_reduce_max"):
-        monkeypatch.setattr(f"vit.trainer.{name}", lambda values: values)
+    for name in ("trainer.all_reduce_sum", "signals.all_reduce_max"):
+        monkeypatch.setattr(f"vit.{name}", lambda values: values)
 
 
 def trainer_of(losses: dict[int, float], position: Position, **changes) -> Trainer:
