@@ -86,6 +86,6 @@ def write_csv(path: Path, rows: list[dict], without: tuple[str, ...]) -> None:
     columns = list(dict.fromkeys(name for row in rows for name in row if name not in without))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
+    writer.writerow({name: csv_cell(name) for name in columns})
     writer.writerows({name: csv_cell(value) for name, value in row.items()} for row in rows)
     write_atomically(path, text.getvalue())

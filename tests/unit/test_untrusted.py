@@ -149,10 +149,10 @@ def test_tables_of_a_sweep_show_names_and_nothing_else():
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("http://x")'])
 def test_csv_cells_are_no_formulas(tmp_path, text):
     assert csv_cell(text) == f"'{text}".replace("\r", " ")
-    write_csv(tmp_path / "table.csv", [{"name": text, "number": -1.5}], without=())
+    write_csv(tmp_path / "table.csv", [{"name": text, text: -1.5}], without=())
     with open(tmp_path / "table.csv", newline="") as file:
         (row,) = csv.DictReader(file)
-    assert row == {"name": csv_cell(text), "number": "-1.5"}
+    assert row == {"name": csv_cell(text), csv_cell(text): "-1.5"}
 
 
 def test_terminal_gets_no_commands(capsys):

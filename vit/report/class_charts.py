@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from vit.report.charts import new_figure, save_figure
+from vit.report.charts import new_figure, save_figure, without_math
 
 NAMED = 25  # classes whose names and numbers fit beside and into a matrix
 
 
 def short(name: str, most: int = 22) -> str:
-    """A class name that fits beside an axis; `$` would start a formula."""
-    name = name.replace("$", r"\$")
+    """A class name that fits beside an axis."""
+    name = without_math(name)
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
