@@ -19,6 +19,7 @@ from vit.checksums import HashedFile, sha256_of, sums_problem
 from vit.data.dataset import DataError
 from vit.layout import ParallelLayout
 from vit.model import export_model, load_model
+from vit.output_checks import output_problems
 from vit.run_folder import RunFolder
 from vit.settings import Settings
 from vit.trainer import Position, Trainer
@@ -152,6 +153,8 @@ def test_without_a_whole_checkpoint_the_run_ends_and_says_how_to_start_again(fol
     with pytest.raises(CheckpointError) as refused:
         find_checkpoint(folder, settings(), [])
     assert "no whole one is left: start from the beginning, with --overwrite_output" in str(refused.value)
+    again = replace(settings(), resume=None, overwrite_output=True, output_path=str(folder.root.parent))
+    assert list(output_problems(again)) == []  # the advice works
     assert len(str(refused.value).splitlines()) == 1
 
 
