@@ -101,6 +101,13 @@ def test_processes_of_one_tensor_or_pipeline_group_take_the_same_images():
     assert a == b and c == d and a != c
 
 
+def test_a_pipeline_takes_the_images_of_a_step_as_one_batch():
+    """It cuts them into micro-batches by itself; elsewhere accumulation means several batches."""
+    piped, plain = plans(22, 4, accumulation=2, world=2, pp=2)[0], plans(22, 4, accumulation=2)[0]
+    assert (piped.micro_batches_per_step, piped.local_batch_size, piped.images_per_step) == (1, 8, 8)
+    assert (plain.micro_batches_per_step, plain.local_batch_size, plain.images_per_step) == (2, 4, 8)
+
+
 def test_order_follows_epoch_and_seed():
     epochs = [sum(seen(plans(22, 1), epoch), []) for epoch in range(3)]
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0] and epochs[0] != list(range(22))
