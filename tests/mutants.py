@@ -54,7 +54,8 @@ CHOSEN = re.compile(
     r"|ReplaceComparisonOperator_(Lt_LtE|LtE_Lt|Gt_GtE|GtE_Gt|Lt_Gt|Gt_Lt|Eq_NotEq|NotEq_Eq)"
     r"|ReplaceComparisonOperator_(Is_IsNot|IsNot_Is)"
     r"|ReplaceUnaryOperator_(Delete_USub|Delete_Not|USub_UAdd)|NumberReplacer|ReplaceTrueWithFalse"
-    r"|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceContinueWithBreak|AddNot|RemoveDecorator)$"
+    r"|ReplaceFalseWithTrue|ReplaceAndWithOr|ReplaceOrWithAnd|ReplaceContinueWithBreak|AddNot"
+    r"|RemoveDecorator)$"
 )
 
 
