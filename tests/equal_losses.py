@@ -10,6 +10,7 @@ Prints a row for each plugin and layout. Status 1 if a loss in fp32 differs by m
 """
 
 import json
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -29,9 +30,9 @@ def losses(value, name: str = "") -> list[float]:
 
 
 def difference(one, other) -> float:
-    """The largest relative difference of the losses of a case."""
+    """The largest relative difference of the losses of a case; infinite if one is not a number."""
     pairs = zip(losses(from_hex(one)), losses(from_hex(other)), strict=True)
-    return max((abs(a - b) / abs(b) for a, b in pairs), default=0.0)
+    return max((abs(a - b) / abs(b) if a == a and b == b else math.inf for a, b in pairs), default=0.0)
 
 
 def row_of(part: str, case: str) -> str:
