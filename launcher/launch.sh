@@ -8,7 +8,7 @@
 # paths stay relative to the folder of the user. Variables, all from the environment:
 #
 #   INSTALL=0        install nothing, check nothing
-#   VERSIONS         pinned or newest (default: pinned, but newest with Python 3.13 or a newer torch)
+#   VERSIONS         pinned or newest (default: docs/versions.md)
 #   PYTHON           the interpreter to use, instead of the active environment's
 #   GPUNUM           auto: one GPU, or 2 processes without a GPU; all: every GPU; or a number
 #   LAUNCHER         colossalai (colossalai run) or torchrun
