@@ -127,7 +127,7 @@ count_nodes() {
 # ended.
 launch() {
   local script=$1 launcher=${LAUNCHER:-colossalai} address=${MASTER_ADDR:-} port=${MASTER_PORT:-} nodes=1
-  local processes options extra pid status=0
+  local processes options extra parent pid status=0
   shift
   # Left over from another launch: these are decided below.
   if [ -n "${RANK:-}${WORLD_SIZE:-}" ]; then
@@ -169,7 +169,8 @@ launch() {
 
   # In the background, because bash runs a trap only after a foreground command has ended. LAUNCH_PARENT: who
   # has to be alive.
-  LAUNCH_PARENT=$BASHPID "$PYTHON" "$HERE/launcher/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
+  parent=$BASHPID
+  LAUNCH_PARENT=$parent "$PYTHON" "$HERE/launcher/launch.py" "$launcher" "${options[@]}" -- "$script" "$@" &
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM
   trap 'kill -INT "$pid" 2>/dev/null || true' INT

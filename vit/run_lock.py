@@ -19,7 +19,8 @@ class RunLock:
     """The lock of ``folder``, which rank 0 holds until it ends, however that happens.
 
     A context: it removes its file at the end, and the folder if it made it and nothing is in it. A POSIX lock
-    (lockf), which the data workers do not inherit, and which NFS passes on to other machines.
+    (lockf), which the data workers do not inherit, and which NFS passes on to other machines. The process
+    that holds it must not open the file again: closing it would release the lock.
     """
 
     def __init__(self, folder: str | Path):
