@@ -46,7 +46,6 @@ from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.step import Mixup, TrainStep
 from vit.step import evaluate as evaluate_step
-from vit.trainer import Trainer
 
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 FOLDER = Path(sys.argv[1])
@@ -255,6 +254,8 @@ def terminated(name: str, at: int = 5, *flags) -> dict:
 
 def terminated_in_test() -> dict:
     """SIGTERM reaches one process before the test split is evaluated; --resume auto continues."""
+    from vit.trainer import Trainer  # not above: `main` replaces functions that it imports
+
     original = Trainer.finish
 
     def finish(self):
