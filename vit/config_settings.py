@@ -176,9 +176,6 @@ def _parallelism_problems(config: dict, local_batch_size: int) -> list[str]:
     mode, tp, pp, depth = (config[name] for name in ("mode", "tp", "pp", "depth"))
     problems = []
     if mode in MESH_MODES:
-        if config["DROP_PATH"]:
-            reason = f"in {mode} the slices of an image would not be skipped together"
-            problems.append(f"DROP_PATH {config['DROP_PATH']}: goes with 1d and vanilla; {reason}")
         if pp > 1:
             problems.append(f"pipeline {pp}: goes with 1d and vanilla, not with {mode}")
         problems += mesh_problems(mode, tp, depth, vit_config(config), local_batch_size)

@@ -76,15 +76,42 @@ class MeshSharding:
     norm: str  # LayerNorm weight and bias
     hidden: str  # hidden dimension of the embeddings and the classifier
     batch: tuple[str, ...]  # process groups over which the batch is sharded, innermost first
+    same_images: str  # process group of those that hold slices of the same images
 
 
 MESH_SHARDINGS = {
-    "2d": MeshSharding("rc", ("r", "c"), "cr", ("r", "c"), "cr", "cr", "cr", ("PARALLEL_2D_COL",)),
+    "2d": MeshSharding(
+        mesh="rc",
+        up=("r", "c"),
+        up_bias="cr",
+        down=("r", "c"),
+        down_bias="cr",
+        norm="cr",
+        hidden="cr",
+        batch=("PARALLEL_2D_COL",),
+        same_images="PARALLEL_2D_ROW",
+    ),
     "2.5d": MeshSharding(
-        "drc", ("r", "c"), "c", ("r", "c"), "c", "c", "cr", ("PARALLEL_2P5D_COL", "PARALLEL_2P5D_DEP")
+        mesh="drc",
+        up=("r", "c"),
+        up_bias="c",
+        down=("r", "c"),
+        down_bias="c",
+        norm="c",
+        hidden="cr",
+        batch=("PARALLEL_2P5D_COL", "PARALLEL_2P5D_DEP"),
+        same_images="PARALLEL_2P5D_ROW",
     ),
     "3d": MeshSharding(
-        "kji", ("ki", "j"), "j", ("ji", "k"), "k", "k", "k", ("PARALLEL_3D_INPUT", "PARALLEL_3D_WEIGHT")
+        mesh="kji",
+        up=("ki", "j"),
+        up_bias="j",
+        down=("ji", "k"),
+        down_bias="k",
+        norm="k",
+        hidden="k",
+        batch=("PARALLEL_3D_INPUT", "PARALLEL_3D_WEIGHT"),
+        same_images="PARALLEL_3D_OUTPUT",
     ),
 }
 

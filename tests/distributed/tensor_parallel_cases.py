@@ -29,8 +29,9 @@ from transformers import ViTConfig
 
 from vit.distributed import destroy_distributed, init_distributed
 from vit.initial_weights import build_vit
-from vit.modules import with_first_names
-from vit.parallel.mesh import gather_state_dict, init_mesh, load_mesh_vit, process_group
+from vit.layout import MESH_SHARDINGS
+from vit.modules import branch_dropouts, numbered_layers, with_first_names
+from vit.parallel.mesh import GatherBatch, gather_state_dict, init_mesh, load_mesh_vit, process_group
 from vit.parallel.mesh_train import MeshOptimizer, clip_grad_norm_, sync_gradients
 from vit.patches.colossalai_legacy import patch_legacy_layers
 
@@ -147,11 +148,12 @@ def run_serial(case: Case, steps: int, dtype=None) -> dict:
 class Run:
     """One case, from the same weights and data as `run_serial`."""
 
-    def __init__(self, case: Case, dropout: float = 0.0):
+    def __init__(self, case: Case, dropout: float = 0.0, drop_path: float = 0.0):
         init_mesh(case.mode, case.size, case.depth, seed=3)
         self.case = case
         self.dp, self.dp_rank = dist.get_world_size() // case.size, dist.get_rank() // case.size
-        self.model = load_mesh_vit(config(case.side, dropout), weights_of(serial_model(case.side)))
+        state = weights_of(serial_model(case.side))
+        self.model = load_mesh_vit(config(case.side, dropout), state, drop_path)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LR, weight_decay=WEIGHT_DECAY)
 
     def mine(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -197,6 +199,37 @@ class Run:
         worst = torch.stack(gaps).max()
         dist.all_reduce(worst, op=dist.ReduceOp.MAX)
         return worst.item()
+
+
+class Factors(torch.nn.Module):
+    """Multiplies by the next of ``factors`` in each call."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.factors = iter(factors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * next(self.factors)
+
+
+def dropped_paths(case: Case) -> dict:
+    """How far the logits are from those of the serial model that drops the same paths of the same images."""
+    run, drawn = Run(case, drop_path=0.6), []
+    draw = run.model.draw_kept_branches
+    run.model.draw_kept_branches = lambda x: drawn.append(draw(x)) or drawn[-1]
+    images = run.mine(batch(0, case.images)[0])
+    logits = run.model(pixel_values=images).logits
+    per_image = drawn[0].movedim(2, 0)  # (images, layers, 2, 1, 1)
+    per_image = GatherBatch.apply(per_image, MESH_SHARDINGS[case.mode].batch)
+    serial = serial_model(case.side)
+    for number, layer in numbered_layers(serial).items():
+        factors = Factors(per_image[:, number].unbind(1))
+        for module in branch_dropouts(layer):
+            module.dropout = factors
+    return {
+        "gap": (logits - serial(images).logits).abs().max().item(),
+        "factors": sorted(set(per_image.flatten().tolist())),
+    }
 
 
 def agree(value) -> bool:
@@ -261,18 +294,20 @@ def run_case(case: Case, steps: int) -> dict:
 
     seen["accumulated"] = Run(case).step(0, pieces=2)  # two micro-steps are one step
 
-    # resume: slices, optimizer and random state give the same steps again, bit for bit, with dropout on
-    run = Run(case, dropout=0.1)
+    # resume: slices, optimizer and random state give the same steps again, bit for bit, with draws
+    run = Run(case, dropout=0.1, drop_path=0.3)
     run.step(0)
     saved = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), torch.get_rng_state()))
     ahead = [run.step(1), run.step(2)]
-    run = Run(case, dropout=0.1)
+    run = Run(case, dropout=0.1, drop_path=0.3)
     run.model.load_state_dict(saved[0])
     run.optimizer.load_state_dict(saved[1])
     torch.set_rng_state(saved[2])
     again = [run.step(1), run.step(2)]
     seen["resumed"] = agree(again == ahead) and again == ahead
+    run = Run(case, dropout=0.1)
     seen["dropout"] = [run.backward(0), run.backward(0)]
+    seen["dropped paths"] = dropped_paths(case)
 
     run = Run(case)
     bf16 = [run.step(step, torch.bfloat16) for step in range(BF16_STEPS)]

@@ -94,6 +94,11 @@ class TestMode:
         first, second = case["dropout"]
         assert first != second  # another mask each time
 
+    def test_drops_the_paths_of_an_image_in_all_its_slices(self, seen, name):
+        case = seen[name]["dropped paths"]
+        assert case["gap"] < 1e-5
+        assert case["factors"] == pytest.approx([0, 1, 2.5])  # dropped; the first layer; 1 / (1 - 0.6)
+
     def test_bf16_autocast_follows_serial_bf16(self, seen, name):
         case = seen[name]
         assert difference(case["bf16"]["loss"], case["serial bf16"]["loss"]) < 0.02

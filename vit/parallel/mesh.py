@@ -16,9 +16,10 @@ meshes). For B images per data-parallel rank, hidden size h and s tokens, each p
     2.5d   d x q x q    activations (B/(dq), s, h/q)   matrices 1/q^2   Wang et al., 2021, arXiv:2105.14500
     3d     q x q x q    activations (B/q^2,  s, h/q)   matrices 1/q^3   Bian et al., 2021, arXiv:2105.14450
 
-No activation is held twice, so each process draws its own dropout masks. Some small parameters are held by
-several processes: `sync_gradients` keeps the copies equal, and `grad_norm` counts them once. The classifier
-is sharded along the hidden size alone, so any number of classes fits without padding.
+No activation is held twice, so each process draws its own dropout masks; which images drop a path is drawn
+once for all slices of an image. Some small parameters are held by several processes: `sync_gradients` keeps
+the copies equal, and `grad_norm` counts them once. The classifier is sharded along the hidden size alone, so
+any number of classes fits without padding.
 """
 
 import torch
@@ -80,7 +81,7 @@ def init_mesh(mode: str, size: int, depth: int = 1, seed: int = 0) -> None:
     _mesh = mesh
 
 
-class _GatherBatch(torch.autograd.Function):
+class GatherBatch(torch.autograd.Function):
     """Gathers logits (B / shards, classes) to (B, classes) on every process.
 
     Every process computes the same loss from them, so its own rows of the gradient are complete: the backward
@@ -119,14 +120,16 @@ class _Block(nn.Module):
         self.fc1 = linear(width, config.intermediate_size)
         self.fc2 = linear(config.intermediate_size, width)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
+        """``kept`` (2, images, 1, 1): factors of the images' attention and MLP branches; None: all are 1."""
+        attention, mlp = (1, 1) if kept is None else kept
         qkv = self.qkv(_in_fp32(self.layernorm_before, x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (images, heads, tokens, head size)
         p = self.attention_dropout if self.training else 0.0
         attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
-        x = x + F.dropout(self.projection(attended), self.dropout, self.training)
-        mlp = self.fc2(F.gelu(self.fc1(_in_fp32(self.layernorm_after, x))))
-        return x + F.dropout(mlp, self.dropout, self.training)
+        x = x + attention * F.dropout(self.projection(attended), self.dropout, self.training)
+        hidden = F.gelu(self.fc1(_in_fp32(self.layernorm_after, x)))
+        return x + mlp * F.dropout(self.fc2(hidden), self.dropout, self.training)
 
 
 def _in_fp32(norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -140,12 +143,15 @@ class MeshViT(nn.Module):
 
     ``state_dict()`` and ``load_state_dict()`` are of the shards: equal across data parallelism, different
     across the mesh, and sufficient to resume exactly.
+
+    Args:
+        drop_path: chance that an image skips a branch of the last block; it falls linearly to 0 in the first.
     """
 
-    def __init__(self, config, mesh: MeshLayout):
+    def __init__(self, config, mesh: MeshLayout, drop_path: float = 0.0):
         super().__init__()
         self.config, self.mesh = config, mesh
-        self.dropout = config.hidden_dropout_prob
+        self.dropout, self.drop_path = config.hidden_dropout_prob, drop_path
         patch_embedding, linear, norm, classifier = _legacy_layers(mesh.mode)
         self.embeddings = patch_embedding(
             config.image_size, config.patch_size, config.num_channels, config.hidden_size
@@ -179,10 +185,29 @@ class MeshViT(nn.Module):
             depth = process_group("PARALLEL_2P5D_DEP")
             pixel_values = pixel_values.chunk(depth.size())[depth.rank()]
         x = F.dropout(self.embeddings(pixel_values), self.dropout, self.training)
-        for block in self.blocks:
-            x = block(x)
+        drops = self.drop_path and self.training
+        kept = self.draw_kept_branches(x) if drops else [None] * len(self.blocks)
+        for block, branches in zip(self.blocks, kept):
+            x = block(x, branches)
         logits = self.classifier(_in_fp32(self.layernorm, x[:, 0]))  # the cls token
-        return ImageClassifierOutput(logits=_GatherBatch.apply(logits, MESH_SHARDINGS[self.mesh.mode].batch))
+        return ImageClassifierOutput(logits=GatherBatch.apply(logits, MESH_SHARDINGS[self.mesh.mode].batch))
+
+    @torch.no_grad()
+    def draw_kept_branches(self, x: torch.Tensor) -> torch.Tensor:
+        """Factors of each image's branches: 0, or 1 / the chance that it is kept. Collective.
+
+        Args:
+            x: this process's slice (images, tokens, hidden / q) of the embeddings.
+
+        Returns:
+            (blocks, 2, images, 1, 1), the same on all processes that hold slices of these images.
+        """
+        chances = 1 - torch.linspace(0, self.drop_path, len(self.blocks), device=x.device)
+        chances = chances.view(-1, 1, 1, 1, 1).expand(-1, 2, len(x), 1, 1)
+        kept = torch.bernoulli(chances) / chances
+        group = process_group(MESH_SHARDINGS[self.mesh.mode].same_images)
+        dist.broadcast(kept, dist.get_global_rank(group, 0), group)
+        return kept
 
 
 def _legacy_layers(mode: str) -> tuple[type[nn.Module], ...]:
@@ -254,13 +279,14 @@ def _to_huggingface(name: str, whole: torch.Tensor, q: int) -> list[torch.Tensor
 
 
 @torch.no_grad()
-def load_mesh_vit(config, state_dict: dict[str, torch.Tensor]) -> MeshViT:
+def load_mesh_vit(config, state_dict: dict[str, torch.Tensor], drop_path: float = 0.0) -> MeshViT:
     """Build a model of this process's shards, on its device. Collective, after `init_mesh`.
 
     Args:
         config: HuggingFace ViTConfig; its dropout probabilities are used, ``num_labels`` must fit
             ``state_dict``.
         state_dict: full, fp32, of ViTForImageClassification. All processes get the values of rank 0.
+        drop_path: see `MeshViT`.
 
     Raises:
         ValueError: a size does not fit the mode (`mesh_problems`), or names or shapes differ from ``config``.
@@ -270,7 +296,7 @@ def load_mesh_vit(config, state_dict: dict[str, torch.Tensor]) -> MeshViT:
         raise RuntimeError("call init_mesh before load_mesh_vit")
     if found := mesh_problems(_mesh.mode, _mesh.size, _mesh.depth, config):
         raise ValueError("; ".join(found))
-    model, rank = MeshViT(config, _mesh), process_group("TENSOR").rank()
+    model, rank = MeshViT(config, _mesh, drop_path), process_group("TENSOR").rank()
     expected = {there for name, _ in model.named_parameters() for there in huggingface_names(name)}
     if different := expected.symmetric_difference(state_dict):
         raise ValueError(f"the state dict is of another architecture: {', '.join(sorted(different)[:4])} ...")

@@ -20,10 +20,11 @@ from vit.parallel.plugins import MESH_PLUGINS
 def boost_mesh(model: nn.Module, settings) -> BoostedModel:
     """Shard a HuggingFace ViT over the mesh. -> `BoostedModel`. Collective.
 
-    Every rank draws its own dropout masks, because no activation is held twice.
+    Every rank draws its own dropout masks, because no activation is held twice. The ranks that hold slices of
+    an image drop its paths together.
     """
     init_mesh(settings.plugin, settings.tp_size, settings.tp_depth, settings.seed)
-    mesh_model = load_mesh_vit(model.config, with_first_names(model.state_dict()))
+    mesh_model = load_mesh_vit(model.config, with_first_names(model.state_dict()), settings.drop_path)
     groups = param_groups(mesh_model, settings.weight_decay)
     adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True)
     return BoostedModel(
