@@ -51,6 +51,8 @@ def main(argv: list[str] | None = None) -> None:
         started = time.perf_counter()
         init_distributed(settings.seed)
         lock.acquire()
+        if torch.cuda.is_available():
+            torch.set_num_threads(1)  # the CPU's tensors are small: waking other cores takes longer
 
         # --- data
         try:
