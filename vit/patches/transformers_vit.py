@@ -61,9 +61,10 @@ def direct_forward(model: nn.Module) -> None:
         hidden_states = embed(base, pixel_values)
         for layer in layer_list(base):
             hidden_states = run_layer(base, layer, hidden_states)
-        hidden_states = base.layernorm(hidden_states)
-        has_class_token = hasattr(base.embeddings, "cls_token")
-        pooled = hidden_states[:, 0] if has_class_token else hidden_states.mean(dim=1)
+        if hasattr(base.embeddings, "cls_token"):
+            pooled = base.layernorm(hidden_states[:, 0])  # of the class token alone, not of every token
+        else:
+            pooled = base.layernorm(hidden_states).mean(dim=1)
         return ImageClassifierOutput(logits=self.classifier(pooled))
 
     model.forward = MethodType(classify, model)  # type: ignore[method-assign]
