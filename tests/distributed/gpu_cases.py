@@ -23,7 +23,7 @@ from vit.data.processor import Normalize
 from vit.distributed import all_reduce_sum, destroy_distributed, device, import_libraries, init_distributed
 from vit.layout import ParallelLayout
 from vit.parallel.boost import boost
-from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
+from vit.patches.torch_kernels import safe_attention_kernels
 from vit.settings import Settings
 from vit.step import TrainStep, evaluate
 
@@ -114,13 +114,13 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     return [*losses, evaluate(step, [batch], BATCH)["average_loss"]]
 
 
-def attention_gradients() -> list[torch.Tensor]:
-    """Of attention with dropout where all products are far below zero.
-
-    See `no_cudnn_sdp_with_dropout`.
-    """
-    usual = torch.backends.cuda.cudnn_sdp_enabled()
-    no_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=0.1))
+def attention_gradients(dropout: float) -> list[torch.Tensor]:
+    """Of attention over 64 tokens where all products are far below zero, see `safe_attention_kernels`."""
+    switches = torch.backends.cuda
+    usual = switches.cudnn_sdp_enabled(), switches.flash_sdp_enabled()
+    safe_attention_kernels(
+        Namespace(image_size=32, patch_size=4, model_type="ijepa", attention_probs_dropout_prob=dropout)
+    )
     query, key, value = torch.randn(
         3,
         1,
@@ -133,15 +133,18 @@ def attention_gradients() -> list[torch.Tensor]:
     )
     query[..., 0], key[..., 0] = 1, -960  # divided by the root of 64: -120
     parts = [part.requires_grad_() for part in (query, key, value)]
-    attended = torch.nn.functional.scaled_dot_product_attention(*parts, dropout_p=0.1)
-    torch.backends.cuda.enable_cudnn_sdp(usual)
-    return torch.autograd.grad(attended.float().square().sum(), parts)
+    attended = torch.nn.functional.scaled_dot_product_attention(*parts, dropout_p=dropout)
+    gradients = torch.autograd.grad(attended.float().square().sum(), parts)
+    switches.enable_cudnn_sdp(usual[0])
+    switches.enable_flash_sdp(usual[1])
+    return gradients
 
 
 def main() -> None:
     import_libraries()
     init_distributed(0)
-    results = {"attention is finite": all(grad.isfinite().all().item() for grad in attention_gradients())}
+    gradients = [*attention_gradients(0.1), *attention_gradients(0.0)]
+    results = {"attention is finite": all(grad.isfinite().all().item() for grad in gradients)}
     for name, changes in cases(int(os.environ["WORLD_SIZE"])).items():
         try:
             results[name] = run(**changes)

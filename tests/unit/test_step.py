@@ -12,7 +12,7 @@ import torch
 from forks import in_fork
 
 from vit.data.processor import Normalize
-from vit.patches.torch_kernels import no_cudnn_sdp_with_dropout
+from vit.patches.torch_kernels import safe_attention_kernels
 from vit.signals import Interrupted, SignalHandler
 from vit.step import Mixup, TrainStep, evaluate
 from vit.step_graph import StepGraph
@@ -59,15 +59,33 @@ def test_a_signal_ends_a_process_at_once_if_nothing_has_to_be_saved(tmp_path, tr
     assert in_fork(process, tmp_path / "log") == (0 if training else 128 + signal.SIGTERM)
 
 
-def test_attention_with_dropout_is_not_cudnns():
-    usual = torch.backends.cuda.cudnn_sdp_enabled()
+@pytest.mark.parametrize(
+    ("size", "kind", "dropout", "cudnn", "flash"),
+    [
+        (224, "vit", 0.0, True, True),
+        (224, "vit", 0.1, False, True),
+        (32, "vit", 0.0, True, True),  # 65 tokens
+        (32, "ijepa", 0.0, False, False),  # 64: no class token
+        (224, "ijepa", 0.0, True, True),  # 196
+    ],
+)
+def test_attention_avoids_the_kernels_that_give_nan(size, kind, dropout, cudnn, flash):
+    config = Namespace(
+        image_size=size,
+        patch_size=16 if size == 224 else 4,
+        model_type=kind,
+        attention_probs_dropout_prob=dropout,
+    )
+    switches = torch.backends.cuda
+    usual = switches.cudnn_sdp_enabled(), switches.flash_sdp_enabled()
     try:
-        for dropout, expected in ((0.0, True), (0.1, False)):
-            torch.backends.cuda.enable_cudnn_sdp(True)
-            no_cudnn_sdp_with_dropout(Namespace(attention_probs_dropout_prob=dropout))
-            assert torch.backends.cuda.cudnn_sdp_enabled() == expected
+        switches.enable_cudnn_sdp(True)
+        switches.enable_flash_sdp(True)
+        safe_attention_kernels(config)
+        assert (switches.cudnn_sdp_enabled(), switches.flash_sdp_enabled()) == (cudnn, flash)
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(usual)
+        switches.enable_cudnn_sdp(usual[0])
+        switches.enable_flash_sdp(usual[1])
 
 
 # ---- a step as a graph

@@ -15,7 +15,7 @@ from vit.parallel.mesh_train import boost_mesh
 from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
 from vit.patches.colossalai_zero import avoid_device_syncs
-from vit.patches.torch_kernels import eager_dropout, early_ddp_buckets, no_cudnn_sdp_with_dropout
+from vit.patches.torch_kernels import eager_dropout, early_ddp_buckets, safe_attention_kernels
 from vit.patches.transformers_vit import direct_forward, fuse_qkv, linear_patch_embedding
 
 
@@ -25,7 +25,7 @@ def boost(model: nn.Module, settings) -> BoostedModel:
     Random draws differ between data-parallel ranks afterwards: other images, other dropout masks.
     """
     layout = settings.layout
-    no_cudnn_sdp_with_dropout(model.config)
+    safe_attention_kernels(model.config)
     if settings.plugin in MESH_PLUGINS:
         boosted = boost_mesh(model, settings)  # seeds each rank by itself
     else:

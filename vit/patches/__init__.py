@@ -33,7 +33,7 @@ PATCHES = (
     "fuse_qkv",
     "direct_forward",
     "linear_patch_embedding",
-    "no_cudnn_sdp_with_dropout",
+    "safe_attention_kernels",
     "eager_dropout",
     "early_ddp_buckets",
 )
