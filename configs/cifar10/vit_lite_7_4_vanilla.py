@@ -3,19 +3,17 @@
 Model     7 layers, 4 heads, hidden 256, MLP 512, 4 px patches (Hassani et al., 2021, arXiv:2104.05704); class
           token
 Recipe    random crop with padding 4, AutoAugment's CIFAR policy (Cubuk et al., 2019, arXiv:1805.09501), label
-          smoothing 0.1, AdamW 2e-3 with weight decay 0.03, 40 warm-up epochs of 200, cosine, batch 512;
-          dropout 0.1, which the published text does not mention but its model has by default
+          smoothing 0.1, AdamW 2e-3 with weight decay 0.03, 40 warm-up epochs of 200, cosine, batch 512. What
+          the published text leaves open, as the images held out prefer it: no dropout, drop path 0.1, mimetic
+          initial weights (Trockman and Kolter, 2023). The published program's own: --set DROPOUT=0.1
+          DROP_PATH=0 INITIAL_WEIGHTS=usual
 Command   export DATA=/path/to/cifar-10-batches-py
           torchrun --nproc_per_node=1 train.py --config=configs/cifar10/vit_lite_7_4_vanilla.py
-          any number of processes that divides 512
+          any number of processes that divides 512; on GPUs with bf16 --set bf16=True CUDA_GRAPHS=True
 Published about 90.5 % top-1 in about 16 minutes on eight A100s
-Measured  87.0 +- 0.2 % (3 seeds) on 5,000 images held out of the 50,000, trained on the others; 126 s of
-          training on one H200, 68 s on four (2026-11-21, --set bf16=True CUDA_GRAPHS=True). The images had
-          been re-encoded as JPEG (quality 75, chroma at half resolution): a ResNet-18, near 95 % on the
-          original ones, reaches 91.1 % on them. On the original images nothing was measured. What the
-          published text leaves open is worth one point: with the dropout of the model's authors (none, but
-          attention dropout 0.1 and drop path 0.1) and mimetic initial weights 88.2 +- 0.3 % (3 seeds): --set
-          DROPOUT=0 ATTENTION_DROPOUT=0.1 DROP_PATH=0.1 INITIAL_WEIGHTS=mimetic
+Measured  91.2 +- 0.3 % (3 seeds) on 5,000 images held out of the 50,000, trained on the others; 167 s of
+          training on one H100 (2026-11-27, --set bf16=True CUDA_GRAPHS=True), of which 37 s compile. The
+          published program's own: 89.8 % (seed 42) after 184 epochs, where the run was stopped
 """
 
 # the model
@@ -26,7 +24,9 @@ DEPTH = 7
 NUM_HEADS = 4
 MLP_RATIO = 2
 NUM_CLASSES = 10
-DROPOUT = 0.1
+DROPOUT = 0.0
+DROP_PATH = 0.1
+INITIAL_WEIGHTS = "mimetic"
 
 # the recipe
 TOTAL_BATCH_SIZE = 512

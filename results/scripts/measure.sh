@@ -79,17 +79,17 @@ chosen() { # the best of them, and the published setting: validation and test
 animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
 
 # ---- from scratch
-scratch() { # CONFIG NAME SEED...: in bf16 as CUDA graphs, one after the other, for the time counts
-  local config=$1 name=$2 seed
-  shift 2
+scratch() { # CONFIG NAME "NAME=VALUE ..." SEED...: in bf16 as CUDA graphs, one after the other, for the time counts
+  local config=$1 name=$2 values=$3 seed
+  shift 3
   for seed; do
-    DATA=$CIFAR CONFIG=configs/cifar10/$config.py bash run_accuracy.sh --set SEED=$seed bf16=True CUDA_GRAPHS=True --output_path "$OUT/cifar10/recipes/${name}_seed$seed"
+    DATA=$CIFAR CONFIG=configs/cifar10/$config.py bash run_accuracy.sh --set SEED=$seed bf16=True CUDA_GRAPHS=True $values --output_path "$OUT/cifar10/recipes/${name}_seed$seed"
   done
   report accuracy cifar10
 }
-cifar() { scratch vit_lite_7_4_vanilla published 42 43 44; }
-cifar_four() { GPUNUM=4 scratch vit_lite_7_4_vanilla published_four_gpus 42; }
-cifar_long() { scratch vit_lite_7_4_long long 42; }
+cifar() { scratch vit_lite_7_4_vanilla vanilla "" 42 43 44; }
+cifar_published() { scratch vit_lite_7_4_vanilla published "DROPOUT=0.1 DROP_PATH=0 INITIAL_WEIGHTS=usual" 42 43 44; }
+cifar_long() { scratch vit_lite_7_4_long long "" 42 43 44; }
 
 [ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|report|finetune|scratch' | paste -sd' '; exit 2; }
 export MODELS=$MODEL

@@ -18,7 +18,7 @@ PEAK = 5e-4  # the configs' 2e-3 for batches of 512, times the root of 32 / 512
 EPOCHS, PER_EPOCH = 5, math.ceil(IMAGES / BATCH)
 WARMUP, SAVED, SHORT, STEPS = PER_EPOCH, 10, 20, EPOCHS * PER_EPOCH  # steps; saved after 10, resumed to 20
 COMMON = [f"TOTAL_BATCH_SIZE={BATCH}", f"LEARNING_RATE={PEAK}", "WARMUP_EPOCHS=1"]
-COMMON += [f"clip_grad_norm={MAX_NORM}", "DROPOUT=0"]
+COMMON += [f"clip_grad_norm={MAX_NORM}", "DROPOUT=0", "DROP_PATH=0", "INITIAL_WEIGHTS=usual"]
 NOISE = 1e-6  # gradients below are rounding noise, of which Adam's first step makes lr times any sign
 BOUNDS = {
     "fp32": {"loss_20": 1e-4, "loss_50": 1e-3, "norm_1": 1e-5, "norms": 1e-3}

@@ -47,6 +47,8 @@ TINY = [
     "LEARNING_RATE=0.01",
     "clip_grad_norm=0.8",
     "DROPOUT=0",
+    "DROP_PATH=0",
+    "INITIAL_WEIGHTS=usual",
 ]
 PLAIN = ["RANDOM_CROP_PADDING=0", "AUTO_AUGMENT=None"]
 TWO, MIMETIC = "TENSOR_PARALLEL_SIZE=2", "INITIAL_WEIGHTS=mimetic"

@@ -102,7 +102,7 @@ def test_every_problem_is_named_at_once(tmp_path):
             ["give one of them", "PATCH_SIZE 4", "pipeline 0: must be"],
         ),
         (
-            ["gradient_accumulation=3", "BATCH_SIZE=100", "HIDDEN_SIZE=30"],
+            ["gradient_accumulation=3", "BATCH_SIZE=100", "HIDDEN_SIZE=30", "INITIAL_WEIGHTS=usual"],
             6,
             ["TOTAL_BATCH_SIZE 512", "NUM_HEADS 4", "6 process(es)", "hidden size 30"],
         ),
@@ -168,11 +168,6 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
             8,
             "goes with 1d and vanilla",
         ),
-        (
-            ["TENSOR_PARALLEL_SIZE=4", "TENSOR_PARALLEL_MODE=2d", "DROP_PATH=0.1"],
-            4,
-            "DROP_PATH 0.1: goes with 1d and vanilla",
-        ),
         (["TENSOR_PARALLEL_MODE=4d"], 4, "must be one of"),
         (["LEARNING_RATE=1e999"], 4, "must be a number > 0"),
         (["TENSOR_PARALLEL_SIZE=2"], 4, "needs a mode"),
@@ -189,7 +184,7 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
         (["WARMUP_STEPS=100"], 4, "WARMUP_EPOCHS 40 and WARMUP_STEPS 100"),
         (["WARMUP_EPOCHS=None"], 4, "WARMUP_EPOCHS is missing"),
         (
-            ["POSITIONS=sincos", "HIDDEN_SIZE=30", "NUM_HEADS=2"],
+            ["POSITIONS=sincos", "HIDDEN_SIZE=30", "INITIAL_WEIGHTS=usual", "NUM_HEADS=2"],
             4,
             "POSITIONS 'sincos': needs a HIDDEN_SIZE that is a multiple of 4",
         ),
