@@ -7,6 +7,14 @@
 #
 # auto is the default of this machine: the first value with a GPU, the second without.
 
+# best: what was best on Beans, for a pretrained model on a GPU; values that you set stay. docs/fine_tuning.md
+RECIPE=${RECIPE:-none}
+RECIPE_FLAGS=
+if [ "$RECIPE" = best ]; then
+  : "${PLUGIN:=torch_ddp}" "${PRESET:=fast}" "${LR:=2e-4}" "${EPOCH:=20}"
+  RECIPE_FLAGS="--augment --auto_augment trivial --mixup 0.2 --image_size 384"
+fi
+
 # hub name, folder or preset; auto: google/vit-base-patch16-224 | vit-demo
 MODEL=${MODEL:-auto}
 # hub name, folder, or drawn: synthetic leaf images; auto: AI-Lab-Makerere/beans | drawn
@@ -27,7 +35,9 @@ SEED=${SEED:-42}                           # same seed, same run
 # documents INSTALL, LAUNCHER, HOSTFILE and other variables
 . "$(dirname -- "$0")/launcher/launch.sh"
 
+[ "$RECIPE" = none ] || [ "$RECIPE" = best ] || die "RECIPE=$RECIPE: must be none or best"
 install_environment
+# shellcheck disable=SC2086
 launch "$HERE/vit_train_demo.py" \
   --model_name_or_path "$MODEL" \
   --dataset "$DATASET" \
@@ -42,4 +52,4 @@ launch "$HERE/vit_train_demo.py" \
   --weight_decay "$WEIGHT_DECAY" \
   --warmup_ratio "$WARMUP_RATIO" \
   --seed "$SEED" \
-  "$@"
+  $RECIPE_FLAGS "$@"

@@ -324,6 +324,24 @@ def test_command_is_accepted(page, line, world, tmp_path, monkeypatch, capsys, r
     check_program(script, argv, world, tmp_path, monkeypatch, capsys)
 
 
+def test_best_recipe_gives_way_to_what_the_user_sets(world, tmp_path):
+    from args import finetune_settings
+
+    words = ["bash", "run_demo.sh", "--image_size", "64"]
+    variables = {"RECIPE": "best", "EPOCH": "3", "MODEL": "vit-demo", "DATASET": "drawn", "GPUNUM": "1"}
+    *_, (_, (_, *argv)) = started_by(words, variables, world, tmp_path)
+    settings, problems, _ = finetune_settings(argv)
+    chosen = (settings.plugin, settings.preset, settings.learning_rate, settings.mixup)
+    assert not problems and chosen == ("torch_ddp", "fast", 2e-4, 0.2) and settings.augment
+    assert (settings.num_epoch, settings.image_size) == (3, 64)
+
+
+def test_unknown_recipe_ends_before_anything_starts(tmp_path):
+    command = ["bash", str(ROOT / "run_demo.sh")]
+    done = subprocess.run(command, env=os.environ | {"RECIPE": "good"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "launch: RECIPE=good: must be none or best\n")
+
+
 # ---------------------------------------- links and form
 
 
