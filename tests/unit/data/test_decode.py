@@ -10,7 +10,7 @@ from helpers import CLASSES, COUNTS, decode_images, load_images, pixels_of, sett
 from PIL import Image
 
 from vit.data.dataset import DataError, PixelRange
-from vit.data.decode import decode_dataset
+from vit.data.decode import SplitPlan, choose_places
 from vit.data.loaders import BatchDataset, make_loader
 from vit.data.pixels import open_image
 from vit.data.transforms import Resize
@@ -172,11 +172,13 @@ def test_splits_that_fit_the_budget_are_kept_and_others_are_not(image_folder):
 
 
 def test_processes_of_a_machine_share_the_budget(image_folder):
-    chosen = settings("--data_memory", (22 + 13 + 7) * 3 * 16 * 16 / 2**30)
-    for processes, kept in ((1, [True, True, True]), (2, [False, True, True]), (4, [False, False, True])):
-        images, size = decode_dataset(load_images(image_folder), Resize(16), None, chosen, processes)
-        assert [split.cached_pixels is not None for split in images.splits()] == kept
-        assert size * processes <= chosen.data_memory * 2**30
+    """A copy on disk counts once, copies in memory once for each process."""
+    parts = [SplitPlan(split, Resize(16)) for split in load_images(image_folder).splits()]
+    memory = ("--data_memory", (22 + 13 + 7) * 3 * 16 * 16 / 2**30)
+    for processes, fits in ((1, [True, True, True]), (2, [False, True, True]), (4, [False, False, True])):
+        places = choose_places(parts, settings(*memory, "--data_cache", 0), processes)
+        assert [place["fits_each"] for place in places] == fits
+        assert all(place["copy"] for place in choose_places(parts, settings(*memory), processes))
 
 
 def test_small_images_are_decoded_by_one_thread_and_large_ones_by_several(image_folder, monkeypatch):
