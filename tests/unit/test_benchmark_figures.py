@@ -1,5 +1,7 @@
 """The figures of a benchmark's row: what is timed, what it is divided by, and what comes before the clock."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,6 +56,13 @@ def test_windows_are_divided_by_their_steps_and_come_after_the_warm_up(tmp_path,
     assert 0.01 < row["peak_memory_gib"] < 1e3
 
 
+def test_images_of_a_tensor_parallel_group_are_counted_once(tmp_path, events):
+    one = case("--batch_size 2 --windows 3 --window_steps 3", tmp_path)
+    layout = ParallelLayout(4, tensor_size=2)  # two groups of two processes
+    row = vit_benchmark.measure_case(replace(one, settings=replace(one.settings, layout=layout)))
+    assert row["images_per_second"] == 2 * 2 / 2.0 and row["images_per_second_per_device"] == 0.5
+
+
 def test_slowest_process_decides_the_time_of_a_step(tmp_path, events, monkeypatch):
     reduced = []
 
@@ -70,8 +79,6 @@ def test_slowest_process_decides_the_time_of_a_step(tmp_path, events, monkeypatc
 def test_speed_counts_the_images_of_data_parallel_ranks_and_the_devices_of_all(
     tmp_path, monkeypatch, world, tensor, images
 ):
-    from dataclasses import replace
-
     from vit.flops import training_flops
     from vit.presets import PRESETS
     from vit.schedule import BatchPlan
