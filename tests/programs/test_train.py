@@ -131,11 +131,16 @@ def test_run_ends_well_and_learns(runs, name):
         "README.md",
         "SHA256SUMS",
         "checkpoints",
+        "classes.csv",
         "config.json",
+        "confusion.csv",
+        "confusion_test.png",
         "metrics.jsonl",
         "metrics.png",
         "model.safetensors",
+        "predictions.parquet",
         "preprocessor_config.json",
+        "report.html",
     ]
 
 

@@ -203,7 +203,7 @@ class Decoding:
         Raises:
             DataError: there are unreadable images and --skip_bad_images is off; it names them.
         """
-        decoded = {}
+        decoded: dict[str, Any] = {}
         for part in self.parts:
             split, skip_bad = part.split, self.settings.skip_bad_images
             if part.kept or skip_bad or split.name != "train":

@@ -57,13 +57,14 @@ def copy_key(split: Split, how: str) -> str | None:
         OSError: a file is gone.
     """
     digest = hashlib.sha256(repr((VERSION, PIL.__version__, how)).encode())
-    is_part = isinstance(split.images, LazySubset)
-    base = split.images.images if is_part else split.images
-    paths: Any = split.images if isinstance(base, PathArray) else None
+    images: Any = split.images
+    is_part = isinstance(images, LazySubset)
+    base = images.images if is_part else images
+    paths: Any = images if isinstance(base, PathArray) else None
     if hasattr(base, "files"):
         paths = base.files()
         digest.update(repr(getattr(base, "column", None)).encode())  # of a table, which may have several
-        digest.update(split.images.indices.astype(np.int64).tobytes() if is_part else b"all")
+        digest.update(images.indices.astype(np.int64).tobytes() if is_part else b"all")
     if paths is None:
         return None
     for path in paths:
@@ -156,7 +157,7 @@ class DecodedCopy:
     def open(self, channels_first: bool) -> PreparedImages:
         """The images, with an entry for each unreadable one too."""
         index = read_split_index(self.folder, NAME)
-        images = PreparedImages(self.folder, NAME, index, raw=True, channels_first=channels_first)
+        images: Any = PreparedImages(self.folder, NAME, index, raw=True, channels_first=channels_first)
         for part in np.unique(index["part"][index["length"] > 0]):
             images.open_map(part)  # all now: they stay readable if another machine removes the folder
         images.copy = self  # which holds the lock

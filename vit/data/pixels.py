@@ -199,7 +199,8 @@ def choose_pixel_range(
         return split.pixel_range, []  # CIFAR-10, and prepared folders
     survey = survey_images(split)
     if given:
-        return PixelRange(*given, given=True), survey.notes
+        low, high = given
+        return PixelRange(low, high, given=True), survey.notes
     pixel_range = survey.pixel_range
     if pixel_range is None:
         return None, survey.notes
