@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import numpy as np
@@ -126,6 +128,21 @@ def test_the_page_needs_no_other_file_and_shows_the_worst_mistakes_first(run):
     places = [text.index(f"{i}.png") for i in (name_of(found[0], 0), name_of(found[0], 1))]
     assert places == sorted(places) and len(re.findall(r"\d\.png", text)) == 2
     assert not list(folder.glob(".*"))  # nothing half-written is left
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="needs Chromium")
+@pytest.mark.parametrize("width", [500, 1200])  # a telephone, a desktop; Chromium has no window below 500
+def test_a_browser_shows_the_page_without_scrolling_sideways(run, tmp_path, width):
+    page = (run[2] / "report.html").read_text()
+    measure = "<script>document.title = 'wide ' + document.documentElement.scrollWidth</script>"
+    (tmp_path / "measured.html").write_text(page.replace("</body>", f"{measure}</body>"))
+    flags = f"--headless --no-sandbox --disable-gpu --dump-dom --window-size={width},900".split()
+    address = (tmp_path / "measured.html").as_uri()
+    shown = subprocess.run([CHROMIUM, *flags, address], capture_output=True, text=True, timeout=120).stdout
+    assert int(re.search(r"<title>wide (\d+)", shown)[1]) <= width
 
 
 def name_of(predictions, i: int) -> str:
