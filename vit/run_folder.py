@@ -276,7 +276,8 @@ class RunFolder:
         print_rank0(
             f"\n{settings.keep} epoch {self.best['epoch']} is in {self.path}/ ({seconds:.0f} s "
             "since the imports): "
-            f"{predict_command(self.path)}"
+            f"{predict_command(self.path)}\n"
+            f"figures of each class, confusions and worst mistakes: {self.path}/report.html"
         )
 
 
