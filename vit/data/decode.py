@@ -31,7 +31,7 @@ MAX_CACHED_TRAIN_IMAGES = 200_000
 FAST_DECODE_SECONDS = 1e-3
 BLOCK = 128  # images that are decoded ahead of the one that is written
 # where the decoded images are kept, for the plan
-ONCE = "decoded once for all processes and later runs"
+ONCE = "decoded once and shared"
 IN_EACH = "decoded in each process"
 NO_ROOM = f"{IN_EACH}, for the disk of the user's cache has no room"
 

@@ -57,7 +57,7 @@ def copy_of_train(cache):
 
 def test_nothing_is_decoded_before_it_is_asked_for(folder, cache, opened):
     decoding = decode.plan_decoding(load_images(folder), Resize(16), None, settings())
-    assert decoding.where == "0 MiB decoded once for all processes and later runs"
+    assert decoding.where == "0 MiB decoded once and shared"
     assert not opened and not cache.exists()
 
 
