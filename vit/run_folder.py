@@ -37,7 +37,8 @@ class RunFolder:
         self.settings, self.loaders, self.started = settings, loaders, started
         self.path = Path(settings.output_path)
         self.writer: Any = None  # of TensorBoard
-        self.predictions: list[Predictions] = []  # of the exported epoch, for each evaluated split
+        # of the exported epoch, for each evaluated split; none of synthetic images
+        self.predictions: list[Predictions] = []
         first = {
             "kind": "run",
             **environment(),
@@ -253,7 +254,7 @@ class RunFolder:
         seconds = time.perf_counter() - self.started
         training = sum(row["seconds"] for row in self.rows if row["kind"] == "epoch")
         settings, loaders = self.settings, self.loaders
-        if rank() == 0:
+        if rank() == 0 and self.predictions:
             self.rows += write_class_files(self.predictions, loaders.label_names, self.path)
         self.rows.append({"kind": "end", "seconds": seconds, "training_seconds": training})
         vars(config).pop("pixel_range", None)  # of the base model
@@ -267,8 +268,9 @@ class RunFolder:
             from_scratch = split if settings.config is not None else None
             card = model_card(self.rows, settings.card, loaders.label_names, from_scratch)
             write_atomically(self.path / "README.md", card)
-            write_predictions(self.predictions, loaders.label_names, self.path / "predictions.parquet")
-            write_page(self.rows, self.predictions, settings.card, settings.title, self.path)
+            if self.predictions:
+                write_predictions(self.predictions, loaders.label_names, self.path / "predictions.parquet")
+                write_page(self.rows, self.predictions, settings.card, settings.title, self.path)
             if settings.keep_checkpoints == 0:
                 remove_folder(self.path / "checkpoints")
             if self.writer is not None:
@@ -276,9 +278,10 @@ class RunFolder:
         print_rank0(
             f"\n{settings.keep} epoch {self.best['epoch']} is in {self.path}/ ({seconds:.0f} s "
             "since the imports): "
-            f"{predict_command(self.path)}\n"
-            f"figures of each class, confusions and worst mistakes: {self.path}/report.html"
+            f"{predict_command(self.path)}"
         )
+        if self.predictions:
+            print_rank0(f"figures of each class, confusions and worst mistakes: {self.path}/report.html")
 
 
 def result_text(result: dict) -> str:

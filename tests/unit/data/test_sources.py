@@ -155,7 +155,7 @@ def test_missing_labels_of_a_split_are_named(tmp_path, pictures):
         load_images(saved(tmp_path / "saved", train=table, test=unlabelled))
     words, hidden = with_labels(table, ["b", "a"] * 6), with_labels(table, ["a", None, "b", "a"])
     images = load_images(saved(tmp_path / "words", train=words, validation=words, test=hidden))
-    assert images.label_names == ["a", "b"] and images.notes == [HIDDEN]
+    assert images.label_names == ["a", "b"] and images.notes[0] == HIDDEN
     (tmp_path / "parquet").mkdir()
     for split, rows in (("train", table), ("test", unlabelled)):
         rows.to_parquet(tmp_path / "parquet" / f"{split}.parquet")
@@ -221,14 +221,14 @@ def test_hidden_test_labels_are_said_and_not_used(tmp_path, pictures):
     table = huggingface_table(pictures)
     hidden = with_labels(table, [-1] * 4).cast(table.features)
     images = load_images(saved(tmp_path / "a", train=table, validation=table, test=hidden))
-    assert images.test is None and images.notes == [HIDDEN]
+    assert images.test is None and images.notes[0] == HIDDEN
 
 
 def test_test_images_without_labels_are_said_and_not_used(tmp_path):
     write_folder(tmp_path, {"train": 9, "validation": 3})
     write_image(tmp_path / "test" / "0.png", 0, 0)  # as ImageNet's lie
     images = load_images(tmp_path)
-    assert images.test is None and images.notes == [HIDDEN]
+    assert images.test is None and images.notes[0] == HIDDEN
 
 
 def test_message_names_the_option_only_before_a_source():
