@@ -147,6 +147,7 @@ def finetune_parser() -> Parser:
     add("--ema", fraction(0.99999), "decay of averaged weights, which are evaluated and exported; 0: none")
     epochs = OneOf(("best", "last"))
     add("--keep", epochs, "epoch to test and export: the best by validation accuracy, or the last")
+    add("--patience", positive(), "end after this many epochs without a better one (default: never)")
     add("--seed", SEED, "of initial weights, order and augmentation")
 
     parser.group("augmentation and regularisation")

@@ -58,6 +58,11 @@ class RunFolder:
         """What was read, for the first row."""
         return self.loaders.summary.record | {"notes": self.loaders.notes}
 
+    def is_stalled(self, epochs: int) -> bool:
+        """Whether the last `--patience` of ``epochs`` epochs were no better than the one before them."""
+        patience = self.settings.patience
+        return patience is not None and bool(self.best) and epochs - self.best["epoch"] >= patience
+
     @property
     def data_identity(self) -> list:
         """What differs when the data set has changed."""

@@ -64,6 +64,7 @@ class Settings:
     ema: float = 0.0
     mix_epochs: int | None = None  # mix the first epochs only; None: all
     keep: str = "best"
+    patience: int | None = None  # epochs without a better one after which the training ends
     # parallelism, precision and memory
     plugin: str = AUTO
     preset: str | None = None

@@ -109,6 +109,10 @@ class Trainer:
         self.stop.start_training()
         try:
             while self.position.epoch < self.settings.num_epoch:
+                if self.run.is_stalled(self.position.epoch):
+                    best, patience = self.run.best["epoch"], self.settings.patience
+                    print_rank0(f"no epoch in {patience} was better than epoch {best}: the training ends")
+                    break
                 self.train_epoch(batches)
                 self.finish_epoch()
         except Interrupted as stopped:

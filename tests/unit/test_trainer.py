@@ -110,6 +110,37 @@ def test_last_epoch_is_kept_whatever_it_measured():
     assert add_epochs(run_of(flags=("--keep", "last")), [(0.9, 0.1), (0.1, 3.0)]) == [False, True]
 
 
+@pytest.mark.parametrize("patience, ends", [(None, False), (1, True), (2, True), (3, False)])
+def test_patience_counts_the_epochs_after_the_best(patience, ends):
+    run = run_of(flags=("--patience", patience) if patience else ())
+    assert not run.is_stalled(0)  # there is no epoch yet
+    add_epochs(run, [(0.5, 1.0), (0.6, 1.0), (0.6, 1.0), (0.55, 0.1)])  # the second is the best
+    assert not run.is_stalled(2) and run.is_stalled(4) == ends
+
+
+def test_a_stalled_training_ends_and_also_when_it_is_resumed(alone, capsys):
+    trained = []
+
+    def trainer_at(epoch: int) -> Trainer:
+        trainer = Trainer.__new__(Trainer)
+        trainer.settings = settings("--patience", 2, "--num_epoch", 9)
+        trainer.run, trainer.position = run_of(flags=("--patience", 2)), Position(epoch)
+        add_epochs(trainer.run, [(0.5, 1.0), (0.6, 1.0)])
+        trainer.batches, trainer.stop = lambda: iter(()), SimpleNamespace(start_training=lambda: None)
+        trainer.train_epoch = lambda batches: trained.append(trainer.position.epoch)
+
+        def finish_epoch():
+            trainer.position = Position(trainer.position.epoch + 1)
+
+        trainer.finish_epoch = finish_epoch
+        return trainer
+
+    trainer_at(2).fit()
+    assert trained == [2, 3]  # the third and the fourth epoch
+    trainer_at(4).fit()
+    assert trained == [2, 3] and "no epoch in 2 was better than epoch 2" in capsys.readouterr().out
+
+
 # ---- processes
 
 
