@@ -90,7 +90,7 @@ class Classifier:
             shapes: dict[torch.Size, list[tuple[Prediction, torch.Tensor]]] = {}
             for result in results:
                 try:
-                    pixels = self._pixels(result.image.path)
+                    pixels = self.pixels(result.image.path)
                 except Exception as error:  # PIL raises many types for a damaged file
                     result.problem = f"cannot be read: {_one_line(error)}"
                 else:  # a processor that does not resize returns images of any size
@@ -99,7 +99,7 @@ class Classifier:
                 self._classify(members, topk)
             yield from results
 
-    def _pixels(self, path: Path) -> torch.Tensor:
+    def pixels(self, path: Path) -> torch.Tensor:
         """The model's input (3, H, W)."""
         # as an array whose form is given: transformers takes an image 3 px high for three channels
         pixels = np.asarray(open_image(path, self.pixel_range))

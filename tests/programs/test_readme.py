@@ -288,7 +288,7 @@ def prepared(world) -> None:
 def test_command_is_accepted(page, line, world, tmp_path, monkeypatch, capsys, request):
     if "/path/to/prepared" in line and "prepare_images" not in line:
         request.getfixturevalue("prepared")
-    if "vit_predict" not in line:  # which computes
+    if not re.search("vit_predict|vit_explain", line):  # which compute
         pretend_eight_gpus(world, monkeypatch)
     here = tmp_path / "here"
     if re.search(r"output_model|leaf", line):
