@@ -14,7 +14,7 @@ When that is allowed:
   before, so that all differences are the machine's. First see that they lie within the tolerance.
 - A checkpoint stands for those that users have, and they cannot record theirs again. So it is
   NOT recorded again because the program cannot read it any more; only where the numbers it is compared
-  with have changed by one of the reasons above.
+  with have changed by one of the reasons above: RECORD_CHECKPOINTS=1 python tests/golden/record.py.
 
 Never to make a red test green: a move of code changes no golden.
 """
