@@ -93,6 +93,12 @@ def add_optimizer_flags(parser: Parser) -> None:
     add("--optimizer", optimizers, "torch's AdamW, or Colossal-AI's (compiles at first use)")
 
 
+DATA_FLAGS = (  # of `add_data_flags`
+    "image_column label_column dataset_config pixel_range allow_external_images skip_bad_images "
+    "check_duplicates data_cache"
+).split()
+
+
 def add_data_flags(add) -> None:
     """How the data set is read: the same for fine-tuning and for training from scratch."""
     add("--image_column", str, "column of the images (default: found by its name and type)")
@@ -259,9 +265,7 @@ def parse_scratch(argv: list[str] | None = None) -> Settings:
         output_path=output_path,
         resume=args.resume,
         overwrite_output=args.overwrite_output,
-        skip_bad_images=args.skip_bad_images,
-        check_duplicates=args.check_duplicates,
-        data_cache=args.data_cache,
+        **{name: getattr(args, name) for name in DATA_FLAGS},
     )
     if not settings.dataset:
         problems.append(

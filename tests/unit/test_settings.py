@@ -3,9 +3,11 @@
 import json
 from dataclasses import FrozenInstanceError, fields, replace
 
+import numpy as np
 import pytest
 from helpers import ROOT, settings
 
+import args
 from args import finetune_parser
 from vit.config import load_config
 from vit.config_settings import config_problems, to_settings
@@ -86,3 +88,28 @@ def test_augmentation_is_told_as_the_flags_that_were_typed():
     typed = "--augment --auto_augment trivial --label_smoothing 0.1 --mixup 0.2 --keep last"
     assert augmentation_flags(settings(*typed.split()).record) == typed
     assert settings().record.items() >= AUGMENTATION_DEFAULTS.items()
+
+
+def test_train_takes_the_same_data_flags(monkeypatch, tmp_path):
+    flags: list[str] = []
+    args.add_data_flags(lambda flag, *_, **__: flags.append(flag.lstrip("-")))
+    assert flags == args.DATA_FLAGS
+    given = dict(
+        image_column="a", label_column="b", dataset_config="c", pixel_range=[0.0, 9.0], data_cache=2.0
+    )
+    words = [word for name, value in given.items() for word in (f"--{name}", *np.ravel(value).astype(str))]
+    switches = ("allow_external_images", "skip_bad_images", "check_duplicates")
+    config = str(ROOT / "configs" / "cifar10" / "vit_lite_7_4_vanilla.py")
+    monkeypatch.setenv("DATA", "synthetic")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which it sets itself, for the rest of the process
+    found = args.parse_scratch(
+        [
+            "--config",
+            config,
+            "--output_path",
+            str(tmp_path / "out"),
+            *words,
+            *(f"--{name}" for name in switches),
+        ]
+    )
+    assert {name: getattr(found, name) for name in flags} == given | dict.fromkeys(switches, True)
