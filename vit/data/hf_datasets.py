@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -109,8 +108,7 @@ def table_files(name: str, kind: str, config: str | None = None) -> dict[str, li
     for file in sorted(path.rglob(f"*{suffix}")):
         relative = file.relative_to(path)
         folders = [part for part in relative.parts[:-1] if part != "data" and not split_named(part)]
-        words = [word for part in relative.parts for word in re.split(r"[-._]", part.lower())]
-        split = next((SPLIT_ALIASES[word] for word in words if word in SPLIT_ALIASES), "train")
+        split = next(filter(None, map(split_named, relative.parts)), "train")
         configs["/".join(folders)][split].append(str(file))
     if config is None and len(configs) == 1:
         return dict(next(iter(configs.values())))

@@ -236,6 +236,12 @@ def test_configurations_are_kept_apart(tmp_path):
     assert len(load_images(folder).test) == 12
 
 
+def test_a_folder_of_a_table_is_the_same_split_that_it_is_for_images(tmp_path):
+    for folder, count in (("trainset", 12), ("testset", 4), ("Val2017", 6)):
+        write_parquet(tmp_path / folder / "0.parquet", image=STRUCT.slice(0, count), label=NAMES[:count])
+    assert [len(split) for split in load_images(tmp_path).splits()] == [12, 6, 4]
+
+
 def test_an_empty_cell_is_an_unreadable_image(tmp_path):
     column = pyarrow.array([None, *RAW[1:]])
     images = load_images(write_parquet(tmp_path / "a" / "train.parquet", image=column, label=NAMES))
