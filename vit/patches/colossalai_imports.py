@@ -6,6 +6,8 @@ import sys
 import types
 from contextlib import contextmanager
 
+from vit.patches import disabled
+
 # Imported by Colossal-AI 0.5.0 for LoRA, GaLore and quantization, which this program does not use:
 # interface/model.py, checkpoint_io/utils.py, booster/plugin/*.py; nn/optimizer/galore.py, quantization/bnb.py
 UNUSED = (
@@ -33,16 +35,13 @@ def lean_imports():
     quantization/fp8.py decorates functions with torch.compile, which imports all of torch._inductor; these
     functions then run uncompiled, but without --fp8 nothing calls them. Can go when these imports are lazy.
     """
-    import torch
-
-    import vit.patches
-
-    names = [name for name in UNUSED if name.partition(".")[0] not in sys.modules]
-    if "lean_imports" in vit.patches.disabled():
+    if "lean_imports" in disabled():
         yield
         return
+    import torch
     import transformers  # noqa: F401 - asks whether peft is installed, and remembers the answer
 
+    names = [name for name in UNUSED if name.partition(".")[0] not in sys.modules]
     compile_function = torch.compile
     sys.modules.update({name: StandIn(name) for name in names})
     torch.compile = lambda model=None, **options: model if model is not None else lambda function: function
