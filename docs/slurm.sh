@@ -9,8 +9,8 @@
 # minutes before the time limit the run saves and stops; --resume auto continues it in the next job.
 
 set -euo pipefail
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts%%$'\n'*} # the first line
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # another port for each job
 export NNODES=$SLURM_JOB_NUM_NODES GPUNUM=all LAUNCHER=torchrun
 
