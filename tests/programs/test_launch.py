@@ -264,7 +264,7 @@ def test_user_without_a_name(home, tmp_path):
 def test_slurm_script_starts_every_machine_with_its_rank(home, tmp_path):
     """docs/slurm.sh with commands that stand for SLURM's: srun runs its command as each of two machines."""
     fake = {
-        "scontrol": "seq -f node%.0f 7 50000",  # more than a pipe holds: `| head -n 1` would stop it with SIGPIPE
+        "scontrol": "seq -f node%.0f 7 50000",  # more than a pipe holds: `| head` would end it by SIGPIPE
         "srun": 'for i in 0 1; do SLURM_NODEID=$i "$@" || exit; done',
     }
     for name, text in fake.items():
