@@ -28,7 +28,7 @@ class CosineWithWarmup:
     def __call__(self, step: int) -> float:
         if step < self.warmup_steps:
             return self.peak * (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        progress = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
         return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 

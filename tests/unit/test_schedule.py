@@ -85,6 +85,7 @@ def test_each_step_takes_the_same_images_however_processes_share_them(grouping):
     assert parts[0].images_per_step == 8 and parts[0].real_images_per_step == [8, 8, 6]
     sizes = {len(batch) for part in parts for batch in part.batches(3)}
     assert sizes == {parts[0].local_batch_size}  # the last batch too
+    assert min(image for part in parts for batch in part.batches(3) for _, image in batch) == -1  # padding
 
 
 @pytest.mark.parametrize("grouping", GROUPINGS, ids=str)

@@ -60,6 +60,66 @@ def test_epoch_that_was_resumed_in_its_middle_reports_all_of_it(alone):
     assert (progress.images, progress.steps) == (22, 3) and progress.seconds > 10
 
 
+class Bar:
+    """Stands for the progress bar of an epoch."""
+
+    def __init__(self, total, title):
+        self.total, self.title, self.steps, self.said = total, title, [], []
+        self.update, self.set_postfix_str = self.steps.append, self.said.append
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+
+def timed_epoch(monkeypatch, steps: int, seconds: list[float], **changes) -> tuple[Trainer, Bar]:
+    """The second epoch, of ``steps`` steps of 8 images; ``seconds``: of each, by a clock of its own."""
+    clock, bars = [100.0], []
+    monkeypatch.setattr("vit.trainer.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("vit.trainer.progress_bar", lambda *args: bars.append(Bar(*args)) or bars[0])
+    trainer = trainer_of(None, Position(epoch=1), **changes)
+    trainer.plan = BatchPlan(8 * steps, 8, 1, ParallelLayout(1), seed=0)
+
+    def step(batches, images, learning_rate, global_step):
+        clock[0] += seconds[global_step - steps]
+        return torch.tensor(float(global_step))
+
+    step.model, trainer.step = SimpleNamespace(train=lambda: None), step
+    trainer.train_epoch(iter([{}] * steps))
+    return trainer, bars[0]
+
+
+def test_losses_are_read_about_once_in_so_many_seconds(alone, monkeypatch):
+    monkeypatch.setattr("vit.trainer.SECONDS_BETWEEN_LOSS_READS", 2.0)
+    trainer, bar = timed_epoch(monkeypatch, 80, [0.5] * 5 + [3.0] * 5 + [0.01] * 70)
+    # one step, then as many as take 2 s if they are as fast as those before, but from 1 to 50
+    assert bar.steps == [1, 4, 4, 1, 1, 50, 19]
+    assert trainer.position.progress.seconds == pytest.approx(18.2) and bar.total == 80
+    assert bar.title == "epoch 2/2"
+    assert bar.said[1] == f"loss 84.0000, lr {trainer.learning_rate(84):.2e}, 16 images/s"
+
+
+def test_time_of_steps_is_the_mean_of_all_ranks(alone, monkeypatch):
+    trainer = trainer_of({}, Position())
+    trainer.plan = BatchPlan(22, 4, 1, ParallelLayout(2), seed=0)
+    monkeypatch.setattr("vit.trainer.time.perf_counter", lambda: 7.0)
+    monkeypatch.setattr("vit.trainer.all_reduce_sum", lambda values: values + torch.tensor([1.0, 6.0]))
+    means, _, seconds = trainer.read_losses([torch.tensor(0.5)], since=3.0)
+    assert means == [1.5] and seconds == (4 + 6) / 2
+
+
+@pytest.mark.parametrize("every, saved", [(0, []), (1, [4, 5, 6]), (2, [4, 6]), (3, [6]), (4, [4]), (5, [5])])
+def test_checkpoint_steps_count_the_steps_of_the_whole_training(alone, every, saved):
+    """The second epoch has the steps 4, 5 and 6; a checkpoint has all of them up to its own."""
+    trainer, found = trainer_of({3: 4.0, 4: 2.0, 5: 1.0}, Position(epoch=1)), []
+    trainer.settings.checkpoint_steps = every
+    trainer.save = lambda: found.append(trainer.position.global_step(trainer.plan))
+    trainer.train_epoch(iter([{}] * 3))
+    assert found == saved
+
+
 def test_progress_weighs_losses_by_images():
     progress = EpochProgress()
     progress.add([1.0, 2.0], [8, 8], 3.0)
