@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vit.console import progress_bar
 from vit.data.dataset import DataError, PathArray, Split, readable
 from vit.data.image_files import LeftOut, find_images, visible_folders, walk_images
 from vit.data.prepared import PREPARED_INDEX
@@ -152,7 +153,11 @@ def read_imagefolder(root: Path) -> tuple[dict[str, Split], list[str], LeftOut]:
     for split, folder in folders.items():
         beside = LeftOut()
         flat = sorted(walk_images(folder, beside, nested=False))
-        found = [find_images(folder / name, left_out) for name in names]
+        found = []
+        with progress_bar(len(names), f"listing {split}", "classes") as bar:
+            for name in names:
+                found.append(find_images(folder / name, left_out))
+                bar.update()
         if any(found):
             paths = PathArray(folder, list(itertools.chain.from_iterable(found)))
             labels = np.repeat(np.arange(len(names)), [len(files) for files in found])
