@@ -170,6 +170,14 @@ def test_last_epoch_is_kept_whatever_it_measured():
     assert add_epochs(run_of(flags=("--keep", "last")), [(0.9, 0.1), (0.1, 3.0)]) == [False, True]
 
 
+def test_last_epoch_needs_no_checkpoint_of_the_one_before(capsys):
+    """It is the next epoch that will be exported, so a lost one is no matter."""
+    before, resumed = (run_of(flags=("--keep", "last")) for _ in range(2))
+    add_epochs(before, [(0.9, 0.1), (0.1, 3.0)])
+    resumed.restore_rows(before.rows[1:], SimpleNamespace(why_lost=lambda epoch: "is gone"))
+    assert resumed.best["epoch"] == 2 and not capsys.readouterr().out
+
+
 @pytest.mark.parametrize("patience, ends", [(None, False), (1, True), (2, True), (3, False)])
 def test_patience_counts_the_epochs_after_the_best(patience, ends):
     run = run_of(flags=("--patience", patience) if patience else ())
