@@ -101,20 +101,13 @@ class Run:
 
     def start(self) -> subprocess.Popen:
         work = self.images.parent
-        variables = dict(INSTALL="0", PYTHON=sys.executable, LAUNCHER=self.launcher, OUTPUT_PATH=self.output)
+        variables = dict(INSTALL="0", CHECKED="1", PYTHON=sys.executable, LAUNCHER=self.launcher)
         variables |= dict(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", XDG_CACHE_HOME=work / "cache")
+        variables["OUTPUT_PATH"] = self.output
         if self.case in DEMO:
             processes, flags = DEMO[self.case]
             variables |= dict(MODEL=work / "model", DATASET=self.images, BS="4", EPOCH="60")
-            words = [
-                "run_demo.sh",
-                *flags.split(),
-                "--checkpoint_steps",
-                "2",
-                "--num_workers",
-                "1",
-                "--augment",
-            ]
+            words = f"run_demo.sh {flags} --checkpoint_steps 2 --num_workers 1 --augment".split()
         else:
             processes, tensor = MESH[self.case]
             config = self.output.with_suffix(".py")
