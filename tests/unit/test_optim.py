@@ -69,6 +69,17 @@ def test_average_moves_by_one_minus_decay_and_is_applied_for_a_while():
         ema.load([])
 
 
+def test_average_is_that_of_the_master_weights_not_of_their_16_bit_copies():
+    masters = [torch.tensor([1.001])]
+    weights = [masters[0].bfloat16()]
+    ema = WeightEMA(lambda: (weights, masters), decay=0.5)
+    assert ema.averages[0].item() == pytest.approx(1.001, abs=1e-6)
+    masters[0].fill_(3.003)
+    weights[0].copy_(masters[0])
+    ema.update()
+    assert ema.averages[0].item() == pytest.approx(2.002, abs=1e-6)
+
+
 def test_average_is_left_also_when_an_evaluation_fails():
     weights = [torch.tensor([1.0])]
     ema = WeightEMA(lambda: (weights, weights), decay=0.5)
