@@ -45,7 +45,8 @@ MESH = {
 CASES = [*DEMO, *MESH]
 VICTIMS = ("one rank", "all ranks", "data worker", "agent", "launcher", "bash", "all of them")
 # When: a random time of the start or of the training, or just after something happened in the folder
-INSTANTS = ("start", "training", "training", "during a save", "after a save", "after a row", "export")
+INSTANTS = ("start", "training", "during a save", "after a save", "after a row")
+LAST_INSTANTS = (*INSTANTS, "export", "export")  # of the last kill of a run, for then it is trained
 MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
 
 
@@ -200,7 +201,8 @@ def happens(run: Run, instant: str, share: float, times: dict):
 
 def kill_once(run: Run, draw: random.Random, times: dict) -> bool:
     """Start or resume the run and kill it. -> False if it was at its end before"""
-    instant, victim = draw.choice(INSTANTS), draw.choice(VICTIMS)
+    is_last = len(run.kills) == KILLS_OF_A_RUN - 1
+    instant, victim = draw.choice(LAST_INSTANTS if is_last else INSTANTS), draw.choice(VICTIMS)
     # of the training, so much that the kills of a run spread over all of it
     share = draw.random() * (1 if instant == "start" else 2 / KILLS_OF_A_RUN)
     process = run.start()
@@ -283,7 +285,7 @@ def table(rows: list[dict]) -> str:
         runs = [row for row in rows if row["case"] == case]
         lines.append(line(case, runs, [kill for row in runs for kill in row["kills"]]))
     for key in ("victim", "instant"):
-        for value in dict.fromkeys(VICTIMS if key == "victim" else INSTANTS):
+        for value in VICTIMS if key == "victim" else dict.fromkeys(LAST_INSTANTS):
             runs = [row for row in rows if any(kill[key] == value for kill in row["kills"])]
             kills = [kill for row in runs for kill in row["kills"] if kill[key] == value]
             lines.append(line(f"{key}: {value}", runs, kills))
