@@ -67,11 +67,15 @@ def main(argv=None) -> int:
 
     from vit.classify import Classifier, named_images, true_class
     from vit.data.dataset import DataError
+    from vit.data.image_files import LeftOut
 
+    left_out = LeftOut()
     try:
-        images = named_images(args.images)
+        images = named_images(args.images, left_out)
     except OSError as error:  # a folder that may not be read
         exit_with_errors(f"{error.filename}: {error.strerror}")
+    for line in left_out.lines():
+        print(line, file=sys.stderr)
     if not images:
         exit_with_errors(f"no images under {', '.join(args.images)}")
     try:

@@ -11,7 +11,7 @@ import torch
 
 from vit.checksums import SUMS_HINT, sums_problem
 from vit.data.dataset import DataError, PixelRange
-from vit.data.image_files import find_images
+from vit.data.image_files import LeftOut, find_images
 from vit.data.pixels import open_image
 from vit.hub import lacks_safetensors, weights_options
 from vit.model_folder import class_names
@@ -35,12 +35,12 @@ class Prediction:
     problem: str = ""
 
 
-def named_images(paths: list[str]) -> list[Found]:
-    """The given files, and all images below the given folders."""
+def named_images(paths: list[str], left_out: LeftOut | None = None) -> list[Found]:
+    """The given files, and all images below the given folders. ``left_out`` gets what is no image there."""
     found = []
     for path in map(Path, paths):
         if path.is_dir():
-            images = [Path(image) for image in find_images(path)]
+            images = [Path(image) for image in find_images(path, left_out)]
             top = path.resolve().name
             found += [Found(image, (*image.relative_to(path).parent.parts, top)) for image in images]
         else:
