@@ -17,7 +17,7 @@ from forks import exit_status, fork
 
 from data import build_transforms, load_dataset
 from vit.config import FIELDS, load_config
-from vit.config_settings import config_problems
+from vit.config_settings import config_problems, vit_config
 from vit.data.cifar10 import CIFAR10_FOLDER
 from vit.data.dataset import ImageDataset
 from vit.data.decode import plan_decoding
@@ -43,6 +43,12 @@ def scratch_settings(folder, size: int = 32, classes: int = 10, skip_bad: bool =
     config = {name: default for name, (default, _) in FIELDS.items()}
     config |= {"IMG_SIZE": size, "NUM_CLASSES": classes} | values
     return Settings(dataset=str(folder), config=config, skip_bad_images=skip_bad, num_workers=0)
+
+
+def tiny_config(**changes):
+    """The config of a ViT of 2 layers and 5 classes that a config file asks for."""
+    sizes = dict(IMG_SIZE=24, PATCH_SIZE=8, HIDDEN_SIZE=16, DEPTH=2, NUM_HEADS=2, NUM_CLASSES=5)
+    return vit_config(scratch_settings(None, **sizes | changes).config, list("abcde"))
 
 
 def refused(monkeypatch, capsys, *argv: str, data: str | None = None) -> str:
