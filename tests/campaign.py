@@ -107,7 +107,7 @@ class Run:
         variables["OUTPUT_PATH"] = self.output
         if self.case in DEMO:
             processes, flags = DEMO[self.case]
-            variables |= dict(MODEL=work / "model", DATASET=self.images, BS="4", EPOCH="60")
+            variables |= dict(MODEL=work / "model", DATASET=self.images, BS="4", EPOCH="24")
             words = f"run_demo.sh {flags} --checkpoint_steps 2 --num_workers 1 --augment".split()
         else:
             processes, tensor = MESH[self.case]
@@ -155,7 +155,7 @@ class Run:
 
 CONFIG = """
 IMG_SIZE, PATCH_SIZE, HIDDEN_SIZE, DEPTH, NUM_HEADS, NUM_CLASSES = 16, 4, 32, 4, 4, 3
-NUM_EPOCHS, WARMUP_EPOCHS, TOTAL_BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 60, 2, 8, 1e-3, 0.05
+NUM_EPOCHS, WARMUP_EPOCHS, TOTAL_BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 24, 2, 8, 1e-3, 0.05
 RANDOM_RESIZED_CROP, NUM_WORKERS, DROPOUT = 0.5, 1, 0.1
 parallel = dict(tensor={tensor!r})
 """
