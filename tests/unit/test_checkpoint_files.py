@@ -147,6 +147,17 @@ def resume_from(path: Path, folder: CheckpointFolder) -> Path:
     return find_checkpoint(folder, replace(settings(), resume=str(path)), [22, ["a", "b"]])
 
 
+def test_a_run_its_checkpoints_or_one_of_them_can_be_named(folder):
+    """Of several the newest comes first."""
+    newest_first = folder.complete()[::-1]
+    assert [path.name[:5] for path in newest_first] == ["00003", "00002", "00001"]
+    for named in ("auto", folder.root, folder.root.parent):
+        assert CheckpointFolder(folder.root, keep=1).find(str(named)) == newest_first
+    assert folder.find(str(newest_first[1])) == [newest_first[1]]
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        folder.find(str(folder.root.parent / "elsewhere"))
+
+
 def test_without_a_whole_checkpoint_the_run_ends_and_says_how_to_start_again(folder):
     for path in folder.complete():
         flip_one_bit(path / STATE)
