@@ -61,7 +61,10 @@ def labelled_splits(
         if name not in ("train", "validation", "test"):
             notes.append(f"split {name!r} is not used")
         elif hidden and name == "train":
-            raise DataError(f"{hidden} training images have no label", source)
+            first = split.describe(int(np.flatnonzero(split.labels < 0)[0]))
+            raise DataError(
+                f"{hidden} training image(s) have no label, such as {first}: label or remove them", source
+            )
         elif hidden:
             notes.append(f"split {name!r} is not used: its labels are hidden")
         else:

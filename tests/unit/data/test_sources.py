@@ -217,6 +217,13 @@ def test_names_are_told_apart(tmp_path, image_folder):
     assert find_source(str(image_folder)) == "imagefolder"
 
 
+def test_training_images_without_a_label_are_refused_and_the_first_is_named(tmp_path, pictures):
+    table = huggingface_table(pictures).select(range(4))
+    folder = saved(tmp_path / "a", train=with_labels(table, ["a", None, "b", None]))
+    with pytest.raises(DataError, match=r"2 training image\(s\) have no label, such as .*1.*: label or"):
+        load_images(folder)
+
+
 def test_hidden_test_labels_are_said_and_not_used(tmp_path, pictures):
     table = huggingface_table(pictures)
     hidden = with_labels(table, [-1] * 4).cast(table.features)
