@@ -147,13 +147,16 @@ def newest_whole(found: list[Path], resume: str) -> Path:
             return path
         if path != found[-1]:
             print_rank0(f"  note      {path}: {problem}: trying the checkpoint before it")
-    raise CheckpointError(f"--resume {resume}: {path.name}: {problem}: {way_out(found)}")
+    raise CheckpointError(f"--resume {resume}: {path.name}: {problem}: {way_out(path.parent)}")
 
 
-def way_out(damaged: list[Path]) -> str:
-    """What a user can do when all checkpoints that --resume names are damaged. Collective."""
-    for path in reversed(checkpoints_in(damaged[0].parent)):
-        if path not in damaged and not checkpoint_problem(path):
+def way_out(folder: Path) -> str:
+    """What a user can do when all checkpoints that --resume names are damaged. Collective.
+
+    ``folder``: they are in, maybe with others.
+    """
+    for path in reversed(checkpoints_in(folder)):
+        if not checkpoint_problem(path):
             return f"use --resume {path}, which is whole"
     return "no whole one is left: start from the beginning, with --overwrite_output instead of --resume"
 

@@ -198,6 +198,22 @@ def test_damaged_checkpoints_are_not_among_those_that_are_kept(folder):
     assert [read_meta(path)["epoch"] for path in folder.complete()] == [2, 3] and not newest.exists()
 
 
+def test_newest_checkpoint_is_kept_also_where_none_is_to_be_left_at_the_end(folder):
+    """--keep_checkpoints 0: until the run is complete there is one to resume from, and the best epoch's."""
+    folder.keep = 0
+    folder.prune(best_epoch=1)
+    assert [read_meta(path)["epoch"] for path in folder.complete()] == [1, 3]
+    folder.prune(best_epoch=None)
+    assert [read_meta(path)["epoch"] for path in folder.complete()] == [3]
+
+
+def test_other_folders_are_no_checkpoints(folder):
+    before = folder.complete()
+    for name in ("notes_epoch_3", "best_epoch_3_image_0", "00009_epoch_3_image_0.old"):
+        (folder.root / name).mkdir()
+    assert folder.complete() == before
+
+
 def test_numbers_are_compared_as_numbers(folder):
     for number in (99_999, 100_000):
         shutil.copytree(folder.complete()[0], folder.root / f"{number}_epoch_1_image_0")
