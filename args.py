@@ -44,7 +44,7 @@ from vit.resolve import (
     set_rank_environment,
     world_size_of,
 )
-from vit.settings import AUTO_AUGMENT, Settings
+from vit.settings import AUTO_AUGMENT, SELECTION_METRICS, Settings
 from vit.system import this_machine
 from vit.validate import Number, OneOf, fraction, positive
 
@@ -93,7 +93,9 @@ def finetune_parser() -> Parser:
     add("--layer_decay", positive(float, high=1), "learning rate of a layer over that of the layer above it")
     add("--ema", fraction(0.99999), "decay of averaged weights, which are evaluated and exported; 0: none")
     epochs = OneOf(("best", "last"))
-    add("--keep", epochs, "epoch to test and export: the best by validation accuracy, or the last")
+    add("--keep", epochs, "epoch to test and export: the best by --selection_metric, or the last")
+    metrics = OneOf(SELECTION_METRICS)
+    add("--selection_metric", metrics, "of the validation images: which epoch is best, also for --patience")
     add("--patience", positive(), "end after this many epochs without a better one (default: never)")
     add("--seed", SEED, "of initial weights, order and augmentation")
 

@@ -38,6 +38,7 @@ from vit.distributed import all_gather_objects
 from vit.files import remove_folder, sync_folder
 from vit.parallel.boosted import BoostedModel
 from vit.parallel.plugins import plugin_named
+from vit.settings import DEFAULTS
 
 
 class CheckpointFolder:
@@ -263,6 +264,6 @@ def find_checkpoint(checkpoints: CheckpointFolder, settings, data: list) -> Path
 
 
 def differences(now: dict, then: dict) -> str:
-    return "; ".join(
-        f"{name} is {now[name]}, was {then.get(name)}" for name in now if now[name] != then.get(name)
-    )
+    """What ``now`` has another value for; what ``then`` lacks is a later setting, and had its default."""
+    then = {name: then.get(name, DEFAULTS.get(name)) for name in now}
+    return "; ".join(f"{name} is {now[name]}, was {then[name]}" for name in now if now[name] != then[name])

@@ -40,6 +40,9 @@ def recipe_problems(settings: Settings) -> Iterator[str]:
         yield f"--auto_augment {settings.auto_augment}: follows the random crop; add --augment"
     if settings.patience and settings.keep == "last":
         yield f"--patience {settings.patience}: waits for a better epoch, not with --keep last; leave one out"
+    if settings.selection_metric != "accuracy" and settings.keep == "last":
+        flag = f"--selection_metric {settings.selection_metric}"
+        yield f"{flag}: chooses the best epoch, not with --keep last; leave one out"
     fold = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", settings.fold or "1/2")
     if not fold or not 2 <= int(fold[2]) <= 100 or int(fold[1]) > int(fold[2]):
         yield f"--fold {settings.fold}: must be K/N, fold K of N from 2 to 100, such as 1/5"

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from vit.data.dataset import IGNORE_INDEX, Split
 from vit.distributed import all_reduce_sum, device
+from vit.report.classes import f1_scores
 
 TOP = 5  # classes kept of each image
 
@@ -48,6 +49,29 @@ class Predictions:
             "top_classes": [names[row].tolist() for row in self.classes],
             "top_probabilities": self.probabilities.tolist(),
         }
+
+
+class ClassCounts:
+    """Macro F1 of an evaluation, from three counts of each class.
+
+    Args:
+        classes: true number of classes.
+    """
+
+    def __init__(self, classes: int):
+        # of each class: predicted right, images, predictions
+        self.counts = torch.zeros(3, classes, dtype=torch.float64, device=device())
+
+    def add(self, number: int, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """A batch, as `vit.step.evaluate` gives it: its number, logits (N, C) and labels (N,)."""
+        real = labels != IGNORE_INDEX
+        labels, predicted = labels[real], logits[real].argmax(-1)
+        found = (labels[labels == predicted], labels, predicted)
+        self.counts += torch.stack([classes.bincount(minlength=self.counts.shape[1]) for classes in found])
+
+    def macro_f1(self) -> float:
+        """Over the images of all ranks, as in the figures of the exported epoch. Collective."""
+        return float(f1_scores(*all_reduce_sum(self.counts).cpu().numpy()).mean())
 
 
 class PredictionCollector:

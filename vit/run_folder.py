@@ -58,6 +58,10 @@ class RunFolder:
         """What was read, for the first row."""
         return self.loaders.summary.record | {"notes": self.loaders.notes}
 
+    def rank(self, row: dict) -> tuple[float, float]:
+        """Of an epoch's row; the higher, the better, by --selection_metric."""
+        return ranking_key(row, self.settings.selection_metric)
+
     def is_stalled(self, epochs: int) -> bool:
         """Whether the last `--patience` of ``epochs`` epochs were no better than the one before them."""
         patience = self.settings.patience
@@ -135,7 +139,7 @@ class RunFolder:
             return
         print_rank0(f"  note      the best epoch so far, {best['epoch']}, {lost}: the choice starts again")
         best["best"] = False
-        for row in sorted(epochs, key=ranking_key, reverse=True):
+        for row in sorted(epochs, key=self.rank, reverse=True):
             # the last epoch of all needs no checkpoint: its weights are in the model now
             if row["epoch"] == self.settings.num_epoch or not checkpoints.why_lost(row["epoch"]):
                 row["best"] = True
@@ -197,7 +201,7 @@ class RunFolder:
         if self.settings.skip_bad_images:
             row["skipped_images"] = count_skipped(skipped.take_skipped(), skipped.missing)
         best = self.best
-        row["best"] = not best or self.settings.keep == "last" or ranking_key(row) > ranking_key(best)
+        row["best"] = not best or self.settings.keep == "last" or self.rank(row) > self.rank(best)
         if row["best"] and best:
             best["best"] = False
         self.rows.append(row)
@@ -207,9 +211,10 @@ class RunFolder:
         row = self.rows[-1]
         self.write()
         if self.writer is not None:
-            columns = "train_loss average_loss accuracy learning_rate images_per_second peak_memory_gib"
-            for name in columns.split():
-                self.writer.add_scalar(name, row[name], row["epoch"])
+            columns = "train_loss average_loss accuracy macro_f1 learning_rate images_per_second"
+            for name in f"{columns} peak_memory_gib".split():
+                if name in row:
+                    self.writer.add_scalar(name, row[name], row["epoch"])
             self.writer.flush()
         largest = largest_class_text(self.loaders, self.loaders.evaluated.name)
         minival = f", minival accuracy {row['minival_accuracy']:.4f}" if "minival_accuracy" in row else ""
@@ -280,17 +285,17 @@ class RunFolder:
                 remove_folder(self.path / "checkpoints")
             if self.writer is not None:
                 self.writer.close()
+        kept = f"{settings.keep} epoch {self.best['epoch']}{settings.selected_by}"
         print_rank0(
-            f"\n{settings.keep} epoch {self.best['epoch']} is in {self.path}/ ({seconds:.0f} s "
-            "since the imports): "
-            f"{predict_command(self.path)}"
+            f"\n{kept} is in {self.path}/ ({seconds:.0f} s since the imports): {predict_command(self.path)}"
         )
         if self.predictions:
             print_rank0(f"figures of each class, confusions and worst mistakes: {self.path}/report.html")
 
 
 def result_text(result: dict) -> str:
-    return f"average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f}"
+    text = f"average_loss={result['average_loss']:.4f}, accuracy={result['accuracy']:.4f}"
+    return text + (f", macro_f1={result['macro_f1']:.4f}" if "macro_f1" in result else "")
 
 
 def largest_class_text(loaders, split: str) -> str:

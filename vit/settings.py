@@ -14,6 +14,7 @@ AUTO: Any = (
 )
 # --auto_augment: torchvision's classes (Müller and Hutter, 2021; Cubuk et al., 2020)
 AUTO_AUGMENT = {"trivial": "TrivialAugmentWide", "rand": "RandAugment"}
+SELECTION_METRICS = ("accuracy", "loss", "macro_f1")
 MESH_MODES = ("2d", "2.5d", "3d")  # tensor parallelism over a mesh of processes: vit/parallel/mesh.py
 
 
@@ -64,6 +65,7 @@ class Settings:
     ema: float = 0.0
     mix_epochs: int | None = None  # mix the first epochs only; None: all
     keep: str = "best"
+    selection_metric: str = "accuracy"  # by which an epoch is the best
     patience: int | None = None  # epochs without a better one after which the training ends
     # parallelism, precision and memory
     plugin: str = AUTO
@@ -123,6 +125,12 @@ class Settings:
         return ", ".join(parts)
 
     @property
+    def selected_by(self) -> str:
+        """` by loss`, for the text that names the kept epoch; empty where that is usual: by accuracy."""
+        is_default = self.keep == "last" or self.selection_metric == "accuracy"
+        return "" if is_default else f" by {self.selection_metric}"
+
+    @property
     def title(self) -> str:
         """Of a run's chart."""
         strategy = self.plugin if self.config is None else self.config["mode"]
@@ -152,15 +160,16 @@ DEFAULTS = {field.name: field.default for field in fields(Settings)}
 RECORDED_SETTINGS = (
     "model_name_or_path dataset image_size plugin precision optimizer tp_size pp_size zero_stage batch_size "
     "gradient_accumulation_steps learning_rate scale_lr num_epoch weight_decay warmup_ratio max_norm augment "
-    "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep fold seed max_train_samples "
-    "max_eval_samples validation_fraction image_column label_column dataset_config pixel_range "
-    "skip_bad_images"
+    "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep "
+    "selection_metric fold seed max_train_samples max_eval_samples validation_fraction image_column "
+    "label_column dataset_config pixel_range skip_bad_images"
 ).split()
 
 # What the published setting leaves out, with the value that means so.
 AUGMENTATION_DEFAULTS = {
     name: DEFAULTS[name]
-    for name in "augment auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep".split()
+    for name in "augment auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep "
+    "selection_metric".split()
 } | {"augment": False}
 
 

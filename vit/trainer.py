@@ -21,7 +21,7 @@ from vit.console import exit_with_errors, print_rank0, printable, progress_bar
 from vit.data.dataset import DataError
 from vit.disk import WriteError, free_bytes, is_full, size_text
 from vit.distributed import all_reduce_sum, destroy_distributed, device, peak_memory_gib
-from vit.predictions import PredictionCollector, Predictions
+from vit.predictions import ClassCounts, PredictionCollector, Predictions
 from vit.run_folder import RunFolder
 from vit.schedule import BatchPlan, CosineWithWarmup
 from vit.signals import Interrupted, SignalHandler
@@ -111,7 +111,8 @@ class Trainer:
             while self.position.epoch < self.settings.num_epoch:
                 if self.run.is_stalled(self.position.epoch):
                     best, patience = self.run.best["epoch"], self.settings.patience
-                    print_rank0(f"no epoch in {patience} was better than epoch {best}: the training ends")
+                    by = self.settings.selected_by
+                    print_rank0(f"no epoch in {patience} was better than epoch {best}{by}: the training ends")
                     break
                 self.train_epoch(batches)
                 self.finish_epoch()
@@ -193,7 +194,12 @@ class Trainer:
 
     def evaluate(self, loader) -> dict:
         order = self.plan.evaluation_batches(len(loader))
-        return evaluate(self.step, loader.batches(order), len(loader), self.stop.raise_if_set)
+        batches, images = loader.batches(order), len(loader)
+        if self.settings.selection_metric != "macro_f1":
+            return evaluate(self.step, batches, images, self.stop.raise_if_set)
+        counts = ClassCounts(self.step.num_labels)
+        result = evaluate(self.step, batches, images, self.stop.raise_if_set, counts.add)
+        return result | {"macro_f1": counts.macro_f1()}
 
     def predict(self, loader) -> tuple[dict, Predictions]:
         """As `evaluate`, and what the model says of each image. Collective."""

@@ -135,6 +135,17 @@ RESUMES = {
     4: {"tp2 pp2": (2, "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --precision fp16")},
 }
 
+# runs whose best epoch is the one with the highest macro F1
+SELECTIONS = {
+    1: {"ddp": "--plugin torch_ddp"},
+    2: {
+        "ddp": "--plugin torch_ddp",
+        "tp2": "--plugin hybrid_parallel --precision fp32 --tp_size 2",
+        "pp2": "--plugin hybrid_parallel --precision fp32 --pp_size 2",
+    },
+    4: {},
+}
+
 
 def names(processes: int) -> list[str]:
     """The plugins and layouts that are trained on so many processes."""

@@ -23,7 +23,7 @@ from unittest import mock
 import helpers
 import torch
 import torch.distributed as dist
-from cases import EVALUATIONS, LAYOUTS, RESUMES, trainings, zero
+from cases import EVALUATIONS, LAYOUTS, RESUMES, SELECTIONS, trainings, zero
 from colossalai.tensor.d_tensor.api import layout_converter
 from forks import exit_status, fork
 from golden import checkpoints
@@ -362,6 +362,10 @@ def all_cases() -> dict:
         if WORLD > 1:
             cases[f"load {name}"] = (train, case | dict(load=FOLDER / f"{name}_{WORLD // 2}_saved"))
     one_epoch = ("--num_epoch", 1, "--batch_size", 4)
+    by_f1 = (*RUN, "--learning_rate", 3e-5, "--no-scale_lr", "--selection_metric", "macro_f1")
+    for name, flags in SELECTIONS[WORLD].items():
+        words = (f"options/macro_f1_{name}_{WORLD}", *by_f1, *flags.split())
+        cases[f"by macro_f1 {name}"] = (entry, words)
     if WORLD == 1:
         cases["mixed ddp"] = (train, dict(mixed=True))
         published = ("--plugin", "gemini", "--tp_size", 2, "--pp_size", 2, *one_epoch)
@@ -417,6 +421,7 @@ def all_cases() -> dict:
         other = ("--resume", FOLDER / "gemini_1_straight")
         cases["gemini on other processes"] = (entry, ("refused", *RUN, "--plugin", "gemini", *other))
         other = ("--resume", FOLDER / "ddp_2_straight", "--seed", 1, "--weight_decay", 0.1)
+        other = (*other, "--selection_metric", "loss")
         cases["other settings"] = (entry, ("refused", *RUN, "--plugin", "torch_ddp", *other))
         cases["run on other processes"] = (continued, ())
         cases["best epoch elsewhere"] = (elsewhere, ())

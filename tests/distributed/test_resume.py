@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import RESUMES
+from cases import RESUMES, SELECTIONS
 from safetensors.torch import load_file
 
 RESUMED = [(processes, name) for processes, runs in RESUMES.items() for name in runs]
@@ -111,6 +111,7 @@ def test_other_settings_are_refused_and_named(two, shared):
     result = two["other settings"]
     assert result["code"] == 2
     assert "weight_decay is 0.1, was 0.05" in result["err"] and "seed is 1, was 42" in result["err"]
+    assert "selection_metric is loss, was accuracy" in result["err"]
     assert "learning_rate" not in result["err"]
     assert not (shared / "refused").exists()
 
@@ -258,6 +259,20 @@ def test_incomplete_checkpoints_are_not_found(tmp_path):
     assert CheckpointFolder(tmp_path, 1).find("auto") == []
     with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
         CheckpointFolder(tmp_path / "elsewhere", 1).find(str(tmp_path))
+
+
+@pytest.mark.parametrize("processes, name", [(n, c) for n, found in SELECTIONS.items() for c in found])
+def test_macro_f1_selects_an_epoch_and_is_that_of_its_predictions(launched, shared, processes, name):
+    result = launched(processes)[f"by macro_f1 {name}"]
+    assert result["code"] == 0, result["err"]
+    folder = shared / "options" / f"macro_f1_{name}_{processes}"
+    epochs = rows(folder)
+    best = max(epochs, key=lambda row: row["macro_f1"])  # these differ
+    assert epochs[0]["macro_f1"] != epochs[1]["macro_f1"] and best["best"]
+    (figures,) = (row for row in rows(folder, "classes") if row["split"] == "validation")
+    assert figures["macro_f1"] == pytest.approx(best["macro_f1"], abs=1e-12)
+    assert f"best epoch {best['epoch']} by macro_f1 is in" in result["out"]
+    assert f", macro_f1={best['macro_f1']:.4f}." in result["out"]
 
 
 def test_pruning_keeps_the_newest_and_the_best(one, shared):

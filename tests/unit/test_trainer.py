@@ -136,11 +136,11 @@ def run_of(**changes) -> RunFolder:
     return run
 
 
-def add_epochs(run: RunFolder, results: list[tuple[float, float]]) -> list[bool]:
-    """Rows of epochs with these accuracies and losses. -> which is the best after the last one"""
+def add_epochs(run: RunFolder, results: list[tuple[float, ...]]) -> list[bool]:
+    """Rows of epochs with these accuracies, losses and macro F1s. -> which is the best after the last one"""
     progress = EpochProgress(loss_sum=55.0, images=22, steps=3, seconds=4.0)
-    for epoch, (accuracy, loss) in enumerate(results, 1):
-        result = {"accuracy": accuracy, "average_loss": loss, "images": 13}
+    for epoch, numbers in enumerate(results, 1):
+        result = dict(zip(("accuracy", "average_loss", "macro_f1"), numbers)) | {"images": 13}
         run.add_epoch(epoch, result, progress, 0.1, 1.0, 2.0, None)
         assert sum(row["best"] for row in run.rows[1:]) == 1
     return [row["best"] for row in run.rows[1:]]
@@ -164,6 +164,23 @@ def test_row_has_means_over_images_and_over_time():
 )
 def test_best_epoch_has_the_highest_accuracy_then_the_lowest_loss_then_is_the_first(results, best):
     assert add_epochs(run_of(), results) == [epoch == best for epoch in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "metric, results, best",
+    [
+        ("loss", [(0.6, 1.0), (0.5, 0.9), (0.7, 0.95)], 2),  # the loss decides
+        ("loss", [(0.5, 1.0), (0.6, 1.0), (0.6, 1.0)], 2),  # of equal ones the higher accuracy
+        ("loss", [(0.5, float("nan")), (0.4, 2.0), (0.6, float("nan"))], 2),  # no number is the worst
+        ("macro_f1", [(0.6, 1.0, 0.3), (0.5, 2.0, 0.5), (0.7, 0.1, 0.4)], 2),
+        ("macro_f1", [(0.6, 1.0, 0.5), (0.5, 0.9, 0.5), (0.7, 0.95, 0.5)], 2),  # then the lower loss
+    ],
+)
+def test_best_epoch_is_chosen_by_the_selection_metric(metric, results, best):
+    run = run_of(flags=("--selection_metric", metric, "--patience", 1))
+    assert add_epochs(run, results) == [epoch == best for epoch in (1, 2, 3)]
+    assert run.is_stalled(3) and not run.is_stalled(2)
+    assert run.settings.selected_by == f" by {metric}"
 
 
 def test_last_epoch_is_kept_whatever_it_measured():

@@ -31,6 +31,8 @@ def model_card(rows: list[dict], settings: dict, labels: list[str], from_scratch
     if test:
         numbers = f"average_loss {test['average_loss']:.4f}, accuracy {test['accuracy']:.4f}"
         tested = f"Test split ({test['images']} images), epoch {best['epoch']}: {numbers}.\n\n"
+    metric = settings.get("selection_metric", "accuracy")
+    by = f", the best by {metric}" if metric != "accuracy" else ""
     where = "Held-out part of the training" if run.get("held_out") else evaluated.capitalize()
     whole = bool(test) or not run.get("held_out")
     title = f"{Path(settings['model_name_or_path']).name}, {how} on {Path(settings['dataset']).name}"
@@ -50,7 +52,7 @@ print(pipeline("image-classification", model=".")("image.jpg"))
 
 ## Measured
 
-{tested}{where} split ({best["images"]} images), after each epoch (saved here: epoch {best["epoch"]}):
+{tested}{where} split ({best["images"]} images), after each epoch (saved here: epoch {best["epoch"]}{by}):
 
 {table}
 ![loss and accuracy per epoch](metrics.png)

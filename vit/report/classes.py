@@ -21,13 +21,18 @@ def ratio(counts: np.ndarray, totals: np.ndarray) -> np.ndarray:
     return np.divide(counts, totals, out=np.zeros(len(counts)), where=totals > 0)
 
 
+def f1_scores(right: np.ndarray, support: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """F1 of each class, (C,), from its images that were predicted right, its images, and its predictions."""
+    return ratio(2 * right, support + predicted)
+
+
 def class_figures(matrix: np.ndarray) -> dict[str, np.ndarray]:
     """Precision, recall, F1 and support (true images) of each class, (C,) each, from a confusion matrix."""
     right, support, predicted = matrix.diagonal(), matrix.sum(1), matrix.sum(0)
     return {
         "precision": ratio(right, predicted),
         "recall": ratio(right, support),
-        "f1": ratio(2 * right, support + predicted),
+        "f1": f1_scores(right, support, predicted),
         "support": support,
     }
 

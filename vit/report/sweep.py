@@ -119,7 +119,8 @@ def summarize_group(runs: list[dict]) -> dict:
 def summarize(run: dict) -> dict:
     """The numbers of a finished run, without those of the test split: runs are not chosen by them."""
     epochs = run["epochs"]
-    last, best = epochs[-1], max(epochs, key=ranking_key)
+    metric = run["settings"].get("selection_metric", "accuracy")
+    last, best = epochs[-1], max(epochs, key=lambda row: ranking_key(row, metric))
     seconds = sum(row["seconds"] for row in epochs)
     return {
         "average_loss": last["average_loss"],

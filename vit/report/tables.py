@@ -3,6 +3,7 @@
 import re
 import unicodedata
 from collections.abc import Sequence
+from math import inf, isnan
 from statistics import mean, stdev
 
 
@@ -22,9 +23,14 @@ def mean_std(values: Sequence[float], form: str) -> str:
     return format(mean(values), form) + (f" ± {format(stdev(values), form)}" if len(values) > 1 else "")
 
 
-def ranking_key(row: dict) -> tuple[float, float]:
-    """Higher is better: accuracy, then the lower loss."""
-    return row["accuracy"], -row["average_loss"]
+def ranking_key(row: dict, metric: str = "accuracy") -> tuple[float, float]:
+    """Higher is better: accuracy or macro F1, then the lower loss; or the lower loss, then accuracy.
+
+    A loss that is not a number is the worst.
+    """
+    loss = row["average_loss"]
+    low_loss = -inf if isnan(loss) else -loss
+    return (low_loss, row["accuracy"]) if metric == "loss" else (row[metric], low_loss)
 
 
 def escape_markdown(text: str) -> str:

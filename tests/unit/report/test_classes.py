@@ -8,9 +8,11 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from helpers import load_images, write_image
 
-from vit.predictions import Predictions
+from vit.predictions import ClassCounts, Predictions
 from vit.report.classes import (
     calibration,
     class_figures,
@@ -170,3 +172,25 @@ def test_charts_of_few_and_of_many_classes(tmp_path, classes):
     for path in tmp_path.glob("*.png"):
         width, height = Image.open(path).size
         assert 300 < width < 2000 and 150 < height < 2000
+
+
+def test_macro_f1_of_an_epoch_is_that_of_the_report_and_padding_never_counts(monkeypatch):
+    monkeypatch.setattr("vit.predictions.all_reduce_sum", lambda values: values)
+    labels, predicted = map(torch.from_numpy, sample())
+    counts = ClassCounts(CLASSES)
+    for part in range(0, 60, 8):  # the last batch has 4 images and 4 of padding
+        logits = torch.nn.functional.one_hot(predicted[part : part + 8], CLASSES).float()
+        truth = labels[part : part + 8]
+        padding = 8 - len(truth)
+        counts.add(0, F.pad(logits, (0, 0, 0, padding), value=1.0), F.pad(truth, (0, padding), value=-100))
+    assert counts.macro_f1() == pytest.approx(MACRO_F1, abs=1e-12)
+
+
+def test_counts_of_all_ranks_are_added_before_they_are_divided(monkeypatch):
+    labels, predicted = map(torch.from_numpy, sample())
+    halves = []
+    for part in (slice(0, 20), slice(20, 60)):
+        halves.append(ClassCounts(CLASSES))
+        halves[-1].add(0, F.one_hot(predicted[part], CLASSES), labels[part])
+    monkeypatch.setattr("vit.predictions.all_reduce_sum", lambda values: values + halves[1].counts)
+    assert halves[0].macro_f1() == pytest.approx(MACRO_F1, abs=1e-12)

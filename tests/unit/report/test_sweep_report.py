@@ -434,10 +434,13 @@ def test_numbers_of_a_run_are_those_of_its_last_and_best_epoch_over_all_its_time
         epoch | dict(accuracy=0.75, images_per_second=200.0, seconds=3.0, peak_memory_gib=2.0),
         epoch | dict(accuracy=0.625, images_per_second=400.0, seconds=4.0, peak_memory_gib=1.0),
     ]
-    found = summarize({"epochs": epochs})
+    found = summarize({"epochs": epochs, "settings": {}})
     assert found["images_per_second"] == 2300 / 8  # all images over all seconds
     assert found["seconds"] == 9.5 and found["peak_memory_gib"] == 3.0
     assert (found["accuracy"], found["best_epoch_accuracy"]) == (0.625, 0.75)
+    epochs[0]["average_loss"] = 0.5
+    by_loss = summarize({"epochs": epochs, "settings": {"selection_metric": "loss"}})
+    assert (by_loss["accuracy"], by_loss["best_epoch_accuracy"]) == (0.625, 0.5)
     # two binomial standard errors of the difference
     assert noise_margin(0.9, 0.8, 100) == pytest.approx(2 * (2 * 0.85 * 0.15 / 100) ** 0.5)
 
