@@ -104,6 +104,8 @@ def finetune_parser() -> Parser:
     policies = OneOf(tuple(AUTO_AUGMENT))
     add("--auto_augment", policies, "TrivialAugmentWide or RandAugment after the crop of --augment")
     add("--label_smoothing", fraction(), "part of each label spread over all classes in training")
+    weights = OneOf(("none", "balanced"))
+    add("--class_weights", weights, "balanced: weigh losses by images / (classes x images of the class)")
     add("--drop_path", fraction(), "chance that an image skips the last layer's branches; first layer: 0")
     add("--mixup", Number(float, low=0), "alpha of mixing two images and their labels; 0: never")
     add("--cutmix", Number(float, low=0), "alpha of pasting a part of one image into another; 0: never")

@@ -75,7 +75,9 @@ def main() -> None:
 
         # --- optimizer, plugin, Booster.boost: vit/parallel/boost.py
         boosted = boost(model, settings)
-        step = TrainStep.of(boosted, settings, labels, Normalize.of(processor), plan.steps_per_epoch)
+        weights = loaders.summary.class_weights(settings.class_weights)
+        normalize, steps = Normalize.of(processor), plan.steps_per_epoch
+        step = TrainStep.of(boosted, settings, labels, normalize, steps, weights)
         checkpoints = CheckpointFolder(run.path / "checkpoints", keep=settings.keep_checkpoints)
         trainer = Trainer(step, loaders, plan, learning_rate, run, checkpoints, stop)
 

@@ -87,6 +87,8 @@ class RunFolder:
         print_rank0(f"  data      {counts} images of {classes}; {loaders.where}")
         for title, line in zip(("classes", *[""] * 10), loaders.summary.class_lines(), strict=False):
             print_rank0(f"  {title:<9} {line}")
+        if (kind := settings.class_weights) != "none":
+            print_rank0(f"  weights   of the loss, {kind}: {loaders.summary.weights_line(kind)}")
         print_rank0(f"  schedule  {self.steps_text(plan)}")
         batch = f"batch {plan.batch_size} x accumulation {plan.accumulation} x dp {layout.data_parallel_size}"
         print_rank0(f"            = {batch}")

@@ -63,6 +63,7 @@ class Settings:
     mixup: float = 0.0
     cutmix: float = 0.0
     ema: float = 0.0
+    class_weights: str = "none"
     mix_epochs: int | None = None  # mix the first epochs only; None: all
     keep: str = "best"
     selection_metric: str = "accuracy"  # by which an epoch is the best
@@ -160,16 +161,16 @@ DEFAULTS = {field.name: field.default for field in fields(Settings)}
 RECORDED_SETTINGS = (
     "model_name_or_path dataset image_size plugin precision optimizer tp_size pp_size zero_stage batch_size "
     "gradient_accumulation_steps learning_rate scale_lr num_epoch weight_decay warmup_ratio max_norm augment "
-    "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep "
-    "selection_metric fold seed max_train_samples max_eval_samples validation_fraction image_column "
-    "label_column dataset_config pixel_range skip_bad_images"
+    "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep selection_metric class_weights "
+    "fold seed max_train_samples max_eval_samples validation_fraction image_column label_column "
+    "dataset_config pixel_range skip_bad_images"
 ).split()
 
 # What the published setting leaves out, with the value that means so.
 AUGMENTATION_DEFAULTS = {
     name: DEFAULTS[name]
     for name in "augment auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep "
-    "selection_metric".split()
+    "selection_metric class_weights".split()
 } | {"augment": False}
 
 

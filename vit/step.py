@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -65,6 +66,7 @@ class TrainStep:
         normalize: turns a uint8 batch into the model's input.
         label_smoothing: of the training loss (Szegedy et al., 2016); evaluation has none.
         mixup: mixes the images of a training batch.
+        class_weights: of each class in the training loss, (num_labels,); None: 1. Evaluation has none.
     """
 
     def __init__(
@@ -74,23 +76,34 @@ class TrainStep:
         normalize: Normalize,
         label_smoothing: float = 0.0,
         mixup: Mixup | None = None,
+        class_weights: np.ndarray | None = None,
     ):
         self.boosted, self.booster = boosted, boosted.booster
         self.model, self.optimizer, self.layout = boosted.model, boosted.optimizer, boosted.layout
         self.num_labels, self.normalize = num_labels, normalize
         self.label_smoothing, self.mixup = label_smoothing, mixup
+        weights = class_weights
+        self.class_weights = None if weights is None else torch.tensor(weights).float().to(device())
         stream = boosted.graph_stream
         self.graph = StepGraph(self.forward_backward_update, self.optimizer, stream) if stream else None
 
     @classmethod
-    def of(cls, boosted: BoostedModel, settings, num_labels: int, normalize: Normalize, steps_per_epoch: int):
+    def of(
+        cls,
+        boosted: BoostedModel,
+        settings,
+        num_labels: int,
+        normalize: Normalize,
+        steps_per_epoch: int,
+        class_weights: np.ndarray | None = None,
+    ):
         """The step that ``settings`` describe."""
         mixup = None
         if settings.mixup or settings.cutmix:
             until = None if settings.mix_epochs is None else settings.mix_epochs * steps_per_epoch
             rank = settings.layout.data_parallel_rank
             mixup = Mixup(settings.mixup, settings.cutmix, num_labels, settings.seed, rank, until)
-        return cls(boosted, num_labels, normalize, settings.label_smoothing, mixup)
+        return cls(boosted, num_labels, normalize, settings.label_smoothing, mixup, class_weights)
 
     def __call__(
         self, batches: list[dict], images: int, learning_rate: float, global_step: int = 0
@@ -154,7 +167,7 @@ class TrainStep:
         """Forward and backward pass of one batch; gradients are reduced over the ranks with the last one."""
         with nullcontext() if is_last else self.boosted.no_sync():
             logits = self.model(pixel_values=batch["pixel_values"]).logits
-            loss = self.sum_cross_entropy(logits, batch["labels"], self.label_smoothing) * scale
+            loss = self.training_loss(logits, batch["labels"]) * scale
             self.booster.backward(loss, self.optimizer)
         return loss.detach()
 
@@ -165,9 +178,7 @@ class TrainStep:
         labels = iter(batch.pop("labels").chunk(parts))
 
         def criterion(outputs, _):
-            return self.sum_cross_entropy(outputs.logits, next(labels), self.label_smoothing) * (
-                scale * parts
-            )
+            return self.training_loss(outputs.logits, next(labels)) * (scale * parts)
 
         result = self.booster.execute_pipeline(
             iter([batch]), self.model, criterion, self.optimizer, return_loss=True
@@ -175,8 +186,21 @@ class TrainStep:
         loss = result["loss"]
         return torch.zeros((), device=device()) if loss is None else loss.detach()
 
+    def training_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """What is minimised: `sum_cross_entropy` with label smoothing and class weights.
+
+        As in torch, each class's part of a smoothed or mixed label has the weight of that class. Unlike
+        torch's mean, the sum is later divided by the images, not by their weights: a mean over the weights
+        of each batch would depend on how a step is cut into batches.
+        """
+        return self.sum_cross_entropy(logits, labels, self.label_smoothing, self.class_weights)
+
     def sum_cross_entropy(
-        self, logits: torch.Tensor, labels: torch.Tensor, label_smoothing: float = 0.0
+        self,
+        logits: torch.Tensor,
+        labels: torch.Tensor,
+        label_smoothing: float = 0.0,
+        class_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cross-entropy summed over the real images of a batch, in fp32.
 
@@ -185,6 +209,7 @@ class TrainStep:
         return F.cross_entropy(
             logits[:, : self.num_labels].float(),
             labels,
+            weight=class_weights,
             ignore_index=IGNORE_INDEX,
             reduction="sum",
             label_smoothing=label_smoothing,

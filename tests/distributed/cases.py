@@ -3,7 +3,7 @@
 parallel_cases.py runs them, test_parallel.py and test_resume.py compare them.
 """
 
-from helpers import MAX_NORM
+from helpers import CLASS_WEIGHTS, LABEL_SMOOTHING, MAX_NORM
 
 
 def zero(stage=1, **changes):
@@ -68,7 +68,7 @@ def trainings(processes: int) -> dict[str, dict]:
 
     Each plugin and layout plain, clipped, accumulated over two micro-steps, and by the recipe.
     """
-    plain = (EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4]
+    plain = plain_cases(processes)
     cases = {f"{name}, clipped": case | dict(max_norm=MAX_NORM) for name, case in plain.items()}
     cases |= {f"{name}, accumulated": case | dict(k=2, max_norm=MAX_NORM) for name, case in plain.items()}
     refused = "dp2 pp2 zero1 bf16"  # layer decay there: args.py
@@ -83,6 +83,17 @@ def trainings(processes: int) -> dict[str, dict]:
             if name in plain:
                 cases[f"{name}, recomputed"] = plain[name] | dict(grad_checkpoint=True)
     return cases
+
+
+def plain_cases(processes: int) -> dict[str, dict]:
+    """The plugins and layouts on so many processes."""
+    return (EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4]
+
+
+def options(processes: int) -> dict[str, dict]:
+    """Name -> arguments of `train`, for each plugin and layout: class weights, accumulated and smoothed."""
+    weighted = dict(k=2, max_norm=MAX_NORM, class_weights=CLASS_WEIGHTS, label_smoothing=LABEL_SMOOTHING)
+    return {f"{name}, weighted": case | weighted for name, case in plain_cases(processes).items()}
 
 
 EVALUATIONS = {
@@ -149,4 +160,4 @@ SELECTIONS = {
 
 def names(processes: int) -> list[str]:
     """The plugins and layouts that are trained on so many processes."""
-    return list((EVERYWHERE | LAYOUTS[processes]) if processes < 4 else LAYOUTS[4])
+    return list(plain_cases(processes))

@@ -23,7 +23,7 @@ from unittest import mock
 import helpers
 import torch
 import torch.distributed as dist
-from cases import EVALUATIONS, LAYOUTS, RESUMES, SELECTIONS, trainings, zero
+from cases import EVALUATIONS, LAYOUTS, RESUMES, SELECTIONS, options, trainings, zero
 from colossalai.tensor.d_tensor.api import layout_converter
 from forks import exit_status, fork
 from golden import checkpoints
@@ -65,7 +65,7 @@ BASE = dict(
 RECIPE = dict(layer_decay=LAYER_DECAY, ema=EMA, label_smoothing=LABEL_SMOOTHING)
 
 
-def build(model, tp=1, pp=1, recipe=False, **changes) -> tuple[TrainStep, Settings]:
+def build(model, tp=1, pp=1, recipe=False, class_weights=None, **changes) -> tuple[TrainStep, Settings]:
     """A model under a plugin. ``recipe``: layer decay, weight average, label smoothing."""
     # Colossal-AI remembers how to gather a tensor by its shape alone; these processes had other groups before
     layout_converter.cached_solution.clear()
@@ -73,7 +73,9 @@ def build(model, tp=1, pp=1, recipe=False, **changes) -> tuple[TrainStep, Settin
     options = BASE | (RECIPE if recipe else {}) | changes
     settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **options)
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
-    return TrainStep(boost(model, settings), 3, normalize, settings.label_smoothing), settings
+    boosted = boost(model, settings)
+    step = TrainStep(boosted, 3, normalize, settings.label_smoothing, class_weights=class_weights)
+    return step, settings
 
 
 def initial_model():
@@ -350,6 +352,7 @@ def no_room() -> dict:
 
 def all_cases() -> dict:
     cases = {f"train {name}": (train, case) for name, case in trainings(WORLD).items()}
+    cases |= {f"options {name}": (train, case) for name, case in options(WORLD).items()}
     cases |= {f"evaluate {name}": (evaluate, case) for name, case in EVALUATIONS[WORLD].items()}
     for name, (step, flags) in RESUMES[WORLD].items():
         words = (f"{name}_{WORLD}".replace(" ", "_"), step, *flags.split())
@@ -368,6 +371,7 @@ def all_cases() -> dict:
         cases[f"by macro_f1 {name}"] = (entry, words)
     if WORLD == 1:
         cases["mixed ddp"] = (train, dict(mixed=True))
+        cases["run weighted"] = (entry, ("options/weighted", *one_epoch, "--class_weights", "balanced"))
         published = ("--plugin", "gemini", "--tp_size", 2, "--pp_size", 2, *one_epoch)
         cases["published settings"] = (entry, ("published", *published))
         cases["no checkpoints kept"] = (

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import (
+    CLASS_WEIGHTS,
     EMA,
     LABEL_SMOOTHING,
     LAYER_DECAY,
@@ -30,13 +31,15 @@ EVERY = [(processes, name) for processes, names in NAMES.items() for name in nam
 
 
 @functools.cache
-def plain_training(max_norm: float, recipe: bool = False) -> dict:
+def plain_training(max_norm: float, recipe: bool = False, weighted: bool = False) -> dict:
     """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW,
     clipping.
 
     ``recipe``: label smoothing, learning rates that fall from layer to layer, and evaluation of averaged
-    weights.
+    weights. ``weighted``: label smoothing and class weights.
     """
+    smoothing = LABEL_SMOOTHING * (recipe or weighted)
+    weights = torch.tensor(CLASS_WEIGHTS if weighted else [1.0] * 3)
     train, held_out = in_memory_images(22), in_memory_images(13, seed=2)
 
     def batch(split, chosen):
@@ -77,7 +80,8 @@ def plain_training(max_norm: float, recipe: bool = False) -> dict:
             rate = next(rates)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("scale", 1)
-            loss = F.cross_entropy(model(pixel_values=x).logits, y, label_smoothing=LABEL_SMOOTHING * recipe)
+            logits = model(pixel_values=x).logits
+            loss = F.cross_entropy(logits, y, weights, reduction="sum", label_smoothing=smoothing) / len(y)
             optimizer.zero_grad()
             loss.backward()
             norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf")).item())
@@ -142,6 +146,15 @@ def test_layer_decay_weight_average_and_label_smoothing_equal_plain_pytorch(laun
     assert_same(result, expected, bound(name))
     # what is exported is what was evaluated; 16-bit weights round the same averages on their way
     assert result["exported"] == pytest.approx(result["evaluations"][-1]["average_loss"], abs=bound(name))
+
+
+@pytest.mark.parametrize("processes, name", EVERY)
+def test_class_weights_with_label_smoothing_equal_plain_pytorch_divided_by_images(launched, processes, name):
+    """Accumulated over two micro-steps; the last step of an epoch has 6 of 8 images."""
+    expected, tolerance = plain_training(MAX_NORM, weighted=True), 1.5 * bound(name)  # losses are larger
+    plain = plain_training(MAX_NORM)["losses"]
+    assert min(abs(a - b) for a, b in zip(expected["losses"], plain)) > 2 * tolerance
+    assert_same(launched(processes)[f"options {name}, weighted"], expected, tolerance)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,17 @@ def rows(finished):
     return [json.loads(line) for line in (finished[1] / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_class_weights_are_those_of_the_training_images(one, shared):
+    run = one["run weighted"]
+    assert run["code"] == 0, run["err"]
+    assert "  weights   of the loss, balanced: blue 0.917 to green 1.05\n" in run["out"]
+    one["no checkpoints kept"]  # the same run without
+    first, epoch, *_ = map(json.loads, (shared / "options/weighted/metrics.jsonl").read_text().splitlines())
+    _, plain, *_ = map(json.loads, (shared / "none_kept/metrics.jsonl").read_text().splitlines())
+    assert first["settings"]["class_weights"] == "balanced"
+    assert 1e-4 < abs(epoch["train_loss"] - plain["train_loss"]) < 0.1
+
+
 def test_output_folder_holds_exactly_these_files(finished):
     assert {path.name for path in finished[1].iterdir()} == FILES | {"checkpoints"}
     epochs = [

@@ -36,6 +36,7 @@ BAD = [
     ("--drop_path 1", "--drop_path 1: must be a number >= 0 and <= 0.99"),
     ("--auto_augment trivial", "--auto_augment trivial: follows the random crop; add --augment"),
     ("--patience 2 --keep last", "--patience 2: waits for a better epoch, not with --keep last"),
+    ("--class_weights inverse", "--class_weights inverse: must be one of none, balanced"),
     ("--selection_metric f1", "--selection_metric f1: must be one of accuracy, loss, macro_f1"),
     ("--selection_metric loss --keep last", "--selection_metric loss: chooses the best epoch, not with"),
     ("--augment --auto_augment all", "--auto_augment all: must be one of trivial, rand"),

@@ -100,6 +100,22 @@ def test_signal_is_looked_for_in_the_first_batch_and_every_twenty(monkeypatch):
     assert asked == [1, 21, 41]
 
 
+def test_class_weights_are_of_the_training_alone_and_sum_over_images():
+    weights = [0.5, 1.0, 2.5]
+    step = TrainStep(Boosted(ALONE), 3, Normalize((0.0,) * 3, (1.0,) * 3), class_weights=weights)
+    five = torch.cat([LOGITS, torch.full((5, 2), 9.0)], 1)
+    each = F.cross_entropy(LOGITS, LABELS, reduction="none")
+    padded = torch.cat([five, five[:2]]), torch.cat([LABELS, torch.full((2,), -100)])
+    assert torch.allclose(step.training_loss(*padded), (each * torch.tensor(weights)[LABELS]).sum())
+    assert torch.allclose(step.sum_cross_entropy(*padded), each.sum())
+    # a mixed image has the weighted losses of its two labels, in the same parts
+    other = LABELS.flip(0)
+    one_hot = [F.one_hot(labels, 3).float() for labels in (LABELS, other)]
+    mixed = step.training_loss(five, 0.7 * one_hot[0] + 0.3 * one_hot[1])
+    parts = step.training_loss(five, LABELS), step.training_loss(five, other)
+    assert torch.allclose(mixed, 0.7 * parts[0] + 0.3 * parts[1])
+
+
 def test_smoothing_is_of_the_training_alone_and_sums_over_images():
     step = TrainStep(Boosted(ALONE), 3, Normalize((0.0,) * 3, (1.0,) * 3))
     five = torch.cat([LOGITS, torch.full((5, 2), 9.0)], 1)

@@ -58,6 +58,24 @@ class DataSummary:
         accuracy = float(counts[largest] / counts.sum())
         return (self.labels[largest], accuracy) if accuracy * len(self.labels) > UNBALANCED else None
 
+    def class_weights(self, kind: str) -> np.ndarray | None:
+        """Weight of each class in the training loss, float64 (classes,); None for the ``kind`` "none".
+
+        "balanced": training images / (classes with training images x images of the class), as
+        `class_weight="balanced"` of scikit-learn, after King and Zeng, 2001, "Logistic Regression in Rare
+        Events Data". The mean weight of the training images is 1. A class without any has weight 0.
+        """
+        if kind == "none":
+            return None
+        counts = self.counts["train"]
+        return np.where(counts > 0, counts.sum() / (np.count_nonzero(counts) * np.maximum(counts, 1)), 0.0)
+
+    def weights_line(self, kind: str) -> str:
+        """For the plan: the smallest and the largest of these weights, each with a class that has it."""
+        weights = self.class_weights(kind)
+        ends = (weights.argmin(), weights.argmax())
+        return " to ".join(f"{self.labels[i]} {weights[i]:.3g}" for i in ends)
+
     @property
     def record(self) -> dict:
         """For metrics.jsonl and the model card."""

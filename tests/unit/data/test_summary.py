@@ -1,6 +1,7 @@
 """What the plan, metrics.jsonl and the model card say of the data."""
 
 import numpy as np
+import pytest
 from helpers import load_images, write_folder, write_image
 
 from vit.data.summary import DataSummary
@@ -46,3 +47,13 @@ def test_the_card_has_the_counts_the_guess_and_the_notes(tmp_path):
     text = data_section(DataSummary.of(images).record | {"notes": images.notes})
     assert "| a | 5 | 1 |" in text and "| all | 7 | 2 |" in text
     assert ".txt files that are no images (1:" in text
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    summary = summary_of([2, 4, 0], [9, 1, 1])
+    assert summary.class_weights("none") is None
+    # compute_class_weight("balanced", classes=[0, 1], y=[1, 1, 1, 1, 0, 0]) of scikit-learn 1.9
+    assert summary.class_weights("balanced").tolist() == [1.5, 0.75, 0.0]
+    weights = summary_of([8, 7, 7], [5, 4, 4]).class_weights("balanced")
+    assert weights @ [8, 7, 7] == pytest.approx(22)  # the images' mean is 1
+    assert summary_of([8, 7, 7], [5, 4, 4]).weights_line("balanced") == "ant 0.917 to bee 1.05"
