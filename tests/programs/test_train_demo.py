@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from conftest import torchrun
@@ -316,3 +317,6 @@ def test_predictions_have_each_image_once_and_add_up_to_the_measured_numbers(sha
             assert loss == pytest.approx(row["average_loss"], rel=1e-3), path
             assert all(image["true_class"] in image["file"] for image in mine)
             assert all(sum(image["top_probabilities"]) == pytest.approx(1, abs=1e-3) for image in mine)
+            every = np.exp([image["log_probabilities"] for image in mine])
+            assert every.sum(1) == pytest.approx(1, abs=1e-5), path
+            assert every.max(1) == pytest.approx([image["top_probabilities"][0] for image in mine]), path
