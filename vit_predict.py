@@ -42,6 +42,11 @@ def parse(argv=None) -> argparse.Namespace:
         metavar=("LOW", "HIGH"),
         help="black and white in images of more than 8 bits (default: as in training)",
     )
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="divide the logits by a temperature, fitted on the validation images of the run",
+    )
     args = parser.parse_args(argv)
     for flag in ("topk", "batch_size"):
         if getattr(args, flag) < 1:
@@ -82,6 +87,8 @@ def main(argv=None) -> int:
         classifier = Classifier(args.model, args.pixel_range)
     except DataError as error:
         exit_with_errors(f"--model {args.model}: {error}")
+    if args.calibrate:
+        set_temperature(classifier, Path(args.model))
     rows, bad, labels = [], 0, set(classifier.labels)
     for result in classifier.predict(images, args.topk, args.batch_size):
         if result.problem:
@@ -93,6 +100,18 @@ def main(argv=None) -> int:
     if accuracy := accuracy_text(rows):
         print(accuracy, file=sys.stdout if args.format == "table" else sys.stderr)
     return 1 if bad else 0
+
+
+def set_temperature(classifier, folder: Path) -> None:
+    """Fit the temperature of a run's model, and say what it is on stderr; ends the program if it cannot."""
+    from vit.calibration import calibrate
+    from vit.data.dataset import DataError
+
+    try:
+        classifier.temperature, line = calibrate(folder, classifier.labels)
+    except DataError as error:
+        exit_with_errors(f"--calibrate: {folder}: {error}")
+    print(printable(line), file=sys.stderr)
 
 
 def accuracy_text(rows: list) -> str:

@@ -59,6 +59,9 @@ class Classifier:
     Args:
         pixel_range: black and white in images of more than 8 bits; None: as in the model's training.
 
+    Attributes:
+        temperature: what logits are divided by before the softmax, see vit/calibration.py.
+
     Raises:
         DataError: something is missing or damaged; transformers would draw a missing classifier at random.
     """
@@ -77,6 +80,7 @@ class Classifier:
         except Exception as error:  # of many types: no weights, a damaged file, an unknown kind of model
             raise DataError(pickles_refused() if lacks_safetensors(error) else _one_line(error)) from None
         self.model = model.eval().float().to(self.device)
+        self.temperature = 1.0
         trained = getattr(model.config, "pixel_range", None)  # written by vit/run_folder.py
         self.pixel_range = PixelRange(*trained) if trained else None
         if pixel_range:
@@ -111,13 +115,15 @@ class Classifier:
         pixels = torch.stack([tensor for _, tensor in members]).float().to(self.device)
         try:
             with torch.inference_mode():
-                probabilities = self.model(pixel_values=pixels).logits.float().softmax(-1)
+                logits = self.model(pixel_values=pixels).logits.float()
         except (ValueError, RuntimeError) as error:  # such as an image of another size than the model takes
             for result, _ in members:
                 result.problem = f"cannot be classified: {_one_line(error)}"
             return
-        best = probabilities.topk(min(topk, len(self.labels)))
-        for (result, _), values, indices in zip(members, best.values.tolist(), best.indices.tolist()):
+        # chosen by the logits: after a division two of them can be equal, and the first would win
+        best = logits.topk(min(topk, len(self.labels))).indices
+        probabilities = (logits / self.temperature).softmax(-1).gather(1, best)
+        for (result, _), values, indices in zip(members, probabilities.tolist(), best.tolist()):
             result.best = [(self.labels[i], value) for i, value in zip(indices, values)]
 
 

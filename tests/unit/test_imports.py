@@ -25,7 +25,7 @@ LEVELS = {
     3: "signals schedule flops data.gpu_augment data.pixels data.folders data.processor data.decoded_copy "
     "data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "
     "report.class_charts report.benchmark_charts report.accuracy report.sweep checkpoint_files "
-    "run_lock flags",
+    "run_lock flags calibration",
     # L4: batches, a train step, a checkpoint
     4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
     "parallel.mesh_train report.benchmark report.page",
