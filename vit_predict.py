@@ -1,6 +1,7 @@
 """Classify images with a fine-tuned model.
 
 `python vit_predict.py --model ./output_model IMAGE_OR_FOLDER ...`
+`python vit_predict.py --model ./output_model --export onnx`
 
 Images in a folder of the name of a class have a true class, and the accuracy is printed.
 """
@@ -9,6 +10,7 @@ import argparse
 import csv
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 from vit.console import exit_with_errors, printable, silence_libraries
@@ -25,7 +27,7 @@ def parse(argv=None) -> argparse.Namespace:
         exit_with_errors(*problems)
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument(
-        "images", nargs="+", metavar="IMAGE_OR_FOLDER", help="image files, and folders searched for them"
+        "images", nargs="*", metavar="IMAGE_OR_FOLDER", help="image files, and folders searched for them"
     )
     parser.add_argument(
         "--model",
@@ -47,7 +49,14 @@ def parse(argv=None) -> argparse.Namespace:
         action="store_true",
         help="divide the logits by a temperature, fitted on the validation images of the run",
     )
+    parser.add_argument(
+        "--export", choices=("onnx",), help="write the model in another format into its folder, and stop"
+    )
     args = parser.parse_args(argv)
+    if not args.images and not args.export:
+        parser.error("the following arguments are required: IMAGE_OR_FOLDER")
+    if args.images and args.export:
+        parser.error(f"--export {args.export}: takes no images")
     for flag in ("topk", "batch_size"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be a whole number >= 1")
@@ -58,6 +67,8 @@ def parse(argv=None) -> argparse.Namespace:
 
 def main(argv=None) -> int:
     args = parse(argv)
+    if args.export:
+        check_export(args)
     if not (Path(args.model) / "config.json").is_file():
         if not is_hub_name(args.model):
             exit_with_errors(
@@ -81,7 +92,7 @@ def main(argv=None) -> int:
         exit_with_errors(f"{error.filename}: {error.strerror}")
     for line in left_out.lines():
         print(line, file=sys.stderr)
-    if not images:
+    if args.images and not images:
         exit_with_errors(f"no images under {', '.join(args.images)}")
     try:
         classifier = Classifier(args.model, args.pixel_range)
@@ -89,6 +100,8 @@ def main(argv=None) -> int:
         exit_with_errors(f"--model {args.model}: {error}")
     if args.calibrate:
         set_temperature(classifier, Path(args.model))
+    if args.export:
+        return export(classifier, Path(args.model))
     rows, bad, labels = [], 0, set(classifier.labels)
     for result in classifier.predict(images, args.topk, args.batch_size):
         if result.problem:
@@ -100,6 +113,31 @@ def main(argv=None) -> int:
     if accuracy := accuracy_text(rows):
         print(accuracy, file=sys.stdout if args.format == "table" else sys.stderr)
     return 1 if bad else 0
+
+
+def check_export(args: argparse.Namespace) -> None:
+    """End the program if there is nowhere to write, or a package is missing, before the model is read."""
+    problems = []
+    if absent := [name for name in ("onnx", "onnxruntime") if find_spec(name) is None]:
+        problems.append(f"--export onnx: {' and '.join(absent)} missing; `pip install {' '.join(absent)}`")
+    if is_hub_name(args.model):
+        problems.append(f"--export onnx: {args.model} is no folder; download it, and name its folder")
+    if problems:
+        exit_with_errors(*problems)
+
+
+def export(classifier, folder: Path) -> int:
+    from vit.onnx_export import TOLERANCE, ExportError, export_onnx
+
+    try:
+        path, difference = export_onnx(classifier, folder)
+    except ExportError as error:
+        exit_with_errors(f"--export onnx: {error}", code=1)
+    compared = (
+        f"onnxruntime and PyTorch differ by {difference:.1g} in a logit at most (allowed: {TOLERANCE:g})"
+    )
+    print(printable(f"{path}, {path.stat().st_size / 1e6:.1f} MB; on drawn images {compared}"))
+    return 0
 
 
 def set_temperature(classifier, folder: Path) -> None:

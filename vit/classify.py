@@ -103,10 +103,10 @@ class Classifier:
                 self._classify(members, topk)
             yield from results
 
-    def pixels(self, path: Path) -> torch.Tensor:
-        """The model's input (3, H, W)."""
+    def pixels(self, encoded: Path | bytes | np.ndarray) -> torch.Tensor:
+        """The model's input (3, H, W), of an image as `open_image` takes it."""
         # as an array whose form is given: transformers takes an image 3 px high for three channels
-        pixels = np.asarray(open_image(path, self.pixel_range))
+        pixels = np.asarray(open_image(encoded, self.pixel_range))
         inputs = self.processor(pixels, input_data_format="channels_last", return_tensors="pt")
         return inputs["pixel_values"][0]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 RUN_FILES = (
     "checkpoints tensorboard model.safetensors config.json preprocessor_config.json SHA256SUMS "
     "metrics.jsonl metrics.png README.md predictions.parquet classes.csv confusion.csv "
-    "confusion_validation.png confusion_test.png report.html"
+    "confusion_validation.png confusion_test.png report.html model.onnx"
 ).split()
 RUN_LOCK = ".lock"  # there while a run writes: vit/run_lock.py
 
