@@ -7,15 +7,14 @@ import io
 from pathlib import Path
 
 import numpy as np
-from jinja2 import Environment
 
 from vit.data.pixels import open_image
 from vit.files import write_atomically, write_csv
+from vit.pages import as_data, render
 from vit.predictions import Predictions
 from vit.report.class_charts import calibration_chart, class_chart, confusion_chart
 from vit.report.classes import confusion_matrix, split_figures
 
-TEMPLATE = Path(__file__).with_name("page.html")
 MISTAKES = 24  # images shown of a split
 THUMBNAIL = 160  # pixels
 SURE = 0.9  # a mistake of a model that is surer than this may be a wrong label
@@ -48,10 +47,8 @@ def write_page(
     found = {row["split"]: row for row in rows if row["kind"] == "classes"}
     splits = [split_section(part, found[part.split.name], folder) for part in predictions]
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
-    text = page.render(
+    text = render(
+        "page.html",
         title=title,
         run=rows[0],
         epochs=epochs,
@@ -115,8 +112,3 @@ def thumbnail(split, i: int) -> str:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def as_data(path: Path) -> str:
-    """A PNG file as a data address, so that the page needs no other file."""
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
