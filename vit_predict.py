@@ -1,6 +1,7 @@
 """Classify images with a fine-tuned model.
 
 `python vit_predict.py --model ./output_model IMAGE_OR_FOLDER ...`
+`python vit_predict.py --model ./output_model --serve`
 `python vit_predict.py --model ./output_model --export onnx`
 
 Images in a folder of the name of a class have a true class, and the accuracy is printed.
@@ -20,6 +21,8 @@ silence_libraries()
 from vit.files import csv_cell
 from vit.hub import is_cached, is_hub_name, reachable
 from vit.versions import version_problems
+
+PORT = 8000  # of --serve
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -52,11 +55,22 @@ def parse(argv=None) -> argparse.Namespace:
     parser.add_argument(
         "--export", choices=("onnx",), help="write the model in another format into its folder, and stop"
     )
+    parser.add_argument(
+        "--serve",
+        type=int,
+        nargs="?",
+        const=PORT,
+        metavar="PORT",
+        help=f"open a page on this machine to drop images on (PORT {PORT}; 0: a free one)",
+    )
     args = parser.parse_args(argv)
-    if not args.images and not args.export:
+    tasks = [f"--{name}" for name in ("export", "serve") if getattr(args, name) is not None]
+    if not args.images and not tasks:
         parser.error("the following arguments are required: IMAGE_OR_FOLDER")
-    if args.images and args.export:
-        parser.error(f"--export {args.export}: takes no images")
+    if len(tasks) + bool(args.images) > 1:
+        parser.error(f"{' with '.join(tasks)}: takes no images, and stands alone")
+    if args.serve is not None and not 0 <= args.serve <= 65535:
+        parser.error(f"--serve {args.serve}: must be a port from 0 to 65535")
     for flag in ("topk", "batch_size"):
         if getattr(args, flag) < 1:
             parser.error(f"--{flag} {getattr(args, flag)}: must be a whole number >= 1")
@@ -102,6 +116,8 @@ def main(argv=None) -> int:
         set_temperature(classifier, Path(args.model))
     if args.export:
         return export(classifier, Path(args.model))
+    if args.serve is not None:
+        return open_page(classifier, args)
     rows, bad, labels = [], 0, set(classifier.labels)
     for result in classifier.predict(images, args.topk, args.batch_size):
         if result.problem:
@@ -137,6 +153,20 @@ def export(classifier, folder: Path) -> int:
         f"onnxruntime and PyTorch differ by {difference:.1g} in a logit at most (allowed: {TOLERANCE:g})"
     )
     print(printable(f"{path}, {path.stat().st_size / 1e6:.1f} MB; on drawn images {compared}"))
+    return 0
+
+
+def open_page(classifier, args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C."""
+    from vit.serve import ADDRESS, Server, serve
+
+    try:
+        server = Server(classifier, Path(args.model).resolve().name, args.serve)
+    except OSError as error:
+        exit_with_errors(f"--serve {args.serve}: {error.strerror}; name another port, such as --serve 0")
+    print(f"http://{ADDRESS}:{server.server_port}/ on this machine only; Ctrl-C ends it", flush=True)
+    serve(server)
+    print("stopped")
     return 0
 
 

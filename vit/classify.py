@@ -24,6 +24,7 @@ class Found:
 
     path: Path
     folders: tuple[str, ...] = ()  # below the folder that was named, from the top, then that folder itself
+    encoded: bytes | None = None  # its content, if it is not on the disk
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Classifier:
             shapes: dict[torch.Size, list[tuple[Prediction, torch.Tensor]]] = {}
             for result in results:
                 try:
-                    pixels = self.pixels(result.image.path)
+                    pixels = self.pixels(result.image.encoded or result.image.path)
                 except Exception as error:  # PIL raises many types for a damaged file
                     result.problem = f"cannot be read: {_one_line(error)}"
                 else:  # a processor that does not resize returns images of any size

@@ -107,7 +107,7 @@ def test_a_model_that_no_file_holds_is_refused(model, capsys, monkeypatch):
     [
         ([], [], "--export onnx: onnx and onnxruntime missing; `pip install onnx onnxruntime`"),
         ([], ["onnx"], "--export onnx: onnxruntime missing; `pip install onnxruntime`"),
-        (["image.png"], [], "--export onnx: takes no images"),
+        (["image.png"], [], "--export: takes no images, and stands alone"),
         (["--model", "owner/name"], ["onnx", "onnxruntime"], "--export onnx: owner/name is no folder"),
     ],
 )

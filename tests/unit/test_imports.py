@@ -30,7 +30,7 @@ LEVELS = {
     4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
     "parallel.mesh_train report.benchmark report.page",
     # L5: a boosted model, the folder of a run
-    5: "run_folder benchmark parallel.boost data.sources explain onnx_export",
+    5: "run_folder benchmark parallel.boost data.sources explain onnx_export serve",
     # L6: the training loop, and all checks of settings
     6: "trainer output_checks checks resolve data.hf_datasets",
 }
