@@ -23,7 +23,7 @@ if (site / "fails").exists() or (site / "no cpu").exists() and "--extra-index-ur
     sys.exit("ERROR: the registry is on fire")
 for word in sys.argv[2:]:
     if match := re.fullmatch(r"([a-z][a-z_-]*)(?:[<=]=([0-9.]+)([+]cpu)?)?", word):
-        package = site / f"{match[1]}-{match[2] or 1}.dist-info"
+        package = site / f"{match[1].replace('-', '_')}-{match[2] or 1}.dist-info"
         package.mkdir()
         needs = "Requires-Dist: torch<=2.5.1\\nRequires-Dist: fabric\\n" if match[1] == "colossalai" else ""
         head = f"Metadata-Version: 2.1\\nName: {match[1]}\\nVersion: {match[2] or 1}\\n"

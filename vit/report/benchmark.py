@@ -7,6 +7,7 @@ from vit.console import exit_with_errors
 from vit.files import read_jsonl, write_atomically, write_csv
 from vit.report.benchmark_charts import benchmark_charts, model_text
 from vit.report.tables import escape_markdown, markdown_table
+from vit.report.tables_page import write_tables_page
 
 # Rows with equal CASE_KEYS are of one case; with equal METHOD_KEYS, too, they were measured in the same way.
 CASE_KEYS = tuple(
@@ -57,7 +58,7 @@ def label_cases(cases: list[dict]) -> None:
 
 
 def benchmark_report(folder: Path) -> None:
-    """Write table.md, table.csv and charts of ``folder``/rows.jsonl. Of each case, the last row counts."""
+    """Write report.html, tables and charts of ``folder``/rows.jsonl. Of each case, the last row counts."""
     if not (folder / "rows.jsonl").exists():
         exit_with_errors(f"{folder}: holds no rows.jsonl of run_benchmark.sh")
     rows = list({case_key(row): row for row in read_jsonl(folder / "rows.jsonl")}.values())
@@ -69,11 +70,29 @@ def benchmark_report(folder: Path) -> None:
         label_cases(cases)
         title = f"{model_text(model, size)}, {labels} labels, preset {preset}, {hardware}"
         text.append(f"## {escape_markdown(title)}\n\n{section_text(cases)}")
-    write_atomically(folder / "table.md", "# Benchmark\n\n" + "\n".join(text))
+    table = "# Benchmark\n\n" + "\n".join(text)
+    write_atomically(folder / "table.md", table)
     write_csv(folder / "table.csv", rows, without=("kind", "versions", "case"))
     charts = benchmark_charts(sections, folder)
-    print(f"{folder}/table.md, table.csv, {', '.join(charts) or 'no charts: no case ran'}\n")
+    write_tables_page(folder, f"Benchmark {folder.resolve().name}", table, charts, best_cases(rows))
+    print(f"{folder}/report.html, table.md, table.csv, {', '.join(charts) or 'no charts: no case ran'}\n")
     print("\n".join(text))
+
+
+def best_cases(rows: list[dict]) -> list[tuple]:
+    """For the page: (what, number, case) of the fastest case and of the one that needs least memory."""
+    measured = [row for row in rows if not failure(row)]
+    numbers: list[tuple] = [("cases", len(measured), f"measured of {len(rows)}")]
+    for what, name, form, choose in (
+        ("most images/s", "images_per_second", ".1f", max),
+        ("least memory, GiB", "peak_memory_gib", ".2f", min),
+    ):
+        if measured:
+            row = choose(measured, key=lambda row: row[name])
+            case = f"{row['case']}, batch {row['batch_size']}"
+            model = model_text(row["model_name_or_path"], row["image_size"])
+            numbers.append((what, format(row[name], form), f"{case}, {model}"))
+    return numbers
 
 
 def section_text(cases: list[dict]) -> str:

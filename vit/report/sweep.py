@@ -1,4 +1,4 @@
-"""Report of a sweep: the runs of run_finetuning.sh as table.md, table.csv, epochs.csv and charts."""
+"""Report of a sweep: the runs of run_finetuning.sh as report.html, table.md, two CSV files and charts."""
 
 from pathlib import Path
 from statistics import mean, stdev
@@ -10,6 +10,7 @@ from vit.report.charts import heat_map, learning_curves, line_looks
 from vit.report.reading import by_section, headed, read_calls, read_runs
 from vit.report.sweep_tables import setting_cells, sweep_text
 from vit.report.tables import ranking_key
+from vit.report.tables_page import write_tables_page
 from vit.settings import AUGMENTATION_DEFAULTS, DEFAULTS, augmentation_flags
 
 ORDER = (
@@ -33,6 +34,7 @@ def sweep_report(folder: Path) -> None:
         other = "python report.py sweep FOLDER reads another folder"
         exit_with_errors(f"{folder}: holds no runs of run_finetuning.sh; {other}")
     calls, texts, tables, epochs, curves, titles, grids = read_calls(folder), [], [], [], {}, [], []
+    numbers = [("runs", sum(run["status"] == "finished" for run in runs), f"finished of {len(runs)}")]
     for section, members in by_section(runs).items():
         complete_settings(members)
         groups, others = group_runs(members), [run for run in members if run["status"] != "finished"]
@@ -48,15 +50,25 @@ def sweep_report(folder: Path) -> None:
             looks, shared = line_looks(cells, [*named])
             titles.append(shared)
             curves[title] = [look | {"runs": g["runs"]} for look, g in zip(looks, groups, strict=True)]
-    write_atomically(folder / "table.md", "\n".join(part for text in texts for part in text))
+            numbers.append(best_number(groups, looks, title))
+    table = "\n".join(part for text in texts for part in text)
+    write_atomically(folder / "table.md", table)
     write_csv(folder / "table.csv", tables, without=("kind",))
     write_csv(folder / "epochs.csv", epochs, without=("kind",))
     charts = write_heat_maps(folder, grids)
     if curves:
         charts.insert(0, "epochs.png")
         learning_curves(curves, folder / "epochs.png", " / ".join(dict.fromkeys(titles)), "validation")
+    write_tables_page(folder, f"Sweep {folder.resolve().name}", table, charts, numbers, runs)
     print("\n".join(part for text in texts for part in text[:2]))
-    print(f"{', '.join(['table.md', 'table.csv', 'epochs.csv', *charts])} in {folder}")
+    print(f"{', '.join(['report.html', 'table.md', 'table.csv', 'epochs.csv', *charts])} in {folder}")
+
+
+def best_number(groups: list[dict], looks: list[dict], section: str) -> tuple[str, str, str]:
+    """For the page: (what, accuracy of the best configuration, its settings)."""
+    best = next(i for i, group in enumerate(groups) if group["to_best"] == "best")
+    what = f"{section}: best accuracy" if section else "best accuracy"
+    return what, f"{groups[best]['mean']['accuracy']:.4f}", looks[best]["label"]
 
 
 def complete_settings(runs: list[dict]) -> None:

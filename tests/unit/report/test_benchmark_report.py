@@ -3,6 +3,7 @@
 import csv
 
 import pytest
+from browser import PageParser, needs_chromium, scroll_widths
 
 from report import main
 from vit.files import write_jsonl
@@ -121,3 +122,31 @@ def test_folder_without_rows_is_one_clear_error(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["benchmark", str(tmp_path)])
     assert "holds no rows.jsonl" in capsys.readouterr().err
+
+
+def test_the_page_has_tables_charts_and_the_best_cases(tmp_path, capsys):
+    rows = [row("none", 8), row("torch_ddp", 8, images_per_second=990.0, peak_memory_gib=1.6)]
+    rows.append(row("gemini", 8, status="failed", reason="<script>no</script>"))
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    page = PageParser.of(tmp_path / "report.html")
+    assert len(page.images) == 2 and all(image.startswith("data:image/png;base64,") for image in page.images)
+    assert "cases 2 measured of 3 most images/s 990.0 torch_ddp bf16, batch 8, vit-x" in page.text
+    assert "least memory, GiB 1.50 plain PyTorch bf16, batch 8, vit-x" in page.text
+    assert "failed: <script>no</script>" in page.text and "python vit_benchmark.py" in page.text
+    assert page.tags["script"] == 0 and page.tags["table"] == 2 and "torch 0" in page.text
+
+
+def test_the_page_of_cases_that_all_failed_has_no_charts(tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [row("none", 8, status="failed", reason="no luck")])
+    main(["benchmark", str(tmp_path)])
+    page = PageParser.of(tmp_path / "report.html")
+    assert not page.images and "cases 0 measured of 1" in page.text and "failed: no luck" in page.text
+
+
+@needs_chromium
+def test_a_browser_shows_the_page_without_scrolling_sideways(tmp_path, capsys):
+    write_jsonl(tmp_path / "rows.jsonl", [row("none", size) for size in (8, 16, 32)])
+    main(["benchmark", str(tmp_path)])
+    found = scroll_widths((tmp_path / "report.html").read_text(), tmp_path)
+    assert all(wide <= width for width, wide in found.items())

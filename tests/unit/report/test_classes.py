@@ -2,13 +2,13 @@
 
 import json
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from browser import needs_chromium, scroll_widths
+from browser import PageParser, needs_chromium, scroll_widths
 from helpers import load_images, write_image
 
 from vit.predictions import ClassCounts, Predictions
@@ -80,20 +80,6 @@ def test_calibration_is_the_mean_gap_over_the_images():
     assert expected_calibration_error(calibration(np.ones(3), np.ones(3, bool))) == 0
 
 
-class Sources(HTMLParser):
-    """The addresses that a page loads, and its texts."""
-
-    def __init__(self):
-        super().__init__()
-        self.sources, self.texts = [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_data(self, data):
-        self.texts.append(data)
-
-
 @pytest.fixture
 def run(tmp_path):
     """Rows of a run on two classes with unusual names, and its predictions; the charts are there."""
@@ -120,10 +106,9 @@ def run(tmp_path):
 
 def test_the_page_needs_no_other_file_and_shows_the_worst_mistakes_first(run):
     rows, found, folder = run
-    page = Sources()
-    page.feed((folder / "report.html").read_text())
-    assert page.sources and all(source.startswith("data:image/") for source in page.sources)
-    text = " ".join(" ".join(page.texts).split())
+    page = PageParser.of(folder / "report.html")
+    assert page.images and all(image.startswith("data:image/") for image in page.images) and not page.links
+    text = page.text
     assert "<b>ant</b>" in text and "bee & $x$" in text  # as texts, not as marks of the page
     assert len(re.findall("check the label", text)) == 2  # the explanation, and the image of 0.97
     places = [text.index(f"{i}.png") for i in (name_of(found[0], 0), name_of(found[0], 1))]

@@ -4,8 +4,10 @@ import csv
 import json
 import os
 import shutil
+from urllib.parse import unquote
 
 import pytest
+from browser import PageParser, needs_chromium, scroll_widths
 
 import report
 from vit.environment import environment
@@ -461,3 +463,30 @@ def test_damaged_rows_are_named_and_left_out(tmp_path, capsys):
             report.main([kind, str(tmp_path)])
         said = capsys.readouterr().err
         assert end.value.code == 2 and all(f"{tmp_path}/{file}: is damaged" in said for file in files)
+
+
+def test_the_page_has_tables_charts_and_the_command(grid):
+    page = PageParser.of(grid / "report.html")
+    assert len(page.images) == 2 and all(image.startswith("data:image/png;base64,") for image in page.images)
+    assert "runs 4 finished of 6 best accuracy 0.9850 BS 16, LR 1e-4" in page.text
+    assert "failed, status 1: no | luck" in page.text and "bash run_finetuning.sh --max_norm 1" in page.text
+    assert "All runs: ../data/beans, 2 epochs" in page.text and "torch 2.5.1" in page.text
+    assert page.tags["table"] == 3 and not page.links  # no run has a page of its own
+
+
+def test_the_page_is_linked_to_those_of_its_runs(tmp_path):
+    folder = tmp_path / "a <b>set</b> of runs"
+    for rate in (1e-4, 2e-4):
+        run = store(folder / "more # epochs", [0.9], [0.3], learning_rate=rate)
+    (run / "report.html").write_text("")
+    report.main(["sweep", str(folder)])
+    page = PageParser.of(folder / "report.html")
+    (link,) = page.links
+    assert (folder / unquote(link)).samefile(run / "report.html") and run.name in page.text
+    assert page.tags["b"] == 2  # the numbers at the top, not the folder's name
+
+
+@needs_chromium
+def test_a_browser_shows_the_page_without_scrolling_sideways(grid, tmp_path):
+    found = scroll_widths((grid / "report.html").read_text(), tmp_path)
+    assert all(wide <= width for width, wide in found.items())
