@@ -46,6 +46,7 @@ from vit.resolve import (
 )
 from vit.settings import AUTO_AUGMENT, SELECTION_METRICS, Settings
 from vit.system import this_machine
+from vit.tracking import TRACKER_HELP, TRACKERS
 from vit.validate import Number, OneOf, fraction, positive
 
 MODEL_DEFAULT = f"(default: {BASE_MODEL} with a GPU, else {DEMO_MODEL})"
@@ -118,6 +119,7 @@ def finetune_parser() -> Parser:
     add("--keep_checkpoints", Number(int, low=0), "newest checkpoints kept; 0: none once the run is complete")
     add("--overwrite_output", bool, "replace a finished or interrupted run in the output folder")
     add("--tensorboard", bool, "write event files to OUTPUT_PATH/tensorboard")
+    add("--report_to", OneOf(tuple(TRACKERS)), TRACKER_HELP)
     add("--push_to_hub", str, "upload the result to this model repository of the hub", metavar="OWNER/NAME")
     add("--eval_only", bool, "evaluate the model on validation and test, and stop")
     add("--dry_run", bool, "print the plan and stop")
@@ -170,6 +172,7 @@ def scratch_parser() -> Parser:
     add("--output_path", str, "folder (default: LOG_PATH, or ./runs/<config name>)", auto=True, default=None)
     add("--resume", str, "`auto`: the newest checkpoint in the output folder; or the path of one")
     add("--overwrite_output", bool, "replace a finished or interrupted run in the output folder")
+    add("--report_to", OneOf(tuple(TRACKERS)), TRACKER_HELP)
     parser.group("data")
     add_data_flags(add)
     parser.group("advanced")
@@ -210,7 +213,7 @@ def parse_scratch(argv: list[str] | None = None) -> Settings:
         output_path=output_path,
         resume=args.resume,
         overwrite_output=args.overwrite_output,
-        **{name: getattr(args, name) for name in DATA_FLAGS},
+        **{name: getattr(args, name) for name in (*DATA_FLAGS, "report_to")},
     )
     if not settings.dataset:
         problems.append(

@@ -12,8 +12,9 @@ from pathlib import Path
 RUN_FILES = (
     "checkpoints tensorboard model.safetensors config.json preprocessor_config.json SHA256SUMS "
     "metrics.jsonl metrics.png README.md predictions.parquet classes.csv confusion.csv "
-    "confusion_validation.png confusion_test.png report.html model.onnx"
+    "confusion_validation.png confusion_test.png report.html model.onnx wandb report_to.json"
 ).split()
+TRACKED = "report_to.json"  # which run of an experiment tracker it is: vit/tracking.py
 RUN_LOCK = ".lock"  # there while a run writes: vit/run_lock.py
 
 

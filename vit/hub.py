@@ -112,7 +112,7 @@ def upload(folder: Path, repository: str) -> None:
         HfApi().upload_folder(
             repo_id=repository,
             folder_path=folder,
-            ignore_patterns=["checkpoints/**", "tensorboard/**"],
+            ignore_patterns=["checkpoints/**", "tensorboard/**", "wandb/**", "report_to.json"],
             commit_message="Fine-tuned with Colossal-AI",
         )
     except Exception as error:  # many types: no permission, wrong name, no space, no answer

@@ -13,6 +13,7 @@ from vit.hub import read_config
 from vit.presets import VitPreset, known_architecture
 from vit.run_lock import other_run
 from vit.settings import Settings
+from vit.tracking import tracker_problem
 
 ELSEWHERE = "set OUTPUT_PATH to another folder"
 
@@ -20,6 +21,8 @@ ELSEWHERE = "set OUTPUT_PATH to another folder"
 def output_problems(settings: Settings) -> Iterator[str]:
     if settings.eval_only or settings.dry_run:
         return
+    if problem := tracker_problem(settings.report_to):
+        yield problem
     folder = Path(settings.output_path)
     try:
         if folder.exists() and not folder.is_dir():

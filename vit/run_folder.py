@@ -20,6 +20,7 @@ from vit.report.page import write_class_files, write_page
 from vit.report.tables import ranking_key
 from vit.schedule import BatchPlan, CosineWithWarmup
 from vit.settings import augmentation_flags
+from vit.tracking import Tracker
 
 
 class RunFolder:
@@ -37,6 +38,7 @@ class RunFolder:
         self.settings, self.loaders, self.started = settings, loaders, started
         self.path = Path(settings.output_path)
         self.writer: Any = None  # of TensorBoard
+        self.tracker: Tracker | None = None
         # of the exported epoch, for each evaluated split; none of synthetic images
         self.predictions: list[Predictions] = []
         first = {
@@ -161,6 +163,8 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(self.path / "tensorboard"))
+        if self.settings.report_to:
+            self.tracker = Tracker(self.settings.report_to, self.path, self.settings.title, self.rows[0])
 
     def remove_run_files(self) -> None:
         """Remove what a run writes into its output folder, and nothing else."""
@@ -218,6 +222,8 @@ class RunFolder:
                 if name in row:
                     self.writer.add_scalar(name, row[name], row["epoch"])
             self.writer.flush()
+        if self.tracker is not None:
+            self.tracker.add_epoch(row)
         largest = largest_class_text(self.loaders, self.loaders.evaluated.name)
         minival = f", minival accuracy {row['minival_accuracy']:.4f}" if "minival_accuracy" in row else ""
         # the published form, then what it leaves out
@@ -231,7 +237,10 @@ class RunFolder:
     def add_test(self, result: dict) -> None:
         """The result of the test split for the selected epoch."""
         epoch = self.best["epoch"]
+        last = self.rows[-1]["epoch"]
         self.rows.append({"kind": "test", "epoch": epoch, **result})
+        if self.tracker is not None:
+            self.tracker.add_test(self.rows[-1], last)
         largest = largest_class_text(self.loaders, "test")
         print_rank0(
             f"Test result of epoch {epoch}: {result_text(result)} ({result['images']} images{largest})"
@@ -287,6 +296,8 @@ class RunFolder:
                 remove_folder(self.path / "checkpoints")
             if self.writer is not None:
                 self.writer.close()
+            if self.tracker is not None:
+                self.tracker.close()
         kept = f"{settings.keep} epoch {self.best['epoch']}{settings.selected_by}"
         print_rank0(
             f"\n{kept} is in {self.path}/ ({seconds:.0f} s since the imports): {predict_command(self.path)}"

@@ -93,6 +93,7 @@ class Settings:
     keep_checkpoints: int = 1
     overwrite_output: bool = False
     tensorboard: bool = False
+    report_to: str | None = None  # an experiment tracker, see vit/tracking.py
     push_to_hub: str | None = None
     eval_only: bool = False
     dry_run: bool = False
