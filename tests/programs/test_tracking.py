@@ -110,7 +110,7 @@ class Run:
         write("finish")
 
 def write(*words):
-    with open(os.environ["TOLD"], "a") as file:
+    with open(os.environ["CALLS"], "a") as file:
         file.write(json.dumps([os.environ.get("RANK", "0"), *words]) + "\\n")
 
 def init(**how):
@@ -126,7 +126,7 @@ def test_rank_0_reports_a_resumed_training_as_one_run_and_a_failure_stops_nothin
     (tmp_path / "fake").mkdir()
     (tmp_path / "fake" / "wandb.py").write_text(FAKE)
     paths = os.pathsep.join([str(tmp_path / "fake"), os.environ["PYTHONPATH"]])
-    environment = os.environ | {"PYTHONPATH": paths, "TOLD": str(tmp_path / "told")}
+    environment = os.environ | {"PYTHONPATH": paths, "CALLS": str(tmp_path / "calls")}
     words = [ROOT / "vit_train_demo.py", "--model_name_or_path", model_folder, "--dataset", image_folder]
     words += ["--output_path", tmp_path / "out", "--num_epoch", 3, "--batch_size", 4, "--report_to", "wandb"]
     stopped = torchrun(2, *words, env=environment)
@@ -135,15 +135,15 @@ def test_rank_0_reports_a_resumed_training_as_one_run_and_a_failure_stops_nothin
     assert done.returncode == 0, done.stderr
     said = "  note      --report_to wandb: the server is on fire; the training continues without it"
     assert done.stdout.count("--report_to") == 1 and said in done.stdout.splitlines()
-    told = [json.loads(line) for line in (tmp_path / "told").read_text().splitlines()]
-    assert {rank for rank, *_ in told} == {"0"}
-    assert [words[0] for _, *words in told] == ["init", "log", "init", "log", "log"]
-    first, second = (words[1] for _, *words in told if words[0] == "init")
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    assert {rank for rank, *_ in calls} == {"0"}
+    assert [words[0] for _, *words in calls] == ["init", "log", "init", "log", "log"]
+    first, second = (words[1] for _, *words in calls if words[0] == "init")
     assert (first["id"], first["resume"], second["id"], second["resume"]) == (None, None, "abc", "allow")
     assert first["config"]["num_epoch"] == 3 and first["dir"] == str(tmp_path / "out")
     rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     epochs = {row["epoch"]: row for row in rows if row["kind"] == "epoch"}
-    for step, numbers in (words[1:] for _, *words in told if words[0] == "log"):
+    for step, numbers in (words[1:] for _, *words in calls if words[0] == "log"):
         assert numbers["accuracy"] == epochs[step]["accuracy"] and numbers["train_loss"] > 0
         assert not {"kind", "epoch", "best"} & set(numbers)
 
