@@ -10,7 +10,7 @@
 MODEL=${MODEL:-auto}                    # hub name or preset; auto: google/vit-base-patch16-224 | vit-demo
 PLUGINS=${PLUGINS:-auto}                # plugin[:precision][:compile] ...; auto: all, and plain PyTorch
 BATCH_SIZES=${BATCH_SIZES:-8 32}        # images per step and data-parallel rank
-PRESET=${PRESET:-auto}                  # precision and memory: published, fast or cpu; auto: published | cpu
+PRESET=${PRESET:-auto}                  # precision and memory: published, fast, cpu; auto: published | by CPU
 GPUNUM=${GPUNUM:-1}                     # processes, one per GPU; all: every GPU
 TP_SIZE=${TP_SIZE:-1}                   # tensor-parallel size: GPUs that share each layer (hybrid_parallel)
 PP_SIZE=${PP_SIZE:-1}                   # pipeline size: GPUs that share the stack of layers (hybrid_parallel)

@@ -8,7 +8,7 @@ is resumed with --resume auto, and so on KILLS_OF_A_RUN times; then it ends and 
 weights of a run that nobody disturbed, bit for bit. After every kill no process may be left, and no
 checkpoint that was complete may be gone. FOLDER/runs.jsonl has a row for each run. Prints a table.
 
-It takes about an hour on two cores. Nothing else should run beside it: an orphan is told by seconds.
+It takes about an hour on two cores. Nothing else should run beside it: an orphan is known by seconds.
 """
 
 import argparse

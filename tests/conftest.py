@@ -29,6 +29,8 @@ os.environ.update(CUDA_VISIBLE_DEVICES="", HF_HOME=f"{_caches.name}/hf", XDG_CAC
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # no compiler processes beside the tests: vit.distributed.import_libraries
 os.environ.setdefault("TORCH_WARM_POOL", "0")
+# fp32 is the default without a GPU, whatever the CPU: see vit.system.cpu_has_bf16
+os.environ.setdefault("VIT_DISABLE_PATCHES", "cpu_attention")
 for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "HF_HUB_OFFLINE"):
     os.environ.pop(_name, None)
 

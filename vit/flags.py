@@ -12,7 +12,7 @@ ZERO_HELP = (
 PRESET_HELP = (
     "precision and memory. published: as the published runs, with gradient checkpointing and "
     "gemini's offload; fast: 16 bit without either; cpu: 32 bit without either "
-    "(default: published with a GPU, else cpu)"
+    "(default: published with a GPU; without, fast if the CPU has bf16 instructions, else cpu)"
 )
 PRESET_CHOICES = OneOf(("published", "fast", "cpu"))
 SEED = Number(int, low=0, high=2**31 - 1)

@@ -45,7 +45,8 @@ def resolve_plugin(values: dict, machine: Machine, world_size: int) -> list[str]
     """Fill in what preset and plugin decide, in place. -> notes: one line for each flag that has no effect"""
     notes, name = [], values["plugin"]
     plugin = PLUGINS[name]
-    values["preset"] = values["preset"] or ("published" if machine.gpus else "cpu")
+    without_gpu = "fast" if machine.has_bf16 else "cpu"
+    values["preset"] = values["preset"] or ("published" if machine.gpus else without_gpu)
     published = values["preset"] == "published"
     if not plugin.model_parallel and values["tp_size"] * values["pp_size"] > 1:
         notes.append(

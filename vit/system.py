@@ -13,10 +13,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from vit.patches import disabled
+
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs that this process may use, and whether they have 16-bit brain floats (since Ampere)."""
+    """GPUs that this process may use, and whether they, or without one the CPU, are fast with bf16."""
 
     gpus: int = 0
     has_bf16: bool = False
@@ -26,8 +28,21 @@ def this_machine() -> Machine:
     import torch
 
     if not torch.cuda.is_available():
-        return Machine()
+        return Machine(has_bf16=cpu_has_bf16())
     return Machine(torch.cuda.device_count(), torch.cuda.get_device_capability()[0] >= 8)
+
+
+def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU computes faster in bf16 than in fp32: it has AVX512-BF16 or AMX, as servers since 2020.
+
+    Attention is no faster without the patch `cpu_attention`.
+    """
+    if "cpu_attention" in disabled():
+        return False
+    with suppress(OSError):  # not Linux
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+        return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
+    return False
 
 
 def count_gpus() -> int:

@@ -16,7 +16,7 @@ from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
 from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, early_ddp_buckets, safe_attention_kernels
-from vit.patches.transformers_vit import direct_forward, fuse_qkv, linear_patch_embedding
+from vit.patches.transformers_vit import cpu_attention, direct_forward, fuse_qkv, linear_patch_embedding
 
 
 def boost(model: nn.Module, settings) -> BoostedModel:
@@ -44,6 +44,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     plugin = PLUGINS[settings.plugin]
     linear_patch_embedding(model)
     fuse_qkv(model)
+    cpu_attention(model, settings.precision)
     direct_forward(model)
     if settings.grad_checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": plugin.reentrant_checkpoint})

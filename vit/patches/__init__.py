@@ -31,6 +31,7 @@ PATCHES = (
     "follow_autocast",
     # transformers and PyTorch
     "fuse_qkv",
+    "cpu_attention",
     "direct_forward",
     "linear_patch_embedding",
     "safe_attention_kernels",

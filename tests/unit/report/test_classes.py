@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from browser import needs_chromium, scroll_widths
 from browser import PageParser, needs_chromium, scroll_widths
 from helpers import load_images, write_image
 
