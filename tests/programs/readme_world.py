@@ -47,6 +47,17 @@ def cached(cache: Path, kind: str, name: str) -> None:
     (cache / "hub" / f"{kind}s--{name.replace('/', '--')}" / "snapshots" / "main").mkdir(parents=True)
 
 
+def write_some_predictions(path: Path) -> None:
+    """Of three validation images, one of them wrong."""
+    import pyarrow
+    import pyarrow.parquet
+
+    labels = [f"LABEL_{i}" for i in (0, 1, 1)]
+    chances = [[-0.1, -3.0, -3.5], [-2.6, -0.1, -4.0], [-0.5, -1.2, -2.3]]
+    columns = {"split": ["validation"] * 3, "true_class": labels, "log_probabilities": chances}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
 def write_world(root: Path) -> Path:
     """What stands for /path/to/...; `used`, a folder after a run; and a stand-in for Python."""
     named = root / "path" / "to"
@@ -63,6 +74,7 @@ def write_world(root: Path) -> Path:
     for name in ("AI-Lab-Makerere/beans", "lewtun/dog_food"):
         cached(cache, "dataset", name)
     save_tiny_vit(root / "used" / "output_model", labels=3)
+    write_some_predictions(root / "used" / "output_model" / "predictions.parquet")
     write_image(root / "used" / "leaf.jpg", 0, 1)
     write_image(root / "used" / "folder" / "leaf.png", 1, 1)
     # in place of Python: says what launch.sh asks for, and records what it is to start

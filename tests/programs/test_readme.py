@@ -149,7 +149,10 @@ def check_program(script: str, argv: list[str], world: Path, tmp_path: Path, mon
     if name in ("vit_train_demo.py", "train.py", "vit_benchmark.py"):
         if not {"--check", "--help"} & set(argv):
             argv = [*argv, "--check"]
+    monkeypatch.setattr("vit.serve.serve", lambda server: server.server_close())  # not until Ctrl-C
     status, printed = run_here(ROOT / name, argv, monkeypatch, capsys)
+    if status and re.search("pip install (onnx|wandb|mlflow)", printed):
+        return  # a library that is not installed for the tests
     if name == "report.py":  # with no runs it says so, and does not ask for another command
         assert status == 0 or "holds no" in printed, printed
         return

@@ -21,7 +21,7 @@ import vit_predict
 from vit.classify import Classifier, Found
 from vit.serve import MOST_BYTES, Server
 
-NAMES = dict(enumerate(["ant", "<b>bee</b>", "cat", "dog", "emu", "fly"]))
+NAMES = dict(enumerate(["ant", "<b>bee</b>", "<b>cat</b>", "dog", "emu", "fly"]))
 
 
 @pytest.fixture(scope="module")
@@ -154,29 +154,39 @@ def test_the_address_is_of_this_machine_alone(server):
 
 
 @needs_chromium
-def test_a_browser_shows_what_was_dropped(server, folder, tmp_path):
-    server.page = server.page.replace("</script>", drop_script(folder) + "</script>")
+def test_a_browser_shows_what_is_dropped_pasted_and_chosen(server, folder, tmp_path):
+    server.page = server.page.replace("</script>", give_script(folder) + "</script>")
     page = shown(f"http://127.0.0.1:{server.server_port}/", 10000)
-    assert ">3 images</p>" in page
-    assert page.count('class="bar"') == 2 * 5 and "&lt;b&gt;bee&lt;/b&gt;" in page
-    assert page.index("0.png") < page.index("&lt;1&gt;.png")
+    assert ">4 images</p>" in page
+    assert page.count('class="bar"') == 3 * 5
+    assert "&lt;b&gt;" in page and "<b>bee</b>" not in page and "<b>cat</b>" not in page
+    places = [page.index(f">{name}<") for name in ("chosen.png", "pasted.png", "&lt;0&gt;.png", "1.png")]
+    assert places == sorted(places)  # the newest first, those of one drop in their order
     assert "cannot be read: is no image" in page
     assert all(found <= width for width, found in scroll_widths(page, tmp_path).items())
 
 
-def drop_script(folder) -> str:
-    """Drops two images and a file that is none on the page."""
-    files = {
-        "0.png": (folder / "0.png").read_bytes(),
-        "<1>.png": (folder / "1.png").read_bytes(),
-        "x.jpg": b"x",
+def give_script(folder) -> str:
+    """Drops an image and a file that is none on the page, pastes an image, and chooses one."""
+    content = {"image": (folder / "0.png").read_bytes(), "none": b"no image"}
+    texts = {name: base64.b64encode(value).decode() for name, value in content.items()}
+    return (
+        """
+    function files(...given) {
+      const transfer = new DataTransfer();
+      for (const [name, text] of given)
+        transfer.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name));
+      return transfer;
     }
-    lines = ["const dropped = new DataTransfer();"]
-    for name, content in files.items():
-        encoded = f'Uint8Array.from(atob("{base64.b64encode(content).decode()}"), c => c.charCodeAt(0))'
-        lines.append(f"dropped.items.add(new File([{encoded}], {json.dumps(name)}));")
-    lines.append('document.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, cancelable: true}));')
-    return "\n".join(lines)
+    const data = DATA;
+    const dropped = files(["<0>.png", data.image], ["1.png", data.none]);
+    document.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, cancelable: true}));
+    const pasted = files(["pasted.png", data.image]);
+    document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: pasted}));
+    input.files = files(["chosen.png", data.image]).files;
+    input.dispatchEvent(new Event("change"));
+    """
+    ).replace("DATA;", json.dumps(texts) + ";")
 
 
 def test_ctrl_c_ends_the_program_with_a_line_and_nothing_is_written(folder):
