@@ -9,6 +9,7 @@ import pytest
 from conftest import torchrun
 from helpers import ROOT
 
+from args import parse_scratch
 from vit.tracking import TRACKERS, Tracker, tracker_problem
 
 FIRST = {"hardware": "CPU", "layout": "1 process", "command": "python x", "versions": {"torch": "2"}}
@@ -33,6 +34,20 @@ def test_a_missing_library_is_said_before_the_launch(monkeypatch, tmp_path, pars
     with pytest.raises(SystemExit):
         parse("--report_to excel")
     assert "--report_to excel: must be one of wandb, mlflow" in capsys.readouterr().err
+
+
+def test_train_py_has_it_too(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("DATA", "synthetic")
+    monkeypatch.chdir(tmp_path)
+    config = ROOT / "configs" / "cifar10" / "vit_lite_7_4_vanilla.py"
+    words = ["--config", str(config), "--report_to", "mlflow"]
+    monkeypatch.setattr("vit.tracking.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as end:
+        parse_scratch(words)
+    [line] = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and line.startswith("error: --report_to mlflow: it is not installed")
+    monkeypatch.setattr("vit.tracking.find_spec", lambda name: SimpleNamespace(origin="there"))
+    assert parse_scratch(words).report_to == "mlflow"
 
 
 def test_a_folder_of_that_name_is_no_library(monkeypatch, tmp_path):

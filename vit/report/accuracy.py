@@ -11,6 +11,7 @@ from vit.files import write_atomically
 from vit.report.charts import learning_curves, line_style
 from vit.report.reading import by_section, headed, read_runs
 from vit.report.tables import escape_markdown, machine_sentences, markdown_table, mean_std
+from vit.report.tables_page import write_tables_page
 
 HOW_TO_READ = (
     "Loss and accuracy are those after the last epoch, on the images that were evaluated; ± is the standard "
@@ -19,7 +20,7 @@ HOW_TO_READ = (
 
 
 def accuracy_report(folder: Path) -> None:
-    """Write table.md and epochs.png of the finished runs of train.py in ``folder``, by section."""
+    """Write report.html, table.md and epochs.png of the finished runs of train.py, by section."""
     runs = [run for run in read_runs(folder) if run["status"] == "finished"]
     runs = [run for run in runs if "NUM_EPOCHS" in run["settings"]]
     if not runs:
@@ -31,10 +32,13 @@ def accuracy_report(folder: Path) -> None:
         curves[section.replace("_", " ")] = [
             line_style(name, i, i // 10) | {"runs": group} for i, (name, group) in enumerate(groups)
         ]
-    write_atomically(folder / "table.md", "\n".join("\n\n".join(text) + "\n" for text in texts))
+    table = "\n".join("\n\n".join(text) + "\n" for text in texts)
+    write_atomically(folder / "table.md", table)
     learning_curves(curves, folder / "epochs.png", "", "evaluation")
+    numbers = [("runs", len(runs), "finished")]
+    write_tables_page(folder, f"Accuracy {folder.resolve().name}", table, ["epochs.png"], numbers, runs)
     print("\n\n".join(part for text in texts for part in text[:2]))
-    print(f"table.md and epochs.png in {folder}")
+    print(f"report.html, table.md and epochs.png in {folder}")
 
 
 def accuracy_groups(runs: list[dict]) -> list[tuple[str, list[dict]]]:

@@ -3,11 +3,13 @@
 import csv
 import json
 import os
+import re
 import shutil
 from urllib.parse import unquote
 
 import pytest
 from browser import PageParser, needs_chromium, scroll_widths
+from helpers import ROOT
 
 import report
 from vit.environment import environment
@@ -490,3 +492,11 @@ def test_the_page_is_linked_to_those_of_its_runs(tmp_path):
 def test_a_browser_shows_the_page_without_scrolling_sideways(grid, tmp_path):
     found = scroll_widths((grid / "report.html").read_text(), tmp_path)
     assert all(wide <= width for width, wide in found.items())
+
+
+def test_runs_from_scratch_have_a_page_too(tmp_path, capsys):
+    shutil.copy(ROOT / "results" / "cifar10" / "runs.jsonl", tmp_path)
+    report.main(["accuracy", str(tmp_path)])
+    page, table = PageParser.of(tmp_path / "report.html"), (tmp_path / "table.md").read_text()
+    assert re.search(r"runs [1-9]\d* finished", page.text) and len(page.images) == 1 and not page.links
+    assert page.tags["table"] == table.count("\n|---") and "DATA=" in page.text
