@@ -38,6 +38,7 @@ def test_a_missing_library_is_said_before_the_launch(monkeypatch, tmp_path, pars
 
 def test_train_py_has_it_too(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("DATA", "synthetic")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which the program sets otherwise
     monkeypatch.chdir(tmp_path)
     config = ROOT / "configs" / "cifar10" / "vit_lite_7_4_vanilla.py"
     words = ["--config", str(config), "--report_to", "mlflow"]
