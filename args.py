@@ -92,6 +92,7 @@ def finetune_parser() -> Parser:
     add("--warmup_ratio", fraction(1), "steps with a rising learning rate (default: 0.3)", auto=True)
     add_optimizer_flags(parser)
     add("--layer_decay", positive(float, high=1), "learning rate of a layer over that of the layer above it")
+    add("--freeze", str, "backbone: train the classifier alone; N: not the embeddings and the first N layers")
     add("--ema", fraction(0.99999), "decay of averaged weights, which are evaluated and exported; 0: none")
     epochs = OneOf(("best", "last"))
     add("--keep", epochs, "epoch to test and export: the best by --selection_metric, or the last")

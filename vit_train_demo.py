@@ -28,7 +28,7 @@ def main() -> None:
     from vit.data.dataset import DataError
     from vit.data.processor import Normalize
     from vit.distributed import destroy_distributed, device, import_libraries, init_distributed
-    from vit.model import load_model
+    from vit.model import freeze_parameters, load_model
     from vit.parallel.boost import boost
     from vit.run_folder import RunFolder, result_text
     from vit.run_lock import RunLock
@@ -49,6 +49,7 @@ def main() -> None:
             dataset = load_dataset(settings)
             torch.manual_seed(settings.seed)
             loaded = load_model(settings.model_name_or_path, dataset.label_names, settings.image_size)
+            freeze_parameters(loaded.model, settings.freeze, settings.pp_size)
             dataset.notes.extend(loaded.notes)
             loaders = build_loaders(dataset, settings, loaded.processor, device())  # nothing is decoded yet
         except DataError as error:
@@ -75,9 +76,8 @@ def main() -> None:
 
         # --- optimizer, plugin, Booster.boost: vit/parallel/boost.py
         boosted = boost(model, settings)
-        weights = loaders.summary.class_weights(settings.class_weights)
-        normalize, steps = Normalize.of(processor), plan.steps_per_epoch
-        step = TrainStep.of(boosted, settings, labels, normalize, steps, weights)
+        normalize, weights = Normalize.of(processor), loaders.summary.class_weights(settings.class_weights)
+        step = TrainStep.of(boosted, settings, labels, normalize, plan.steps_per_epoch, weights)
         checkpoints = CheckpointFolder(run.path / "checkpoints", keep=settings.keep_checkpoints)
         trainer = Trainer(step, loaders, plan, learning_rate, run, checkpoints, stop)
 

@@ -13,6 +13,7 @@ from vit.data.dataset import DataError, check_all_classes, check_class_count
 from vit.data.folders import class_folders
 from vit.data.prepared import read_index
 from vit.data.sources import find_source
+from vit.layout import freeze_problem
 from vit.model_folder import PREPROCESSING, read_model_folder
 from vit.output_checks import output_problems
 from vit.parallel.plugins import PLUGINS
@@ -43,6 +44,8 @@ def recipe_problems(settings: Settings) -> Iterator[str]:
     if settings.selection_metric != "accuracy" and settings.keep == "last":
         flag = f"--selection_metric {settings.selection_metric}"
         yield f"{flag}: chooses the best epoch, not with --keep last; leave one out"
+    if settings.freeze not in (None, "backbone") and not settings.freeze.isdecimal():
+        yield f"--freeze {settings.freeze}: must be `backbone` or a number of layers, such as 6"
     fold = re.fullmatch(r"([1-9]\d*)/([1-9]\d*)", settings.fold or "1/2")
     if not fold or not 2 <= int(fold[2]) <= 100 or int(fold[1]) > int(fold[2]):
         yield f"--fold {settings.fold}: must be K/N, fold K of N from 2 to 100, such as 1/5"
@@ -160,7 +163,7 @@ def pipeline_problems(settings: Settings) -> Iterator[str]:
 def model_problems(settings: Settings) -> Iterator[str]:
     """The model's name, and what its sizes must divide into, as far as they are known without the hub."""
     name = settings.model_name_or_path
-    heads, layers, patch = 1, settings.pp_size, 1
+    heads, layers, patch, known = 1, settings.pp_size, 1, True
     if Path(name).is_dir():
         kind = hub.read_config(Path(name)).get("model_type")
         if kind == "ijepa" and PLUGINS[settings.plugin].model_parallel:
@@ -178,15 +181,17 @@ def model_problems(settings: Settings) -> Iterator[str]:
             patch = config.get("patch_size", 16)
     elif shape := known_architecture(name):
         heads, layers, patch = shape.heads, shape.layers, shape.patch_size
-    elif not hub.is_hub_name(name):
-        known = f"no such folder, and no preset ({', '.join(PRESETS)})"
-        yield f"--model_name_or_path {name}: {known}; a hub name has the form owner/name"
+    elif known := not hub.is_hub_name(name):
+        nothing = f"no such folder, and no preset ({', '.join(PRESETS)})"
+        yield f"--model_name_or_path {name}: {nothing}; a hub name has the form owner/name"
     tp, pp, size = settings.tp_size, settings.pp_size, settings.image_size
     if heads % tp and heads > 1:
         heads_text = f"the {heads} attention heads of {name}"
         yield f"--tp_size {tp}: does not divide {heads_text}; use {divisors_text(heads)}"
     if pp > layers:
         yield f"--pp_size {pp}: more stages than the {layers} layers of {name}; use {layers} or fewer"
+    if problem := freeze_problem(settings.freeze, pp, layers if known else None):
+        yield problem
     if size and size % patch:
         below, above = size // patch * patch or patch, (size // patch + 1) * patch
         yield f"--image_size {size}: no multiple of the {patch} px patches of {name}; use {below} or {above}"

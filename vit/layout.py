@@ -209,3 +209,27 @@ def nearest_multiples(value: int, multiple: int) -> str:
     """The multiples of ``multiple`` below and above ``value``, as text for a message."""
     below = value // multiple * multiple
     return f"{below} or {below + multiple}" if below else str(multiple)
+
+
+def first_stage(layers: int, stages: int) -> int:
+    """The layers of the first pipeline stage, as Colossal-AI distributes them: the middle ones get more.
+
+    (colossalai/pipeline/stage_manager.py, distribute_layers, 0.5.0)
+    """
+    each, more = divmod(layers, stages)
+    return each + (0 < more and stages // 2 == more // 2)
+
+
+def freeze_problem(freeze: str | None, stages: int, layers: int | None) -> str:
+    """Why --freeze does not fit a model of so many layers; empty if it does. None: they are not known yet."""
+    if freeze is None or not (freeze == "backbone" or freeze.isdecimal()):
+        return ""
+    if freeze != "backbone" and layers is not None and int(freeze) > layers:
+        return f"--freeze {freeze}: the model has {layers} layers; use at most {layers}, or backbone"
+    first = first_stage(layers, stages) if layers is not None else 0
+    if stages == 1 or freeze != "backbone" and (layers is None or int(freeze) < first):
+        return ""
+    # the backward pass sends it no gradient, and it waits for one
+    reason = f"the first of {stages} pipeline stages would have nothing to train"
+    most = f"--freeze {first - 1} or less, or " if first else ""
+    return f"--freeze {freeze}: {reason}; use {most}PP_SIZE=1"

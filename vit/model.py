@@ -13,6 +13,7 @@ from vit.data.dataset import DataError
 from vit.data.processor import load_processor, set_processor_size
 from vit.hub import lacks_safetensors, weights_options
 from vit.initial_weights import build_vit, draw_classifier, empty_vit
+from vit.layout import freeze_problem
 from vit.model_folder import class_names, usable_config
 from vit.modules import layer_number, load_weights, order_parameters
 from vit.presets import PRESETS
@@ -182,6 +183,28 @@ def pad_classifier(model: nn.Module, multiple: int) -> None:
         model.classifier.weight[: old.out_features] = old.weight
         model.classifier.bias[: old.out_features] = old.bias
         model.num_labels = old.out_features + padding
+
+
+def freeze_parameters(model: nn.Module, freeze: str | None, stages: int = 1) -> None:
+    """Let some parameters keep their values, in place: they get no gradient and no optimizer state.
+
+    Args:
+        freeze: "backbone": all but the classifier (a linear probe). A number N, as text: the embeddings and
+            the first N layers. None: nothing.
+        stages: of a pipeline.
+
+    Raises:
+        DataError: the model has fewer layers, or the first stage would have nothing to train.
+    """
+    if problem := freeze_problem(freeze, stages, model.config.num_hidden_layers):
+        raise DataError(problem)
+    for name, param in model.named_parameters():
+        if freeze == "backbone":
+            param.requires_grad_(name.startswith("classifier."))
+        elif freeze is not None:
+            layer = layer_number(name)
+            frozen = ".embeddings." in name if layer is None else layer < int(freeze)
+            param.requires_grad_(not frozen)
 
 
 def export_model(state: dict[str, torch.Tensor], config, processor, folder: Path) -> None:

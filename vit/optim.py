@@ -119,7 +119,8 @@ class WeightEMA:
 
 
 def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
-    """Parameter groups: matrices get weight decay; biases, LayerNorms and embeddings do not.
+    """Parameter groups of what is trained: matrices get weight decay; biases, LayerNorms and embeddings do
+    not.
 
     Args:
         layer_decay: factor of the learning rate per layer, from the classifier (1) down to the embeddings;
@@ -127,6 +128,8 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
     """
     layers, groups = model.config.num_hidden_layers, {}
     for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
         is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings", "pos_embed"))
         layer = layer_number(name)
         depth = layers + 1 if ".embeddings." in name else 0 if layer is None else layers - layer

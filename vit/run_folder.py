@@ -100,7 +100,7 @@ class RunFolder:
         )
         if (recipe := augmentation_flags(settings.record)) != "none" and settings.config is None:
             print_rank0(f"  recipe    {recipe}")
-        print_rank0(f"  model     {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+        print_rank0(f"  model     {parameters_text(model)}")
         for note in (*settings.notes, *loaders.notes):
             print_rank0(f"  note      {note}")
 
@@ -304,6 +304,14 @@ class RunFolder:
         )
         if self.predictions:
             print_rank0(f"figures of each class, confusions and worst mistakes: {self.path}/report.html")
+
+
+def parameters_text(model) -> str:
+    """`85.8 M parameters`, and how many of them are trained if not all are."""
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = f"{total / 1e6:.1f} M parameters"
+    return text if trained == total else f"{text}, {trained:,} of them trained"
 
 
 def result_text(result: dict) -> str:

@@ -91,9 +91,26 @@ def plain_cases(processes: int) -> dict[str, dict]:
 
 
 def options(processes: int) -> dict[str, dict]:
-    """Name -> arguments of `train`, for each plugin and layout: class weights, accumulated and smoothed."""
+    """Name -> arguments of `train`, for each plugin and layout.
+
+    Class weights accumulated and smoothed; frozen parameters with all of the recipe, and recomputed.
+    """
     weighted = dict(k=2, max_norm=MAX_NORM, class_weights=CLASS_WEIGHTS, label_smoothing=LABEL_SMOOTHING)
-    return {f"{name}, weighted": case | weighted for name, case in plain_cases(processes).items()}
+    plain = plain_cases(processes)
+    cases = {f"{name}, weighted": case | weighted for name, case in plain.items()}
+    for name, case in plain.items():
+        for freeze in freezes(name):
+            recomputed = freeze == "1" and processes < 4
+            frozen = dict(freeze=freeze, max_norm=MAX_NORM, recipe=True, grad_checkpoint=recomputed)
+            cases[f"{name}, frozen {freeze}"] = case | frozen
+    return cases
+
+
+def freezes(name: str) -> list[str]:
+    """What can be frozen under a plugin and layout: not all that the first pipeline stage trains."""
+    if name == "dp2 pp2 zero1 bf16":  # the recipe's layer decay is refused there
+        return []
+    return [] if "pp4" in name else ["1"] if "pp2" in name else ["backbone", "1"]
 
 
 EVALUATIONS = {
@@ -146,6 +163,20 @@ RESUMES = {
     4: {"tp2 pp2": (2, "--plugin hybrid_parallel --tp_size 2 --pp_size 2 --precision fp16")},
 }
 
+# as RESUMES, of runs that train a part of the weights; their losses are no goldens
+PARTLY_TRAINED = {
+    1: {"options/frozen ddp": (8, "--plugin torch_ddp --freeze 2")},
+    2: {
+        "options/frozen zero1 fp16": (
+            4,
+            "--plugin low_level_zero --precision fp16 --freeze backbone --ema 0.8",
+        ),
+        "options/frozen gemini": (4, "--plugin gemini --precision bf16 --freeze 2 --ema 0.8"),
+        "options/frozen pp2 bf16": (4, "--plugin hybrid_parallel --pp_size 2 --precision bf16 --freeze 1"),
+        "options/frozen fsdp": (4, "--plugin torch_fsdp --freeze 2"),
+    },
+    4: {},
+}
 # runs whose best epoch is the one with the highest macro F1
 SELECTIONS = {
     1: {"ddp": "--plugin torch_ddp"},

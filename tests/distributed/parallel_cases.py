@@ -23,7 +23,7 @@ from unittest import mock
 import helpers
 import torch
 import torch.distributed as dist
-from cases import EVALUATIONS, LAYOUTS, RESUMES, SELECTIONS, options, trainings, zero
+from cases import EVALUATIONS, LAYOUTS, PARTLY_TRAINED, RESUMES, SELECTIONS, options, trainings, zero
 from colossalai.tensor.d_tensor.api import layout_converter
 from forks import exit_status, fork
 from golden import checkpoints
@@ -39,7 +39,8 @@ from vit.data.processor import Normalize
 from vit.data.transforms import Resize
 from vit.distributed import all_gather_objects, all_reduce_sum
 from vit.layout import ParallelLayout
-from vit.model import load_model, pad_classifier
+from vit.model import freeze_parameters, load_model, pad_classifier
+from vit.modules import with_first_names
 from vit.parallel.boost import boost
 from vit.run_lock import RunLock
 from vit.schedule import BatchPlan
@@ -73,6 +74,7 @@ def build(model, tp=1, pp=1, recipe=False, class_weights=None, **changes) -> tup
     options = BASE | (RECIPE if recipe else {}) | changes
     settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **options)
     normalize = Normalize((0.5,) * 3, (0.5,) * 3)
+    freeze_parameters(model, settings.freeze)
     boosted = boost(model, settings)
     step = TrainStep(boosted, 3, normalize, settings.label_smoothing, class_weights=class_weights)
     return step, settings
@@ -120,14 +122,24 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
         if save and epoch == 0:
             CheckpointFolder(save, 1).save(step.boosted, meta_of(plan.steps_per_epoch, epoch=1))
     result = {"losses": losses, "evaluations": evaluations}
-    return result | ({"exported": exported_loss(step, tp, held_out)} if step.boosted.ema else {})
+    if step.boosted.ema:
+        state = step.boosted.gather_state_dict(FOLDER)
+        result["exported"] = exported_loss(state, step, tp, held_out) if state else None
+        result["unchanged"] = unchanged(state) if state and settings.freeze else None
+        states = step.boosted.optimizer.optim.state_dict()["state"].values()
+        moments = torch.tensor(sum(state["exp_avg"].numel() for state in states))
+        result["moments"] = all_reduce_sum(moments).item()
+    return result
 
 
-def exported_loss(step: TrainStep, tp: int, held_out) -> float | None:
-    """Of the weights that an export has, in a model of their own, on rank 0."""
-    state = step.boosted.gather_state_dict(FOLDER)
-    if state is None:
-        return None
+def unchanged(state: dict[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors that are those of the initial model, to the last bit."""
+    initial = with_first_names(initial_model().state_dict())
+    return [name for name, tensor in state.items() if torch.equal(tensor, initial[name])]
+
+
+def exported_loss(state: dict, step: TrainStep, tp: int, held_out) -> float:
+    """Of the weights that an export has, in a model of their own."""
     model = initial_model().eval()
     pad_classifier(model, tp)
     model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
@@ -354,7 +366,7 @@ def all_cases() -> dict:
     cases = {f"train {name}": (train, case) for name, case in trainings(WORLD).items()}
     cases |= {f"options {name}": (train, case) for name, case in options(WORLD).items()}
     cases |= {f"evaluate {name}": (evaluate, case) for name, case in EVALUATIONS[WORLD].items()}
-    for name, (step, flags) in RESUMES[WORLD].items():
+    for name, (step, flags) in (RESUMES[WORLD] | PARTLY_TRAINED[WORLD]).items():
         words = (f"{name}_{WORLD}".replace(" ", "_"), step, *flags.split())
         cases[f"resume {name}"] = (lambda *a: resume(*a), words)
     for name, (step, flags) in checkpoints.CASES.get(WORLD, {}).items():

@@ -20,6 +20,7 @@ from helpers import (
 )
 
 from vit.layout import ParallelLayout
+from vit.modules import with_first_names
 from vit.schedule import BatchPlan
 
 # Largest difference of a loss (values near 1) over six steps, measured: fp32 1e-6, fp16 1.5e-4, bf16 1.2e-3.
@@ -30,13 +31,21 @@ NAMES = {processes: cases.names(processes) for processes in (1, 2, 4)}
 EVERY = [(processes, name) for processes, names in NAMES.items() for name in names]
 
 
+def is_frozen(name: str, freeze: str | None) -> bool:
+    """``freeze``: "backbone", or "1": the embeddings and the first layer."""
+    if freeze == "backbone":
+        return not name.startswith("classifier.")
+    first = ("vit.embeddings.", "vit.encoder.layer.0.", "vit.layers.0.")
+    return freeze == "1" and name.startswith(first)
+
+
 @functools.cache
-def plain_training(max_norm: float, recipe: bool = False, weighted: bool = False) -> dict:
+def plain_training(max_norm: float, recipe: bool = False, weighted: bool = False, freeze=None) -> dict:
     """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW,
     clipping.
 
     ``recipe``: label smoothing, learning rates that fall from layer to layer, and evaluation of averaged
-    weights. ``weighted``: label smoothing and class weights.
+    weights. ``weighted``: label smoothing and class weights. ``freeze``: what gets no gradient.
     """
     smoothing = LABEL_SMOOTHING * (recipe or weighted)
     weights = torch.tensor(CLASS_WEIGHTS if weighted else [1.0] * 3)
@@ -48,6 +57,8 @@ def plain_training(max_norm: float, recipe: bool = False, weighted: bool = False
 
     torch.manual_seed(0)
     model = tiny_vit(3)
+    for n, p in model.named_parameters():
+        p.requires_grad_(not is_frozen(n, freeze))
     decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "layernorm" not in n]
     others = [p for p in model.parameters() if all(p is not q for q in decayed)]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -155,6 +166,31 @@ def test_class_weights_with_label_smoothing_equal_plain_pytorch_divided_by_image
     plain = plain_training(MAX_NORM)["losses"]
     assert min(abs(a - b) for a, b in zip(expected["losses"], plain)) > 2 * tolerance
     assert_same(launched(processes)[f"options {name}, weighted"], expected, tolerance)
+
+
+FROZEN = [(processes, name, freeze) for processes, name in EVERY for freeze in cases.freezes(name)]
+
+
+@pytest.mark.parametrize("processes, name, freeze", FROZEN)
+def test_frozen_parameters_keep_every_bit_and_the_others_train_as_in_plain_pytorch(
+    launched, processes, name, freeze
+):
+    """With layer decay, weight average, label smoothing and clipping."""
+    expected, whole = (plain_training(MAX_NORM, True, freeze=what)["losses"] for what in (freeze, None))
+    assert max(abs(a - b) for a, b in zip(expected, whole)) > 2 * bound(name)
+    result = launched(processes)[f"options {name}, frozen {freeze}"]
+    assert_same(result, plain_training(MAX_NORM, True, freeze=freeze), bound(name))
+    assert result["exported"] == pytest.approx(result["evaluations"][-1]["average_loss"], abs=bound(name))
+    model = tiny_vit(3)
+    names = with_first_names(model.state_dict())  # as exported
+    frozen, unchanged = {n for n in names if is_frozen(n, freeze)}, set(result["unchanged"])
+    assert frozen <= unchanged
+    # in bf16 a LayerNorm's ones are rounded to ones again
+    assert all("bf16" in name and "layernorm" in tensor for tensor in unchanged - frozen)
+    # no optimizer state for what is frozen; some plugins pad what they cut
+    trained = sum(p.numel() for n, p in model.named_parameters() if not is_frozen(n, freeze))
+    assert trained <= result["moments"] <= (trained + 64) * processes
+    assert result["moments"] == trained * processes or not name.startswith("ddp")
 
 
 @pytest.mark.parametrize(

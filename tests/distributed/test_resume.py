@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import RESUMES, SELECTIONS
+from cases import PARTLY_TRAINED, RESUMES, SELECTIONS
 from safetensors.torch import load_file
 
-RESUMED = [(processes, name) for processes, runs in RESUMES.items() for name in runs]
+RUNS = {processes: RESUMES[processes] | PARTLY_TRAINED[processes] for processes in RESUMES}
+RESUMED = [(processes, name) for processes, runs in RUNS.items() for name in runs]
+FROZEN = [(n, name) for n, runs in PARTLY_TRAINED.items() for name in runs if "frozen" in name]
 MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
 
 
@@ -47,6 +49,24 @@ def test_resumed_run_equals_the_uninterrupted_one(launched, shared, processes, n
     folder = f"{name}_{processes}".replace(" ", "_")
     exact = name in ("ddp", "ddp mid-epoch")  # bit for bit
     assert_same_run(shared / f"{folder}_straight", shared / f"{folder}_resumed", 0 if exact else 1e-5)
+
+
+@pytest.mark.parametrize("processes, name", FROZEN)
+def test_frozen_weights_of_a_resumed_run_are_exported_as_they_were_loaded(launched, shared, processes, name):
+    """To the last bit, also where a plugin trains in 16 bit."""
+    result = launched(processes)[f"resume {name}"]
+    freeze = PARTLY_TRAINED[processes][name][1].partition("--freeze ")[2].split()[0]
+    layers = [] if freeze == "backbone" else range(int(freeze), 4)
+    parts = ["classifier."] + ["vit.layernorm."] * (freeze != "backbone")
+    parts += [f"vit.encoder.layer.{i}." for i in layers]
+    folder = f"{name}_{processes}".replace(" ", "_")
+    before = load_file(shared / "model" / "model.safetensors")
+    after = load_file(shared / f"{folder}_resumed" / "model.safetensors")
+    trained = {tensor for tensor in before if tensor.startswith(tuple(parts))}
+    changed = {tensor for tensor in before if not torch.equal(before[tensor], after[tensor])}
+    assert changed == trained
+    count = sum(after[tensor].numel() for tensor in trained)
+    assert f"  model     0.0 M parameters, {count:,} of them trained\n" in result["straight"]["out"]
 
 
 def test_the_weights_compared_above_are_trained_ones(two, shared):

@@ -6,9 +6,10 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 
+from vit.console import rank
 from vit.model import pad_classifier
 from vit.model_variants import add_drop_path
-from vit.modules import numbered_layers
+from vit.modules import numbered_layers, with_first_names
 from vit.optim import build_optimizer
 from vit.parallel.boosted import BoostedModel
 from vit.parallel.mesh_train import boost_mesh
@@ -30,13 +31,24 @@ def boost(model: nn.Module, settings) -> BoostedModel:
         boosted = boost_mesh(model, settings)  # seeds each rank by itself
     else:
         pad_classifier(model, layout.tensor_size)
+        frozen = frozen_weights(model) if settings.freeze else {}
         boosted = boost_with_plugin(model, settings)
+        if any(param.dtype != torch.float32 for param in boosted.model.parameters()):
+            boosted.frozen = frozen
         if settings.drop_path:  # after sharding, which replaces modules
             add_drop_path(boosted.model, settings.drop_path, model.config.num_hidden_layers)
         torch.manual_seed(settings.seed + layout.data_parallel_rank)
     if settings.ema:
         boosted.start_ema(settings.ema)
     return boosted
+
+
+def frozen_weights(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the parameters that are not trained, in fp32, on the CPU of rank 0; empty elsewhere."""
+    if rank() != 0:
+        return {}
+    named = {name: param.detach() for name, param in model.named_parameters() if not param.requires_grad}
+    return {name: param.cpu().clone() for name, param in with_first_names(named).items()}
 
 
 def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
@@ -47,7 +59,9 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     cpu_attention(model, settings.precision)
     direct_forward(model)
     if settings.grad_checkpoint:
-        model.gradient_checkpointing_enable({"use_reentrant": plugin.reentrant_checkpoint})
+        # the re-entrant form gives no gradients to a layer whose input has none: the first above frozen ones
+        reentrant = plugin.reentrant_checkpoint and not settings.freeze
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     stream = torch.cuda.Stream() if records_steps(settings) else None
     compile_model(model, settings, whole=settings.cuda_graphs and stream is None)
     optimizer = build_optimizer(model, settings)

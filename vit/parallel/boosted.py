@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class BoostedModel:
         clip_norm: the train step clips gradients to this norm; 0: the plugin clips by itself, or nobody does.
         graph_stream: stream on which whole steps are recorded as CUDA graphs; None: they are not recorded.
         ema: moving average of the weights, if any.
+        frozen: parameters that are not trained, in fp32, on rank 0, where the plugin rounds them to 16 bit.
     """
 
     booster: Any
@@ -37,6 +38,7 @@ class BoostedModel:
     clip_norm: float = 0.0
     graph_stream: torch.cuda.Stream | None = None
     ema: WeightEMA | None = None
+    frozen: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def no_sync(self):
         """Context in which a backward pass leaves gradients unreduced, where the plugin can (for
@@ -116,7 +118,7 @@ class BoostedModel:
             "averages": self.ema.averages if self.ema else [],
             "optimizer": self.optimizer.optim.state_dict(),
             "scaler": {k: v for k, v in vars(scaler).items() if isinstance(v, kinds)} if scaler else {},
-        }
+        } | ({"frozen": self.frozen} if self.frozen else {})
 
     @torch.no_grad()
     def restore_state(self, state: dict) -> None:
@@ -125,6 +127,8 @@ class BoostedModel:
         self.optimizer.optim.load_state_dict(state["optimizer"])
         if self.ema:
             self.ema.load(state["averages"])
+        if self.frozen:
+            self.frozen = state["frozen"]
         if scaler := self.loss_scaler():
             for name, value in state["scaler"].items():
                 setattr(scaler, name, value.to(device()) if isinstance(value, torch.Tensor) else value)
@@ -168,6 +172,7 @@ class BoostedModel:
         if dist.get_rank() == 0:
             state = torch.load(path, map_location="cpu", weights_only=True)
             path.unlink()
+            state = with_first_names(state) | self.frozen
         dist.barrier()
         return state
 
