@@ -93,6 +93,8 @@ def finetune_parser() -> Parser:
     add_optimizer_flags(parser)
     add("--layer_decay", positive(float, high=1), "learning rate of a layer over that of the layer above it")
     add("--freeze", str, "backbone: train the classifier alone; N: not the embeddings and the first N layers")
+    add("--lora_rank", Number(int, low=0), "train LoRA of this rank and the classifier alone; 0: all weights")
+    add("--lora_alpha", positive(float), "LoRA is multiplied by alpha / rank (default: the rank)")
     add("--ema", fraction(0.99999), "decay of averaged weights, which are evaluated and exported; 0: none")
     epochs = OneOf(("best", "last"))
     add("--keep", epochs, "epoch to test and export: the best by --selection_metric, or the last")

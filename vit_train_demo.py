@@ -38,7 +38,7 @@ def main() -> None:
     from vit.trainer import Trainer, exits_in_one_line
 
     with SignalHandler() as stop, RunLock(settings.output_path) as lock:
-        import_libraries()
+        import_libraries(lora=settings.lora_rank > 0)
         started = time.perf_counter()
         init_distributed(settings.seed)
         if not (settings.eval_only or settings.dry_run):

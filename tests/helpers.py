@@ -109,6 +109,7 @@ LEARNING_RATES = [4e-4, 8e-4, 2e-3, 1.6e-3, 1e-3, 3e-4]  # per step, to see that
 WEIGHT_DECAY = 0.5
 # of the recipe: far enough from none to be seen in six steps
 LAYER_DECAY, EMA, LABEL_SMOOTHING = 0.6, 0.7, 0.2
+LORA = dict(r=4, lora_alpha=64.0)
 CLASS_WEIGHTS = [0.5, 1.0, 2.5]
 MAX_NORM = 2.4  # between the gradient norms of this training: some steps are clipped, some are not
 

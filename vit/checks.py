@@ -63,6 +63,7 @@ def plugin_problems(settings: Settings, machine: Machine) -> list[str]:
         *offload_problems(settings, machine),
         *compile_problems(settings, machine),
         *pipeline_problems(settings),
+        *lora_problems(settings),
     ]
 
 
@@ -155,6 +156,27 @@ def pipeline_problems(settings: Settings) -> Iterator[str]:
     if batch % parts:
         fix = "leave it out for the best fit"
         yield f"--num_microbatches {parts}: does not divide --batch_size {batch}; {fix}"
+
+
+def lora_problems(settings: Settings) -> Iterator[str]:
+    flag, plugin = f"--lora_rank {settings.lora_rank}", PLUGINS[settings.plugin]
+    if not settings.lora_rank:
+        if settings.lora_alpha is not None:
+            yield f"--lora_alpha {settings.lora_alpha:g}: is a factor of LoRA; add --lora_rank 16"
+        return
+    if plugin.why_no_lora:
+        able = ", ".join(name for name, other in PLUGINS.items() if not other.why_no_lora)
+        yield f"{flag}: {settings.plugin} {plugin.why_no_lora}; use {able}"
+    elif settings.tp_size > 1:
+        yield f"{flag}: Colossal-AI's LoRA cannot be cut by tensor parallelism; use TP_SIZE=1"
+    elif settings.pp_size > 1:
+        yield f"{flag}: pipeline stages are cut from a bare ViT, and PEFT wraps it; use PP_SIZE=1"
+    if settings.freeze is not None:
+        yield f"{flag}: trains the classifier and LoRA alone, and --freeze something else; leave one out"
+    if settings.compile or settings.cuda_graphs:
+        yield f"{flag}: is not tested with --compile and --cuda_graphs; leave these out"
+    if not find_spec("peft"):
+        yield f"{flag}: PEFT is not installed; `pip install 'peft<0.14'`, or leave it out"
 
 
 # ---- model

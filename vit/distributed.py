@@ -23,8 +23,13 @@ from vit.watch import Peers
 _peers: Peers | None = None
 
 
-def import_libraries() -> None:
-    """Do the slow imports (4 to 10 s) at one point, so that the time after them is measured separately."""
+def import_libraries(lora: bool = False) -> None:
+    """Do the slow imports (4 to 10 s) at one point, so that the time after them is measured separately.
+
+    ``lora``: PEFT is needed.
+    """
+    if lora:
+        import peft  # noqa: F401 - first, for Colossal-AI would get an empty one: `lean_imports`
     # By default torch's compiler starts a process per core at import. These take the cores from the first
     # seconds of training (a step of batch 8 on two cores: 128 ms instead of 16). 0: start them when something
     # is compiled.

@@ -129,7 +129,7 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
     layers, groups = model.config.num_hidden_layers, {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
-            continue
+            continue  # PEFT's prefix in front of a name of LoRA changes nothing of what follows
         is_matrix = param.ndim > 1 and not name.endswith(("cls_token", "position_embeddings", "pos_embed"))
         layer = layer_number(name)
         depth = layers + 1 if ".embeddings." in name else 0 if layer is None else layers - layer

@@ -13,6 +13,7 @@ from vit.distributed import all_gather_objects
 from vit.environment import environment, predict_command, recorded_command
 from vit.files import RUN_FILES, remove_folder, write_atomically, write_jsonl
 from vit.model import export_model
+from vit.parallel.lora import lora_parameters
 from vit.predictions import Predictions, write_predictions
 from vit.report.card import model_card
 from vit.report.charts import epoch_chart
@@ -100,7 +101,7 @@ class RunFolder:
         )
         if (recipe := augmentation_flags(settings.record)) != "none" and settings.config is None:
             print_rank0(f"  recipe    {recipe}")
-        print_rank0(f"  model     {parameters_text(model)}")
+        print_rank0(f"  model     {parameters_text(model, settings.lora_rank)}")
         for note in (*settings.notes, *loaders.notes):
             print_rank0(f"  note      {note}")
 
@@ -306,10 +307,13 @@ class RunFolder:
             print_rank0(f"figures of each class, confusions and worst mistakes: {self.path}/report.html")
 
 
-def parameters_text(model) -> str:
-    """`85.8 M parameters`, and how many of them are trained if not all are."""
+def parameters_text(model, lora_rank: int = 0) -> str:
+    """`85.8 M parameters`, and how many of them are trained if not all are. LoRA is not in ``model`` yet."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if lora_rank:
+        added = lora_parameters(model, lora_rank)
+        total, trained = total + added, added + sum(p.numel() for p in model.classifier.parameters())
     text = f"{total / 1e6:.1f} M parameters"
     return text if trained == total else f"{text}, {trained:,} of them trained"
 

@@ -65,6 +65,8 @@ class Settings:
     ema: float = 0.0
     class_weights: str = "none"
     freeze: str | None = None  # "backbone", or the number of layers that are not trained, as text
+    lora_rank: int = 0
+    lora_alpha: float | None = None  # None: the rank
     mix_epochs: int | None = None  # mix the first epochs only; None: all
     keep: str = "best"
     selection_metric: str = "accuracy"  # by which an epoch is the best
@@ -164,15 +166,15 @@ RECORDED_SETTINGS = (
     "model_name_or_path dataset image_size plugin precision optimizer tp_size pp_size zero_stage batch_size "
     "gradient_accumulation_steps learning_rate scale_lr num_epoch weight_decay warmup_ratio max_norm augment "
     "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep selection_metric class_weights "
-    "freeze fold seed max_train_samples max_eval_samples validation_fraction image_column label_column "
-    "dataset_config pixel_range skip_bad_images"
+    "freeze lora_rank lora_alpha fold seed max_train_samples max_eval_samples validation_fraction "
+    "image_column label_column dataset_config pixel_range skip_bad_images"
 ).split()
 
 # What the published setting leaves out, with the value that means so.
 AUGMENTATION_DEFAULTS = {
     name: DEFAULTS[name]
     for name in "augment auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep "
-    "selection_metric class_weights freeze".split()
+    "selection_metric class_weights freeze lora_rank lora_alpha".split()
 } | {"augment": False}
 
 

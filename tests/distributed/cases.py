@@ -3,7 +3,9 @@
 parallel_cases.py runs them, test_parallel.py and test_resume.py compare them.
 """
 
-from helpers import CLASS_WEIGHTS, LABEL_SMOOTHING, MAX_NORM
+from helpers import CLASS_WEIGHTS, LABEL_SMOOTHING, LORA, MAX_NORM
+
+from vit.parallel.plugins import PLUGINS
 
 
 def zero(stage=1, **changes):
@@ -103,7 +105,17 @@ def options(processes: int) -> dict[str, dict]:
             recomputed = freeze == "1" and processes < 4
             frozen = dict(freeze=freeze, max_norm=MAX_NORM, recipe=True, grad_checkpoint=recomputed)
             cases[f"{name}, frozen {freeze}"] = case | frozen
+        if has_lora(case):
+            lora = dict(lora_rank=LORA["r"], lora_alpha=LORA["lora_alpha"], recipe=True, k=2)
+            cases[f"{name}, lora"] = case | lora
     return cases
+
+
+def has_lora(case: dict) -> bool:
+    """Whether a plugin and layout can train LoRA."""
+    return not (
+        PLUGINS[case.get("plugin", "torch_ddp")].why_no_lora or max(case.get("tp", 1), case.get("pp", 1)) > 1
+    )
 
 
 def freezes(name: str) -> list[str]:
@@ -167,6 +179,9 @@ RESUMES = {
 PARTLY_TRAINED = {
     1: {"options/frozen ddp": (8, "--plugin torch_ddp --freeze 2")},
     2: {
+        "options/lora ddp": (4, "--plugin torch_ddp --lora_rank 4 --lora_alpha 32 --layer_decay 0.8"),
+        "options/lora zero1 fp16": (4, "--plugin low_level_zero --precision fp16 --lora_rank 4 --ema 0.8"),
+        "options/lora hybrid bf16": (4, "--plugin hybrid_parallel --precision bf16 --lora_rank 2"),
         "options/frozen zero1 fp16": (
             4,
             "--plugin low_level_zero --precision fp16 --freeze backbone --ema 0.8",

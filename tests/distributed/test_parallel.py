@@ -4,6 +4,7 @@ import copy
 import functools
 
 import cases
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from helpers import (
     LABEL_SMOOTHING,
     LAYER_DECAY,
     LEARNING_RATES,
+    LORA,
     MAX_NORM,
     WEIGHT_DECAY,
     in_memory_images,
@@ -27,6 +29,8 @@ from vit.schedule import BatchPlan
 # A wrong learning rate, clip or average moves the losses by 1e-2 or more.
 BOUNDS = {"fp32": 2e-5, "fp16": 5e-4, "bf16": 2.5e-3}
 
+LORA_TARGETS = ["query", "value", "q_proj", "v_proj"]  # the latter since transformers 5.9
+
 NAMES = {processes: cases.names(processes) for processes in (1, 2, 4)}
 EVERY = [(processes, name) for processes, names in NAMES.items() for name in names]
 
@@ -40,12 +44,15 @@ def is_frozen(name: str, freeze: str | None) -> bool:
 
 
 @functools.cache
-def plain_training(max_norm: float, recipe: bool = False, weighted: bool = False, freeze=None) -> dict:
+def plain_training(
+    max_norm: float, recipe: bool = False, weighted: bool = False, freeze=None, lora=False
+) -> dict:
     """The same training without Colossal-AI and without our engine: batches of up to 8 images, AdamW,
     clipping.
 
     ``recipe``: label smoothing, learning rates that fall from layer to layer, and evaluation of averaged
-    weights. ``weighted``: label smoothing and class weights. ``freeze``: what gets no gradient.
+    weights. ``weighted``: label smoothing and class weights. ``freeze``: what gets no gradient. ``lora``: by
+    PEFT alone.
     """
     smoothing = LABEL_SMOOTHING * (recipe or weighted)
     weights = torch.tensor(CLASS_WEIGHTS if weighted else [1.0] * 3)
@@ -59,6 +66,10 @@ def plain_training(max_norm: float, recipe: bool = False, weighted: bool = False
     model = tiny_vit(3)
     for n, p in model.named_parameters():
         p.requires_grad_(not is_frozen(n, freeze))
+    if lora:
+        torch.manual_seed(0)
+        peft.get_peft_model(model, peft.LoraConfig(**LORA, target_modules=LORA_TARGETS))  # in place
+        model.classifier.requires_grad_(True)
     decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "layernorm" not in n]
     others = [p for p in model.parameters() if all(p is not q for q in decayed)]
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
@@ -166,6 +177,26 @@ def test_class_weights_with_label_smoothing_equal_plain_pytorch_divided_by_image
     plain = plain_training(MAX_NORM)["losses"]
     assert min(abs(a - b) for a, b in zip(expected["losses"], plain)) > 2 * tolerance
     assert_same(launched(processes)[f"options {name}, weighted"], expected, tolerance)
+
+
+WITH_LORA = [(n, name) for n in NAMES for name, case in cases.plain_cases(n).items() if cases.has_lora(case)]
+
+
+@pytest.mark.parametrize("processes, name", WITH_LORA)
+def test_lora_equals_plain_pytorch_with_peft_and_is_exported_merged(launched, processes, name):
+    """With layer decay, weight average and label smoothing, in two micro-steps."""
+    expected = plain_training(0, True, lora=True)
+    probe = plain_training(0, True, freeze="backbone")["losses"]  # LoRA's part is seen
+    assert max(abs(a - b) for a, b in zip(expected["losses"], probe)) > 4 * bound(name)
+    result = launched(processes)[f"options {name}, lora"]
+    assert_same(result, expected, bound(name))
+    # what is exported has no LoRA, and is what was evaluated
+    assert result["exported"] == pytest.approx(result["evaluations"][-1]["average_loss"], abs=bound(name))
+    names = with_first_names(tiny_vit(3).state_dict())
+    trained = {n for n in names if n.endswith(("query.weight", "value.weight")) or "classifier" in n}
+    assert set(result["unchanged"]) == names.keys() - trained  # to the last bit, also in 16 bit
+    count = 3 * 32 + 3 + 2 * 4 * LORA["r"] * (32 + 32)
+    assert count <= result["moments"] <= (count + 64) * processes
 
 
 FROZEN = [(processes, name, freeze) for processes, name in EVERY for freeze in cases.freezes(name)]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 RUNS = {processes: RESUMES[processes] | PARTLY_TRAINED[processes] for processes in RESUMES}
 RESUMED = [(processes, name) for processes, runs in RUNS.items() for name in runs]
-FROZEN = [(n, name) for n, runs in PARTLY_TRAINED.items() for name in runs if "frozen" in name]
+PARTLY = [(n, name) for n, runs in PARTLY_TRAINED.items() for name in runs]
 MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
 
 
@@ -51,21 +51,27 @@ def test_resumed_run_equals_the_uninterrupted_one(launched, shared, processes, n
     assert_same_run(shared / f"{folder}_straight", shared / f"{folder}_resumed", 0 if exact else 1e-5)
 
 
-@pytest.mark.parametrize("processes, name", FROZEN)
+@pytest.mark.parametrize("processes, name", PARTLY)
 def test_frozen_weights_of_a_resumed_run_are_exported_as_they_were_loaded(launched, shared, processes, name):
-    """To the last bit, also where a plugin trains in 16 bit."""
-    result = launched(processes)[f"resume {name}"]
-    freeze = PARTLY_TRAINED[processes][name][1].partition("--freeze ")[2].split()[0]
-    layers = [] if freeze == "backbone" else range(int(freeze), 4)
-    parts = ["classifier."] + ["vit.layernorm."] * (freeze != "backbone")
-    parts += [f"vit.encoder.layer.{i}." for i in layers]
+    """To the last bit, also where a plugin trains in 16 bit. LoRA is merged into queries and values."""
+    result, flags = launched(processes)[f"resume {name}"], PARTLY_TRAINED[processes][name][1].split()
+    parts = ["classifier."]
+    if "--lora_rank" in flags:
+        rank, linear = int(flags[flags.index("--lora_rank") + 1]), ("query", "value")
+        parts += [f"vit.encoder.layer.{i}.attention.attention.{n}.weight" for i in range(4) for n in linear]
+    elif "backbone" not in flags:
+        first = int(flags[flags.index("--freeze") + 1])
+        parts += ["vit.layernorm.", *(f"vit.encoder.layer.{i}." for i in range(first, 4))]
     folder = f"{name}_{processes}".replace(" ", "_")
     before = load_file(shared / "model" / "model.safetensors")
     after = load_file(shared / f"{folder}_resumed" / "model.safetensors")
     trained = {tensor for tensor in before if tensor.startswith(tuple(parts))}
     changed = {tensor for tensor in before if not torch.equal(before[tensor], after[tensor])}
     assert changed == trained
+    assert before.keys() == after.keys()
     count = sum(after[tensor].numel() for tensor in trained)
+    if "--lora_rank" in flags:
+        count = 99 + 8 * rank * (32 + 32)
     assert f"  model     0.0 M parameters, {count:,} of them trained\n" in result["straight"]["out"]
 
 

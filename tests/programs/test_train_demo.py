@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -119,30 +120,51 @@ def test_exported_config_has_the_true_labels_and_no_padding(finished):
     assert load_file(finished[1] / "model.safetensors")["classifier.weight"].shape == (3, 32)
 
 
+def check_by_transformers(folder: Path, split: Path, measured: dict) -> None:
+    """Classify the images of a split with transformers' pipeline, and compare with a row."""
+    from transformers import AutoImageProcessor, pipeline
+
+    processor = AutoImageProcessor.from_pretrained(folder, use_fast=False)
+    classify = pipeline("image-classification", model=str(folder), image_processor=processor, device="cpu")
+    correct, losses = 0, []
+    for path in split.glob("*/*.png"):
+        found = classify(Image.open(path))
+        correct += found[0]["label"] == path.parent.name
+        losses += [-math.log(row["score"]) for row in found if row["label"] == path.parent.name]
+    assert measured["images"] == len(losses) == COUNTS[split.name]
+    assert measured["accuracy"] == correct / len(losses)
+    assert measured["average_loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+
+
 def test_transformers_alone_opens_the_folder_and_finds_what_was_measured(
     finished, rows, image_folder, scaled_model
 ):
-    from transformers import AutoImageProcessor, pipeline
+    from transformers import AutoImageProcessor
 
     processor = AutoImageProcessor.from_pretrained(finished[1], use_fast=False)
     original = json.loads((scaled_model / "preprocessor_config.json").read_text())
     for name in ("image_mean", "image_std", "do_normalize", "do_rescale", "rescale_factor"):
         assert getattr(processor, name) == original[name]
     assert processor.size == {"height": 16, "width": 16}
-    classify = pipeline(
-        "image-classification", model=str(finished[1]), image_processor=processor, device="cpu"
-    )
     best = next(row for row in rows if row["kind"] == "epoch" and row["best"])
     test = next(row for row in rows if row["kind"] == "test")
     for split, measured in (("validation", best), ("test", test)):
-        correct, losses = 0, []
-        for path in (image_folder / split).glob("*/*.png"):
-            found = classify(Image.open(path))
-            correct += found[0]["label"] == path.parent.name
-            losses += [-math.log(row["score"]) for row in found if row["label"] == path.parent.name]
-        assert measured["images"] == len(losses) == COUNTS[split]
-        assert measured["accuracy"] == correct / COUNTS[split]
-        assert measured["average_loss"] == pytest.approx(sum(losses) / COUNTS[split], abs=1e-4)
+        check_by_transformers(finished[1], image_folder / split, measured)
+
+
+def test_run_with_lora_opens_with_transformers_alone(tmp_path, image_folder, model_folder):
+    """Started as a user does, with PEFT and without what stands in for it otherwise."""
+    flags = (
+        "--plugin torch_ddp --num_epoch 1 --batch_size 4 --learning_rate 0.02 --lora_rank 4 --lora_alpha 16"
+    )
+    words = [sys.executable, ROOT / "vit_train_demo.py", *flags.split(), "--num_workers", "0"]
+    words += ["--model_name_or_path", model_folder, "--dataset", image_folder, "--output_path", "out"]
+    run = subprocess.run(words, cwd=tmp_path, text=True, capture_output=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    found = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [found[0]["settings"][name] for name in ("lora_rank", "lora_alpha")] == [4, 16.0]
+    (test,) = (row for row in found if row["kind"] == "test")
+    check_by_transformers(tmp_path / "out", image_folder / "test", test)
 
 
 def test_metrics_tell_every_epoch_the_test_and_the_run(rows):

@@ -54,6 +54,31 @@ BAD = [
         "--freeze 1: the first of 4 pipeline stages would have nothing to train; use --freeze 0 or less",
         dict(world=4),
     ),
+    ("--lora_rank -1", "--lora_rank -1: must be a whole number >= 0"),
+    ("--lora_alpha 8", "--lora_alpha 8: is a factor of LoRA; add --lora_rank 16"),
+    (
+        "--lora_rank 8 --freeze 2",
+        "--lora_rank 8: trains the classifier and LoRA alone, and --freeze something",
+    ),
+    ("--lora_rank 8 --compile", "--lora_rank 8: is not tested with --compile and --cuda_graphs"),
+    ("--lora_rank 8", "--lora_rank 8: PEFT is not installed", dict(without="peft")),
+    (
+        "--lora_rank 8 --plugin gemini",
+        "--lora_rank 8: gemini has no LoRA in Colossal-AI (its support_lora() is False); use torch_ddp, "
+        "torch_ddp_fp16, low_level_zero, hybrid_parallel",
+    ),
+    ("--lora_rank 8 --plugin torch_fsdp", "--lora_rank 8: torch_fsdp has no LoRA in Colossal-AI"),
+    ("--lora_rank 8 --plugin none", "--lora_rank 8: none has no Booster, which adds it"),
+    (
+        "--lora_rank 8 --plugin hybrid_parallel --tp_size 2",
+        "--lora_rank 8: Colossal-AI's LoRA cannot be cut by tensor parallelism; use TP_SIZE=1",
+        dict(world=2),
+    ),
+    (
+        "--lora_rank 8 --plugin hybrid_parallel --pp_size 2",
+        "--lora_rank 8: pipeline stages are cut from a bare ViT, and PEFT wraps it; use PP_SIZE=1",
+        dict(world=2),
+    ),
     ("--class_weights inverse", "--class_weights inverse: must be one of none, balanced"),
     ("--selection_metric f1", "--selection_metric f1: must be one of accuracy, loss, macro_f1"),
     ("--selection_metric loss --keep last", "--selection_metric loss: chooses the best epoch, not with"),

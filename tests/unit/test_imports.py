@@ -20,7 +20,8 @@ LEVELS = {
     # L2: process group, optimizer, and reading and transforming images
     2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "
     "data.cifar10 data.prepared data.splits data.image_files data.summary patches.transformers_vit "
-    "model_folder report.card report.charts report.sweep_tables report.classes report.tables_page",
+    "model_folder report.card report.charts report.sweep_tables report.classes "
+    "report.tables_page parallel.lora",
     # L3: models, sources, schedules, and the forms of parallelism
     3: "signals schedule flops data.gpu_augment data.pixels data.folders data.processor data.decoded_copy "
     "data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "

@@ -12,6 +12,7 @@ from vit.model_variants import add_drop_path
 from vit.modules import numbered_layers, with_first_names
 from vit.optim import build_optimizer
 from vit.parallel.boosted import BoostedModel
+from vit.parallel.lora import add_lora, base_name, lora_scale
 from vit.parallel.mesh_train import boost_mesh
 from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
@@ -31,10 +32,7 @@ def boost(model: nn.Module, settings) -> BoostedModel:
         boosted = boost_mesh(model, settings)  # seeds each rank by itself
     else:
         pad_classifier(model, layout.tensor_size)
-        frozen = frozen_weights(model) if settings.freeze else {}
         boosted = boost_with_plugin(model, settings)
-        if any(param.dtype != torch.float32 for param in boosted.model.parameters()):
-            boosted.frozen = frozen
         if settings.drop_path:  # after sharding, which replaces modules
             add_drop_path(boosted.model, settings.drop_path, model.config.num_hidden_layers)
         torch.manual_seed(settings.seed + layout.data_parallel_rank)
@@ -48,30 +46,35 @@ def frozen_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     if rank() != 0:
         return {}
     named = {name: param.detach() for name, param in model.named_parameters() if not param.requires_grad}
-    return {name: param.cpu().clone() for name, param in with_first_names(named).items()}
+    return {base_name(name): param.cpu().clone() for name, param in with_first_names(named).items()}
 
 
 def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     """The model under a Booster plugin, or under plain PyTorch for the plugin `none`."""
     plugin = PLUGINS[settings.plugin]
+    booster = build_booster(settings) if plugin.build else None
     linear_patch_embedding(model)
-    fuse_qkv(model)
-    cpu_attention(model, settings.precision)
+    if not settings.lora_rank:  # which replaces projections
+        fuse_qkv(model)
+        cpu_attention(model, settings.precision)
     direct_forward(model)
     if settings.grad_checkpoint:
         # the re-entrant form gives no gradients to a layer whose input has none: the first above frozen ones
-        reentrant = plugin.reentrant_checkpoint and not settings.freeze
+        reentrant = plugin.reentrant_checkpoint and not trains_a_part(settings)
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     stream = torch.cuda.Stream() if records_steps(settings) else None
     compile_model(model, settings, whole=settings.cuda_graphs and stream is None)
-    optimizer = build_optimizer(model, settings)
-    adamw = optimizer
+    if settings.lora_rank:
+        model = add_lora(booster, model, settings)
+    frozen = frozen_weights(model) if trains_a_part(settings) else {}
+    adamw = build_optimizer(model, settings)
     # DistributedDataParallel accumulates gradients on the stream on which it was made
     with torch.cuda.stream(stream) if stream else nullcontext():
-        if plugin.build is None:
-            booster, model, optimizer = boost_plain(model, optimizer, settings)
+        if booster is None:
+            booster, model, optimizer = boost_plain(model, adamw, settings)
         else:
-            booster, model, optimizer = boost_with_booster(model, optimizer, settings)
+            model, optimizer, *_ = booster.boost(model, adamw)
+            avoid_device_syncs(optimizer, clips=settings.max_norm > 0)
     if stream:
         torch.cuda.current_stream().wait_stream(stream)
     for module in model.modules():
@@ -81,6 +84,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
                 module._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # its timers cannot be recorded
     path, _, name = plugin.boosted.partition(":")
     kind = getattr(importlib.import_module(path), name)
+    is_rounded = any(param.dtype != torch.float32 for param in model.parameters())
     return kind(
         booster,
         model,
@@ -90,20 +94,24 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         zero_stage=settings.zero_stage,
         clip_norm=0.0 if plugin.clips else settings.max_norm,
         graph_stream=stream,
+        frozen=frozen if is_rounded else {},
+        lora_scale=lora_scale(settings) if settings.lora_rank else 0.0,
     )
 
 
-def boost_with_booster(model: nn.Module, optimizer: torch.optim.Optimizer, settings) -> tuple:
-    """Colossal-AI's own way: a plugin, a Booster, `Booster.boost`. -> (booster, model, optimizer)"""
+def build_booster(settings):
+    """Colossal-AI's own way: a plugin, and a Booster that boosts the model by it."""
     from colossalai.booster import Booster
 
     build = PLUGINS[settings.plugin].build
     assert build is not None
     plugin, mixed_precision = build(settings)
-    booster = Booster(plugin=plugin, mixed_precision=mixed_precision)
-    model, optimizer, *_ = booster.boost(model, optimizer)
-    avoid_device_syncs(optimizer, clips=settings.max_norm > 0)
-    return booster, model, optimizer
+    return Booster(plugin=plugin, mixed_precision=mixed_precision)
+
+
+def trains_a_part(settings) -> bool:
+    """Whether some parameters keep their values."""
+    return settings.freeze is not None or settings.lora_rank > 0
 
 
 def records_steps(settings) -> bool:

@@ -15,6 +15,7 @@ from vit.distributed import device
 from vit.layout import ParallelLayout
 from vit.modules import load_weights, with_first_names
 from vit.optim import WeightEMA
+from vit.parallel.lora import merge_lora
 from vit.parallel.plugins import Plugin
 
 
@@ -27,6 +28,7 @@ class BoostedModel:
         graph_stream: stream on which whole steps are recorded as CUDA graphs; None: they are not recorded.
         ema: moving average of the weights, if any.
         frozen: parameters that are not trained, in fp32, on rank 0, where the plugin rounds them to 16 bit.
+        lora_scale: factor of LoRA's matrices, which the export adds to the weights.
     """
 
     booster: Any
@@ -39,6 +41,7 @@ class BoostedModel:
     graph_stream: torch.cuda.Stream | None = None
     ema: WeightEMA | None = None
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
+    lora_scale: float = 0.0
 
     def no_sync(self):
         """Context in which a backward pass leaves gradients unreduced, where the plugin can (for
@@ -172,7 +175,7 @@ class BoostedModel:
         if dist.get_rank() == 0:
             state = torch.load(path, map_location="cpu", weights_only=True)
             path.unlink()
-            state = with_first_names(state) | self.frozen
+            state = merge_lora(with_first_names(state) | self.frozen, self.lora_scale)
         dist.barrier()
         return state
 

@@ -24,6 +24,8 @@ INITIAL_LOSS_SCALE = 2**8
 # alternate.
 OVERLAP_COMMUNICATION = False
 
+NO_LORA = "has no LoRA in Colossal-AI (its support_lora() is False)"
+
 
 @dataclass(frozen=True)
 class Plugin:
@@ -44,6 +46,7 @@ class Plugin:
         reentrant_checkpoint: gradient checkpointing by its re-entrant form, which costs the CPU less.
         own_adam: accepts only Colossal-AI's Adam classes (see `vit.optim.GeminiAdamW`).
         why_not_compiled: why torch.compile does not work with it; empty: it does.
+        why_no_lora: why it cannot train LoRA; empty: it can, with neither tensor nor pipeline parallelism.
         offloads: what it can keep in CPU memory: "optim", "param".
         published_offload: part of the optimizer states that the published runs keep there.
     """
@@ -59,6 +62,7 @@ class Plugin:
     reentrant_checkpoint: bool = True
     own_adam: bool = False
     why_not_compiled: str = ""
+    why_no_lora: str = ""
     offloads: tuple[str, ...] = ()
     published_offload: float = 0.0
 
@@ -170,6 +174,7 @@ PLUGINS = {
         boosted="vit.parallel.boosted:BoostedGemini",
         own_adam=True,
         why_not_compiled="swaps parameter storage under the compiler",
+        why_no_lora=NO_LORA,
         offloads=("optim", "param"),
         published_offload=1.0,
     ),
@@ -181,6 +186,7 @@ PLUGINS = {
         boosted="vit.parallel.fsdp:BoostedFSDP",
         reentrant_checkpoint=False,
         why_not_compiled="is not tested under the compiler",
+        why_no_lora=NO_LORA,
     ),
     "hybrid_parallel": Plugin(
         build_hybrid_parallel,
@@ -189,9 +195,13 @@ PLUGINS = {
         zero_stages=(0, 1, 2),
         offloads=("optim",),
     ),
-    "none": Plugin(
-        None, ("fp32", "fp16", "bf16"), replicates_model=True, clips=False
-    ),  # plain PyTorch, the baseline
+    "none": Plugin(  # plain PyTorch, the baseline
+        None,
+        ("fp32", "fp16", "bf16"),
+        replicates_model=True,
+        clips=False,
+        why_no_lora="has no Booster, which adds it",
+    ),
 }
 
 # 2D, 2.5D and 3D tensor parallelism, chosen by a config file of train.py: vit/parallel/mesh.py builds them.
