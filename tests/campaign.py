@@ -271,6 +271,10 @@ def killed_run(case: str, number: int, seed: int, work: Path) -> dict:
 # ---- table
 
 
+def is_fault(kill: dict) -> bool:
+    return kill["lost"] or kill["orphans"]
+
+
 def table(rows: list[dict]) -> str:
     lines = ["| | runs | kills | lost checkpoints | unequal results | orphans | longest end, s |"]
     lines.append("|---|---|---|---|---|---|---|")
@@ -313,18 +317,11 @@ def main() -> int:
         rows.append(row)
         with open(journal, "a") as file:
             file.write(json.dumps(row) + "\n")
-        text = ", ".join(
-            f"{kill['victim']} ({kill['instant']}, {kill['seconds']} s)" for kill in row["kills"]
-        )
-        print(
-            f"{done + len(row['kills'])}: {row['case']}: {text}: {'equal' if row['equal'] else 'UNEQUAL'}",
-            flush=True,
-        )
+        kills = ", ".join(f"{kill['victim']} {kill['instant']}, {kill['seconds']} s" for kill in row["kills"])
+        result = "equal" if row["equal"] else "UNEQUAL"
+        print(f"{done + len(row['kills'])} kills; {case}: {result} ({kills})", flush=True)
     print(table(rows))
-    kills = [kill for row in rows for kill in row["kills"]]
-    return int(
-        any(kill["lost"] or kill["orphans"] for kill in kills) or not all(row["equal"] for row in rows)
-    )
+    return int(any(not row["equal"] or any(map(is_fault, row["kills"])) for row in rows))
 
 
 if __name__ == "__main__":
