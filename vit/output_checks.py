@@ -115,7 +115,8 @@ def disk_problems(settings: Settings, folder: Path) -> Iterator[str]:
         weights = 4 * architecture(settings).parameters  # fp32
     except (AttributeError, ArithmeticError, TypeError, ValueError):
         return  # unknown, or sizes that are no sizes, which another check says
-    checkpoint = (4 if settings.ema else 3) * weights  # two moments of Adam, and the average
+    # two moments of Adam, and the average; of parameters that are not trained the weights alone
+    checkpoint = (1 if settings.trains_a_part else 4 if settings.ema else 3) * weights
     steps = settings.checkpoint_steps
     saves = float("inf") if steps else -(-settings.num_epoch // settings.checkpoint_epochs)
     kept = min(saves, max(1, settings.keep_checkpoints) + (settings.keep == "best"))

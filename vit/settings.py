@@ -118,6 +118,11 @@ class Settings:
         return self.learning_rate * (self.layout.data_parallel_size if self.scale_lr else 1)
 
     @property
+    def trains_a_part(self) -> bool:
+        """Whether some parameters keep their values."""
+        return self.freeze is not None or self.lora_rank > 0
+
+    @property
     def strategy(self) -> str:
         """How the model is trained, for the plan: plugin, precision, and what saves memory."""
         parts = [f"plugin {self.plugin}" if self.config is None else f"{self.config['mode']}", self.precision]

@@ -44,6 +44,8 @@ def problems(tmp_path, **values) -> list[str]:
         (dict(num_epoch=1, checkpoint_steps=10), 3.09),
         (dict(checkpoint_epochs=9), 1.37),
         (dict(ema=0.9), 4.12),
+        (dict(freeze="backbone"), 1.03),
+        (dict(lora_rank=8, ema=0.9), 1.03),
     ],
     ids=str,
 )

@@ -60,13 +60,13 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     direct_forward(model)
     if settings.grad_checkpoint:
         # the re-entrant form gives no gradients to a layer whose input has none: the first above frozen ones
-        reentrant = plugin.reentrant_checkpoint and not trains_a_part(settings)
+        reentrant = plugin.reentrant_checkpoint and not settings.trains_a_part
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     stream = torch.cuda.Stream() if records_steps(settings) else None
     compile_model(model, settings, whole=settings.cuda_graphs and stream is None)
     if settings.lora_rank:
         model = add_lora(booster, model, settings)
-    frozen = frozen_weights(model) if trains_a_part(settings) else {}
+    frozen = frozen_weights(model) if settings.trains_a_part else {}
     adamw = build_optimizer(model, settings)
     # DistributedDataParallel accumulates gradients on the stream on which it was made
     with torch.cuda.stream(stream) if stream else nullcontext():
@@ -107,11 +107,6 @@ def build_booster(settings):
     assert build is not None
     plugin, mixed_precision = build(settings)
     return Booster(plugin=plugin, mixed_precision=mixed_precision)
-
-
-def trains_a_part(settings) -> bool:
-    """Whether some parameters keep their values."""
-    return settings.freeze is not None or settings.lora_rank > 0
 
 
 def records_steps(settings) -> bool:
