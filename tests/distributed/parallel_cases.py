@@ -125,6 +125,7 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
     if step.boosted.ema:
         state = step.boosted.gather_state_dict(FOLDER)
         result["exported"] = exported_loss(state, step, tp, held_out) if state else None
+    if settings.trains_a_part:  # with an average, too
         result["unchanged"] = unchanged(state) if state else None
         states = step.boosted.optimizer.optim.state_dict()["state"].values()
         moments = torch.tensor(sum(state["exp_avg"].numel() for state in states))
