@@ -6,7 +6,7 @@
 Every run is started as a user does, by run_demo.sh or run_accuracy.sh. Some of its processes are killed, it
 is resumed with --resume auto, and so on KILLS_OF_A_RUN times; then it ends and must have the losses and the
 weights of a run that nobody disturbed, bit for bit. After every kill no process may be left, and no
-checkpoint that was complete may be gone. FOLDER/runs.jsonl has a row for each run. Prints a table.
+checkpoint that was complete may be gone. FOLDER/kills.jsonl has a row for each run. Prints a table.
 
 It takes about an hour on two cores. Nothing else should run beside it: an orphan is known by seconds.
 """
@@ -308,7 +308,7 @@ def main() -> int:
     if not (work / "images").exists():
         write_folder(work / "images", {"train": 22, "validation": 13, "test": 7})
     save_tiny_vit(work / "model")
-    journal = work / "runs.jsonl"
+    journal = work / "kills.jsonl"
     rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
     while (done := sum(len(row["kills"]) for row in rows)) < args.kills:
         number = len(rows)
