@@ -120,9 +120,9 @@ class Peers:
                 with suppress(OSError):
                     said = key.fileobj.recv(64).decode()
                 state, lost = said.split()[:2] if said else (GONE, key.data)
-                if state == DONE:
+                if state == DONE or self.state in (DONE, GONE):  # this process ends by itself
                     selector.unregister(key.fileobj)
-                elif self.state != DONE:
+                else:
                     self._end(state, int(lost))
 
     def _end(self, state: str, rank: int) -> None:
@@ -155,6 +155,9 @@ class Peers:
             threading.Event().wait()  # the thread ends this process
         self.state = GONE  # the others need not wait
         sys.__excepthook__(kind, error, trace)
+        for connection in self.connections:  # now: Python may take seconds to end
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_WR)
 
 
 def _listener() -> socket.socket:

@@ -131,6 +131,23 @@ def test_an_error_of_its_own_is_printed(tmp_path):
     assert "RuntimeError: a bug" in said[1] and said[0] == said[2] == ""
 
 
+def test_an_error_is_printed_once_also_if_its_process_takes_long_to_end(tmp_path):
+    """Its connections are closed before the process is gone, and collectives of the others fail."""
+
+    def end(rank, peers):
+        time.sleep(0 if rank == 1 else 1.3)
+        try:
+            raise RuntimeError("a bug" if rank == 1 else "Connection closed by peer")
+        except RuntimeError:
+            sys.excepthook(*sys.exc_info())
+        time.sleep(4)
+        os._exit(1)
+
+    statuses, said = run(tmp_path, end, hosts=["a"] * WORLD)
+    assert statuses == [LOST, 1, LOST]
+    assert "RuntimeError: a bug" in said[1] and said[0] == said[2] == ""
+
+
 def test_the_kernel_notices_a_machine_without_power():
     with socket.socket() as connection:
         keep_alive(connection)

@@ -173,11 +173,24 @@ class WorkerLoader:
         skipped, self.skipped = self.skipped, []
         return skipped
 
+    def served(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[dict]:
+        """What the workers return, in order.
+
+        Raises:
+            RuntimeError: a worker was killed, in the words of torch, which does not always notice it.
+        """
+        with _signals_blocked():
+            batches = iter(make_loader(self.dataset, order, self.workers))
+        try:
+            yield from batches
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # of the socket to its memory
+            if not self.workers or str(error).startswith("Caught "):  # an error in the worker
+                raise
+            raise RuntimeError(f"DataLoader worker exited unexpectedly ({error})") from error
+
     def batches(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[dict]:
         order, ahead = itertools.tee(order)
-        with _signals_blocked():
-            served = iter(make_loader(self.dataset, ahead, self.workers))
-        for pairs, batch in zip(order, served, strict=False):
+        for pairs, batch in zip(order, self.served(ahead), strict=False):
             self.skipped += batch["skipped"]
             pixels = batch["pixel_values"].to(self.device, non_blocking=True)
             if self.augment is not None:

@@ -69,6 +69,26 @@ def test_augmentation_follows_epoch_seed_and_image(image_folder):
 # ---- signals
 
 
+@pytest.mark.parametrize(
+    "error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(), FileNotFoundError(2, "gone")]
+)
+def test_worker_that_was_killed_while_it_handed_over_a_batch_is_a_killed_worker(monkeypatch, error):
+    """The trainer knows it by the words of torch, which looks for dead workers a moment too early."""
+
+    def loader(*args):
+        yield {"skipped": [], "pixel_values": torch.zeros(1), "labels": torch.zeros(1)}
+        raise error
+
+    monkeypatch.setattr("vit.data.loaders.make_loader", loader)
+    split = BatchDataset(in_memory_images(8), Resize(16))
+    batches = WorkerLoader(split, 1, torch.device("cpu")).batches([[(0, 0)], [(0, 1)]])
+    next(batches)
+    with pytest.raises(RuntimeError, match="^DataLoader worker exited"):
+        next(batches)
+    with pytest.raises(type(error)):  # without workers it is something else
+        list(WorkerLoader(split, 0, torch.device("cpu")).batches([[(0, 0)], [(0, 1)]]))
+
+
 def serve(folder: Path, is_done) -> None:
     """In a process of its own: serve batches with two workers until ``is_done(signals received)``, then all.
 
