@@ -122,5 +122,9 @@ def _renamed(name: str, layers: str, modules: dict[str, str]) -> str:
     found = LAYER.search(name)
     if found is None:
         return name
-    module, _, kind = name[found.end() + 1 :].rpartition(".")
-    return f"{name[: found.start()]}.{layers}.{found[1]}.{modules.get(module, module)}.{kind}"
+    inner = name[found.end() + 1 :]
+    for old, new in modules.items():
+        if inner.startswith(f"{old}."):  # its weight and bias, or what PEFT put into it
+            inner = new + inner.removeprefix(old)
+            break
+    return f"{name[: found.start()]}.{layers}.{found[1]}.{inner}"

@@ -345,6 +345,16 @@ def test_state_dicts_of_both_forms_become_each_other():
     assert all(with_first_names(new)[name] is tensor for name, tensor in first.items())
 
 
+@pytest.mark.parametrize("inner", ["weight", "base_layer.bias", "lora_A.default.weight"])
+def test_what_peft_puts_into_a_layer_has_the_layers_first_name_too(inner):
+    new, first = (
+        f"vit.layers.1.attention.q_proj.{inner}",
+        f"encoder.layer.1.attention.attention.query.{inner}",
+    )
+    assert list(with_first_names({f"base_model.model.{new}": 0})) == [f"base_model.model.vit.{first}"]
+    assert list(with_names_of(["vit.layers.0.mlp.fc1.weight"], {f"vit.{first}": 0})) == [new]
+
+
 def test_model_without_layers_of_a_known_name_is_an_error():
     with pytest.raises(LookupError, match="has no layers of a known name"):
         add_drop_path(torch.nn.Linear(2, 2), 0.1, 4)
