@@ -13,8 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vit.patches import disabled
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -37,6 +35,8 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
     Attention is no faster without the patch `cpu_attention`.
     """
+    from vit.patches import disabled  # the launcher needs this file alone
+
     if "cpu_attention" in disabled():
         return False
     with suppress(OSError):  # not Linux
