@@ -40,7 +40,7 @@ from vit.data.transforms import Resize
 from vit.distributed import all_gather_objects, all_reduce_sum
 from vit.layout import ParallelLayout
 from vit.model import freeze_parameters, load_model, pad_classifier
-from vit.modules import with_first_names
+from vit.modules import load_weights, with_first_names
 from vit.parallel.boost import boost
 from vit.run_lock import RunLock
 from vit.schedule import BatchPlan
@@ -143,7 +143,7 @@ def exported_loss(state: dict, step: TrainStep, tp: int, held_out) -> float:
     """Of the weights that an export has, in a model of their own."""
     model = initial_model().eval()
     pad_classifier(model, tp)
-    model.load_state_dict({name: tensor.float() for name, tensor in state.items()})
+    load_weights(model, {name: tensor.float() for name, tensor in state.items()})
     batch = held_out.__getitems__([(0, i) for i in range(13)])
     with torch.no_grad():
         logits = model(pixel_values=step.normalize(batch["pixel_values"])).logits[:, :3]
