@@ -23,6 +23,7 @@ seen |= dict(pid=os.getpid(), agent=os.getppid())
 (folder / f"{rank}.tmp").rename(folder / f"{rank}.json")
 print(f"out {rank}\\n", end="", flush=True)
 print(f"bar {rank} 1\\rbar {rank} 2", end="\\r", file=sys.stderr, flush=True)
+(folder / f"{rank}.said").touch()
 while os.environ.get("WAIT") and not stopped or rank == os.environ.get("HANGS"):
     time.sleep(0.05)
 if stopped:
@@ -30,6 +31,8 @@ if stopped:
     (folder / f"{rank}.saved").touch()
     sys.exit(128 + stopped[0])
 if rank == os.environ.get("FAILS"):
+    while len(list(folder.glob("*.said"))) < int(os.environ["WORLD_SIZE"]):  # they end with this process
+        time.sleep(0.05)
     sys.exit(7)
 """
 
