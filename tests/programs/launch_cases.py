@@ -22,7 +22,8 @@ seen |= dict(pid=os.getpid(), agent=os.getppid())
 (folder / f"{rank}.tmp").write_text(json.dumps(seen))
 (folder / f"{rank}.tmp").rename(folder / f"{rank}.json")
 print(f"out {rank}\\n", end="", flush=True)
-print(f"bar {rank} 1\\rbar {rank} 2", end="\\r", file=sys.stderr, flush=True)
+sys.stderr.write(f"bar {rank} 1\\rbar {rank} 2\\r")  # in one piece: both processes write there
+sys.stderr.flush()
 (folder / f"{rank}.said").touch()
 while os.environ.get("WAIT") and not stopped or rank == os.environ.get("HANGS"):
     time.sleep(0.05)
