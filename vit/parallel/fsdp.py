@@ -13,7 +13,7 @@ from torch.distributed.fsdp import MixedPrecision
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from vit.distributed import device
-from vit.modules import numbered_layers
+from vit.modules import numbered_layers, with_first_names
 from vit.parallel.boosted import BoostedModel
 
 
@@ -101,4 +101,4 @@ class BoostedFSDP(BoostedModel):
                 for name, param in module.named_parameters()
             )
             state = {name: param.detach().cpu().clone() for name, param in named}
-        return state if dist.get_rank() == 0 else None
+        return with_first_names(state) if dist.get_rank() == 0 else None
