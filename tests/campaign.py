@@ -25,10 +25,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from distributed.cases import RESUMES
+from forks import parent_of, processes_of
 from helpers import ROOT, save_tiny_vit, write_folder
 
 from vit.checkpoint_files import checkpoints_in, number_of
 from vit.checksums import sha256_of
+from vit.files import read_jsonl
 
 KILLS_OF_A_RUN = 5
 ORPHAN_SECONDS = 10  # after a kill every process has ended
@@ -53,26 +55,9 @@ MEASURED = ("train_loss", "average_loss", "accuracy", "learning_rate")
 # ---- processes
 
 
-def command_lines(output: Path) -> dict[int, str]:
-    """Of the processes of the run that writes to ``output``, by process id."""
-    found = {}
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            words = file.read_bytes().decode(errors="replace").split("\0")
-            if str(output) in words:
-                found[int(file.parent.name)] = " ".join(words)
-    return found
-
-
-def parent_of(pid: int) -> int:
-    with contextlib.suppress(OSError):
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return 0
-
-
 def victims_of(kind: str, bash: int, output: Path, draw: random.Random) -> list[int]:
     """Process ids; none if there is no such process now."""
-    lines = command_lines(output)
+    lines = processes_of(output)
     agents = [pid for pid, line in lines.items() if " agent " in line and "bash" not in line]
     ranks = sorted(pid for pid in lines if parent_of(pid) in agents)
     found = {
@@ -140,15 +125,17 @@ class Run:
         try:
             process.wait(PATIENCE)
         finally:
-            end_all([process.pid, *command_lines(self.output)])
+            end_all([process.pid, *processes_of(self.output)])
         if process.returncode:
             raise SystemExit(f"{self.case}: status {process.returncode}\n{self.said()}")
         return time.monotonic() - started
 
+    def rows(self) -> list[dict]:
+        return read_jsonl(self.output / "metrics.jsonl")
+
     def result(self) -> dict:
         """What must be equal to that of the undisturbed run."""
-        lines = (self.output / "metrics.jsonl").read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if row["kind"] in ("epoch", "test")]
+        rows = [row for row in self.rows() if row["kind"] in ("epoch", "test")]
         values = [[row[name] for name in MEASURED if name in row] for row in rows]
         return {"rows": values, "weights": sha256_of(self.output / "model.safetensors")}
 
@@ -215,7 +202,7 @@ def kill_once(run: Run, draw: random.Random, times: dict) -> bool:
     end_all(victims)
     left: dict[int, str] = {0: ""}
     while left and time.monotonic() < killed + 6 * ORPHAN_SECONDS:
-        left = command_lines(run.output)
+        left = processes_of(run.output)
         process.poll()  # else bash stays as a zombie
         time.sleep(0.05)
     seconds = time.monotonic() - killed
@@ -250,8 +237,7 @@ def killed_run(case: str, number: int, seed: int, work: Path) -> dict:
         shutil.rmtree(reference.output.parent, ignore_errors=True)
         reference.output.parent.mkdir()
         whole = reference.to_the_end()
-        rows = [json.loads(line) for line in (reference.output / "metrics.jsonl").read_text().splitlines()]
-        end = next(row for row in rows if row["kind"] == "end")
+        end = next(row for row in reference.rows() if row["kind"] == "end")
         training = end["training_seconds"]
         times_file.write_text(json.dumps({"start": whole - end["seconds"], "training": training}))
     times = json.loads(times_file.read_text())
@@ -309,7 +295,7 @@ def main() -> int:
         write_folder(work / "images", {"train": 22, "validation": 13, "test": 7})
     save_tiny_vit(work / "model")
     journal = work / "kills.jsonl"
-    rows = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
+    rows = read_jsonl(journal) if journal.exists() else []
     while (done := sum(len(row["kills"]) for row in rows)) < args.kills:
         number = len(rows)
         case = CASES[number % len(CASES)]

@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 
@@ -48,3 +48,21 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] not in "ZX"
     except OSError:
         return False
+
+
+def parent_of(pid: int) -> int:
+    """0 if the process is gone."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
+
+
+def processes_of(output: Path) -> dict[int, str]:
+    """Command lines of what belongs to the run that writes to ``output``, by process id."""
+    found = {}
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            line = file.read_bytes().decode(errors="replace").replace("\0", " ")
+            if str(output) in line:
+                found[int(file.parent.name)] = line
+    return found

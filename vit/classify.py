@@ -79,7 +79,7 @@ class Classifier:
         except DataError:
             raise
         except Exception as error:  # of many types: no weights, a damaged file, an unknown kind of model
-            raise DataError(pickles_refused() if lacks_safetensors(error) else _one_line(error)) from None
+            raise DataError(pickles_refused() if lacks_safetensors(error) else one_line(error)) from None
         self.model = model.eval().float().to(self.device)
         self.temperature = 1.0
         trained = getattr(model.config, "pixel_range", None)  # written by vit/run_folder.py
@@ -97,7 +97,7 @@ class Classifier:
                 try:
                     pixels = self.pixels(result.image.encoded or result.image.path)
                 except Exception as error:  # PIL raises many types for a damaged file
-                    result.problem = f"cannot be read: {_one_line(error)}"
+                    result.problem = f"cannot be read: {one_line(error)}"
                 else:  # a processor that does not resize returns images of any size
                     shapes.setdefault(pixels.shape, []).append((result, pixels))
             for members in shapes.values():
@@ -119,7 +119,7 @@ class Classifier:
                 logits = self.model(pixel_values=pixels).logits.float()
         except (ValueError, RuntimeError) as error:  # such as an image of another size than the model takes
             for result, _ in members:
-                result.problem = f"cannot be classified: {_one_line(error)}"
+                result.problem = f"cannot be classified: {one_line(error)}"
             return
         # chosen by the logits: after a division two of them can be equal, and the first would win
         best = logits.topk(min(topk, len(self.labels))).indices
@@ -150,5 +150,6 @@ def _read_model(name: str) -> tuple[torch.nn.Module, list[str]]:
     return model, labels
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says, for a message."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 from vit.console import exit_with_errors, print_rank0
-from vit.files import cache_home
+from vit.files import TRACKED, cache_home
 from vit.versions import pickles_are_safe
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")  # owner/name
@@ -112,7 +112,7 @@ def upload(folder: Path, repository: str) -> None:
         HfApi().upload_folder(
             repo_id=repository,
             folder_path=folder,
-            ignore_patterns=["checkpoints/**", "tensorboard/**", "wandb/**", "report_to.json"],
+            ignore_patterns=["checkpoints/**", "tensorboard/**", "wandb/**", TRACKED],
             commit_message="Fine-tuned with Colossal-AI",
         )
     except Exception as error:  # many types: no permission, wrong name, no space, no answer

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vit.classify import Classifier
+from vit.classify import Classifier, one_line
 from vit.data.leaves import LABELS, draw_leaf
 from vit.data.processor import Normalize
 
@@ -60,7 +60,7 @@ def export_onnx(classifier: Classifier, folder: Path) -> tuple[Path, float]:
     except ExportError:
         raise
     except Exception as error:  # of three libraries, and of the disk
-        raise ExportError(" ".join(str(error).split()) or type(error).__name__) from None
+        raise ExportError(one_line(error)) from None
     finally:
         partial.unlink(missing_ok=True)
         classifier.model.to(classifier.device)

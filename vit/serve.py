@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from vit.classify import Classifier, Found
+from vit.classify import Classifier, Found, one_line
 from vit.data.image_files import NOT_DECODED, register_plugins
 from vit.pages import render
 
@@ -71,7 +71,7 @@ class Server(ThreadingHTTPServer):
         except UnidentifiedImageError:  # whose text names an object of Python
             return {"problem": "cannot be read: is no image, or of an unknown format"}
         except Exception as error:  # Pillow raises many types for a damaged file
-            return {"problem": f"cannot be read: {' '.join(str(error).split()) or type(error).__name__}"}
+            return {"problem": f"cannot be read: {one_line(error)}"}
         with self.lock:  # one at a time: torch uses all cores for one
             (result,) = self.classifier.predict([Found(Path("image"), encoded=encoded)], TOP, 1)
         if result.problem:
@@ -114,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
         except OSError:  # the client is gone
             raise
         except Exception as error:
-            problem = f"cannot be classified: {' '.join(str(error).split()) or type(error).__name__}"
+            problem = f"cannot be classified: {one_line(error)}"
             status, kind, text = 500, "application/json", json.dumps({"problem": problem})
         body = text.encode()
         self.send_response(status)

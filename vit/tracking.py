@@ -91,7 +91,7 @@ class Tracker:
         write_atomically(self.path, json.dumps({self.name: self.library.run_id}) + "\n")
 
     def _recorded(self) -> str | None:
-        """The library's name for this run, if it was begun before."""
+        """The library's name for this run, if it was started before."""
         try:
             return dict(json.loads(self.path.read_text())).get(self.name)
         except (OSError, ValueError, TypeError):  # none, or damaged

@@ -9,24 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import parent_of, processes_of
 from helpers import ROOT
 
 from vit.checkpoint import CheckpointFolder
 from vit.run_lock import other_run
 from vit.system import free_port
-
-
-def processes_of(output: Path) -> dict[int, str]:
-    """Command lines of what belongs to the run that writes to ``output``, by process id."""
-    found = {}
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = file.read_bytes().decode(errors="replace").replace("\0", " ")
-        except OSError:
-            continue
-        if str(output) in line:
-            found[int(file.parent.name)] = line
-    return found
 
 
 def run_demo(shared: Path, output: Path, *flags: str, **variables: str) -> subprocess.Popen:
@@ -147,7 +135,3 @@ def test_lost_connection_and_named_variables(ssh, shared, tmp_path):
 def environment_of(pid: int) -> dict[str, str]:
     pairs = Path(f"/proc/{pid}/environ").read_bytes().decode().rstrip("\0").split("\0")
     return dict(pair.split("=", 1) for pair in pairs)
-
-
-def parent_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forks import parent_of
 from helpers import ROOT
 from launch_cases import call, settings
 
@@ -156,10 +157,6 @@ def test_launcher_whose_script_is_gone_starts_nothing(home):
     env = settings(home, LAUNCH_PARENT="1")
     done = subprocess.run([*command, "--", str(home / "job.py")], env=env, capture_output=True, timeout=60)
     assert done.returncode == 128 + signal.SIGKILL and not seen(home)
-
-
-def parent_of(pid):
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def test_several_machines_get_the_environment_and_fail_together(home):
