@@ -46,6 +46,17 @@ from helpers import COUNTS, save_tiny_vit, write_folder
 torch.set_num_threads(1)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Print a failure at once: a suite that is stopped at its limit would take the reasons along."""
+    report = yield
+    if report.failed:
+        terminal = item.config.pluginmanager.get_plugin("terminalreporter")
+        title = f"{report.nodeid} ({report.when}, {report.duration:.1f} s)"
+        terminal.write_line(f"\n{title}\n{report.longreprtext[-3000:]}")
+    return report
+
+
 def torchrun(processes: int, *command, **options) -> subprocess.CompletedProcess:
     """Run a script on several processes; a free port is chosen by torchrun itself."""
     launcher = [

@@ -22,7 +22,7 @@ install_set() { # NAME FOLDER
   [ -x "$2/bin/python" ] || "$python" -m venv "$2" || return
   local versions=pinned
   [ "$1" != newest ] || versions=newest
-  env -u PYTHON VIRTUAL_ENV="$2" VERSIONS="$versions" NEEDED=pytest INSTALL=1 \
+  env -u PYTHON VIRTUAL_ENV="$2" VERSIONS="$versions" NEEDED="pytest pytest-timeout" INSTALL=1 \
     bash -c 'source "$0/launcher/launch.sh"; install_environment' "$HERE" || return
   [ "$1" != last4 ] || "$2/bin/python" -m pip install -q --disable-pip-version-check "$LAST_4"
 }
