@@ -135,7 +135,10 @@ def test_image_as_high_as_it_has_channels_is_no_other_image(predict, folder, hei
         Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)).save(folder / name)
     _, out, _ = predict("thin.png", "large.png", "--model", "nearest", "--format", "json", "--topk", "3")
     thin, large = (row["predictions"] for row in json.loads(out))
-    assert thin == large
+    assert [row["label"] for row in thin] == [row["label"] for row in large]
+    # the two rows of a product may be rounded differently
+    close = pytest.approx([row["probability"] for row in large], rel=1e-5)
+    assert [row["probability"] for row in thin] == close
 
 
 def test_images_of_more_than_8_bits_are_read_as_in_training(predict, folder):
