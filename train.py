@@ -31,8 +31,8 @@ def main(argv: list[str] | None = None) -> None:
     from data import build_scratch_loaders
     from vit.checkpoint import CheckpointFolder
     from vit.config_settings import vit_config
-    from vit.console import exit_with_errors, print_rank0
-    from vit.data.dataset import DataError
+    from vit.console import print_rank0
+    from vit.data.dataset import one_line_errors
     from vit.data.processor import Normalize
     from vit.distributed import destroy_distributed, device, import_libraries, init_distributed
     from vit.initial_weights import build_vit
@@ -55,12 +55,8 @@ def main(argv: list[str] | None = None) -> None:
             torch.set_num_threads(1)  # the CPU's tensors are small: waking other cores takes longer
 
         # --- data
-        try:
+        with one_line_errors("DATA="):
             loaders = build_scratch_loaders(settings, device())  # nothing is decoded yet
-        except DataError as error:
-            exit_with_errors(error.with_option("DATA="))
-        except OSError as error:
-            exit_with_errors(str(error))
         labels = loaders.label_names
         plan, learning_rate, notes = plan_schedule(settings, len(loaders.train))
         loaders.notes.extend(notes)
@@ -72,19 +68,14 @@ def main(argv: list[str] | None = None) -> None:
         run = RunFolder(settings, loaders, started)
         run.print_plan(plan, learning_rate, model)
         if loaders.decode:  # not synthetic
-            try:
+            with one_line_errors("DATA="):
                 loaders = loaders.decode()
-            except DataError as error:
-                exit_with_errors(error.with_option("DATA="))
             plan, learning_rate, _ = plan_schedule(settings, len(loaders.train))
             run.replace_loaders(loaders, plan)
-        processor = loaders.processor
-        mean, std = (
-            ", ".join(f"{x:.3f}" for x in values) for values in (processor.image_mean, processor.image_std)
-        )
-        print_rank0(f"  pixels    mean {mean}, std {std}")
+        normalize = Normalize.of(loaders.processor)
+        print_rank0(f"  pixels    {normalize}")
         boosted = boost(model, settings)
-        step = TrainStep.of(boosted, settings, len(labels), Normalize.of(processor), plan.steps_per_epoch)
+        step = TrainStep.of(boosted, settings, len(labels), normalize, plan.steps_per_epoch)
 
         # --- train
         checkpoints = CheckpointFolder(run.path / "checkpoints", keep=1)
@@ -93,8 +84,6 @@ def main(argv: list[str] | None = None) -> None:
             if checkpoint := run.find_checkpoint(checkpoints):
                 trainer.resume(checkpoint)
             run.open()
-            ready = time.perf_counter() - started
-            print_rank0(f"  ready     {ready:.1f} s from the imports to the first step\n")
             trainer.fit()
             trainer.finish()
             run.export(boosted, model.config)

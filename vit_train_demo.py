@@ -25,7 +25,7 @@ def main() -> None:
     from vit import hub
     from vit.checkpoint import CheckpointFolder
     from vit.console import exit_with_errors, print_rank0, rank
-    from vit.data.dataset import DataError
+    from vit.data.dataset import one_line_errors
     from vit.data.processor import Normalize
     from vit.distributed import destroy_distributed, device, import_libraries, init_distributed
     from vit.model import freeze_parameters, load_model
@@ -45,17 +45,13 @@ def main() -> None:
             lock.acquire()
 
         # --- data and model
-        try:
+        with one_line_errors("--dataset "):
             dataset = load_dataset(settings)
             torch.manual_seed(settings.seed)
             loaded = load_model(settings.model_name_or_path, dataset.label_names, settings.image_size)
             freeze_parameters(loaded.model, settings.freeze, settings.pp_size)
             dataset.notes.extend(loaded.notes)
             loaders = build_loaders(dataset, settings, loaded.processor, device())  # nothing is decoded yet
-        except DataError as error:
-            exit_with_errors(error.with_option("--dataset "))
-        except OSError as error:
-            exit_with_errors(str(error))
         model, processor, labels = loaded.model, loaded.processor, len(dataset.label_names)
         plan, learning_rate, notes = plan_schedule(settings, len(loaders.train))
         loaders.notes.extend(notes)
@@ -67,10 +63,8 @@ def main() -> None:
         if settings.eval_only and loaded.new_classifier:
             name = settings.model_name_or_path
             exit_with_errors(f"--eval_only: {name} was not trained on these labels: {loaders.labels_text}")
-        try:
+        with one_line_errors("--dataset "):
             loaders = loaders.decode()
-        except DataError as error:
-            exit_with_errors(error.with_option("--dataset "))
         plan, learning_rate, _ = plan_schedule(settings, len(loaders.train))
         run.replace_loaders(loaders, plan)
 
@@ -92,8 +86,6 @@ def main() -> None:
             if checkpoint := run.find_checkpoint(checkpoints):
                 trainer.resume(checkpoint)
             run.open()
-            ready = time.perf_counter() - started
-            print_rank0(f"  ready     {ready:.1f} s from the imports to the first step\n")
             trainer.fit()
 
             # --- test and export the selected epoch

@@ -154,6 +154,8 @@ class RunFolder:
         """Make the folder, without an earlier run's files if --overwrite_output allows, and write the first
         row.
         """
+        ready = time.perf_counter() - self.started
+        print_rank0(f"  ready     {ready:.1f} s from the imports to the first step\n")
         if rank() != 0:
             return
         if self.settings.overwrite_output and self.path.exists():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from vit.console import exit_with_errors
 
 # Label of a padding image, which fills a batch and is not counted: torch's cross_entropy ignores it.
 IGNORE_INDEX = -100
@@ -35,6 +38,21 @@ class DataError(ValueError):
     def in_one_line(self) -> str:
         """The text without the traceback that a DataLoader worker puts in front of it."""
         return str(self).strip().rpartition("DataError: ")[2].splitlines()[-1]
+
+
+@contextmanager
+def one_line_errors(option: str) -> Iterator[None]:
+    """End the program in one line for data that cannot be used, or a file or hub that cannot be reached.
+
+    Args:
+        option: by which the program names the data set: "--dataset " or "DATA=".
+    """
+    try:
+        yield
+    except DataError as error:
+        exit_with_errors(error.with_option(option))
+    except OSError as error:
+        exit_with_errors(str(error))
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,10 @@ class Normalize:
             return cls((0.0,) * 3, (1.0,) * 3, unit)
         return cls(per_channel(processor.image_mean), per_channel(processor.image_std), unit)
 
+    def __str__(self) -> str:
+        mean, std = (", ".join(f"{x:.3f}" for x in values) for values in (self.mean, self.std))
+        return f"mean {mean}, std {std}"
+
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         mean, std = (
             _channel_tensor(tuple(values), self.unit, pixels.device) for values in (self.mean, self.std)
