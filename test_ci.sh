@@ -23,6 +23,11 @@ PYTHONPATH=$HERE${PYTHONPATH:+:$PYTHONPATH} \
 
 PYTHON=$PYTHON bash "$HERE/tests/demos.sh" || status=$?
 
-# The same with the newest versions of the libraries, in an environment of their own: tests/matrix.sh.
-[ -z "${NEWEST:-}" ] || ENVIRONMENTS=$HERE/.environments bash "$HERE/tests/matrix.sh" newest || status=$?
+# The same with the newest versions of the libraries, in an environment of their own: tests/matrix.sh. It
+# takes as long again, and CI ends after 90 minutes.
+if [ -n "${CI:-}" ] && ((SECONDS > 2400)); then
+  [ -z "${NEWEST:-}" ] || echo "The newest versions were NOT tested: $((SECONDS / 60)) minutes are gone."
+elif [ -n "${NEWEST:-}" ]; then
+  ENVIRONMENTS=$HERE/.environments bash "$HERE/tests/matrix.sh" newest || status=$?
+fi
 ((status == 0))

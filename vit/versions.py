@@ -18,7 +18,7 @@ class Range:
 
 TESTED = {
     "colossalai": Range("0.5.0", "0.5.0"),
-    "torch": Range("2.5", "2.14"),
+    "torch": Range("2.5", "2.15"),
     "transformers": Range("4.51", "5.24"),
 }
 
