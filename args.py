@@ -31,6 +31,7 @@ from vit.flags import (
 )
 from vit.layout import ParallelLayout
 from vit.output_checks import output_problems
+from vit.parallel.plugins import PEERS
 from vit.parser import Parser
 from vit.presets import PRESETS
 from vit.resolve import (
@@ -247,7 +248,8 @@ def benchmark_parser() -> Parser:
     add = parser.add
     parser.group("what is measured")
     add("--model_name_or_path", str, BENCHMARK_MODEL_HELP, auto=True)
-    add_plugin_flags(add)
+    add_plugin_flags(add, others=tuple(PEERS))
+    add("--peers", bool, "run_benchmark.sh: measure timm and transformers by themselves, too", default=False)
     add("--batch_size", positive(), "one or more; images per data-parallel rank", nargs="+", default=[8, 32])
     add("--image_size", Number(int, low=8), "pixels (default: the model's)")
     add("--num_labels", Number(int, low=2), "size of the classifier", default=1000)

@@ -7,7 +7,7 @@
 . "$(dirname -- "$0")/launcher/launch.sh"
 
 export CUDA_VISIBLE_DEVICES='' # no GPU, also on a machine that has some
-NEEDED="pytest pytest-timeout ruff mypy" install_environment
+NEEDED="pytest pytest-timeout ruff mypy timm" install_environment
 
 status=0
 (cd "$HERE" && "$PYTHON" -m ruff check . && "$PYTHON" -m ruff format --check . && "$PYTHON" -m mypy) ||

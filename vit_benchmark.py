@@ -23,14 +23,9 @@ def measure_case(case: Case) -> dict:
     """Build, warm up and time one case. -> the measured part of its row. Collective."""
     import torch
 
-    from vit.data.processor import Normalize
     from vit.distributed import all_reduce_max, all_reduce_sum, device, peak_memory_gib, reset_peak_memory
     from vit.flops import time_on_device
-    from vit.model import load_model
-    from vit.parallel.boost import boost
-    from vit.presets import preset_name
     from vit.schedule import BatchPlan
-    from vit.step import TrainStep
     from vit.step_graph import StepGraph
 
     settings, layout = case.settings, case.settings.layout
@@ -38,11 +33,7 @@ def measure_case(case: Case) -> dict:
     on_gpu = torch.cuda.is_available()
     before = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0  # by earlier cases, if anything
     torch.manual_seed(settings.seed)
-    labels = [str(i) for i in range(case.num_labels)]
-    loaded = load_model(preset_name(settings.model_name_or_path), labels, settings.image_size)
-    config = loaded.model.config
-    step = TrainStep(boost(loaded.model, settings), case.num_labels, Normalize((0.5,) * 3, (0.5,) * 3))
-    del loaded
+    step, config, compiled = build_step(case)
 
     # the images are on the device before the clock starts
     plan = BatchPlan(0, settings.batch_size, settings.gradient_accumulation_steps, layout, settings.seed)
@@ -76,7 +67,27 @@ def measure_case(case: Case) -> dict:
         reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
         memory["peak_reserved_gib"] = all_reduce_max(reserved).item()
     speed = speed_figures(case, plan.images_per_step, windows, config)
-    return memory | speed | {"first_loss": first, "last_loss": last}
+    return memory | speed | {"compiled": compiled, "first_loss": first, "last_loss": last}
+
+
+def build_step(case: Case) -> tuple:
+    """-> (a train step of the plugin or peer, the HuggingFace config, what of the model is compiled)"""
+    from vit.data.processor import Normalize
+    from vit.model import load_model
+    from vit.parallel.boost import boost, compiled_part
+    from vit.parallel.plugins import PEERS
+    from vit.peers import PeerStep, peer_config
+    from vit.presets import preset_name
+    from vit.step import TrainStep
+
+    settings, normalize = case.settings, Normalize((0.5,) * 3, (0.5,) * 3)
+    if settings.plugin in PEERS:
+        step = PeerStep(settings, case.num_labels, normalize)
+        return step, peer_config(settings, case.num_labels), "the model" if settings.compile else ""
+    labels = [str(i) for i in range(case.num_labels)]
+    model = load_model(preset_name(settings.model_name_or_path), labels, settings.image_size).model
+    step = TrainStep(boost(model, settings), case.num_labels, normalize)
+    return step, model.config, compiled_part(settings)
 
 
 def speed_figures(case: Case, images: int, windows: list[float], config) -> dict:

@@ -29,7 +29,7 @@ from vit.versions import installed_version, numbers
 
 PINNED, NEWEST = PROJECT / "requirements.txt", PROJECT / "launcher" / "requirements-newest.txt"
 TOOLS = {"pip", "setuptools", "wheel"}  # a new environment has old ones, and torch 2.14 needs setuptools 77
-OPTIONAL = {"pytest", "pytest-timeout", "ruff", "mypy", "tensorboard"}  # not needed for a run
+OPTIONAL = {"pytest", "pytest-timeout", "ruff", "mypy", "tensorboard", "timm"}  # not needed for a run
 SHOWN = ("colossalai", "torch", "torchvision", "transformers", "datasets")
 # Colossal-AI's requirements: torch up to, transformers exactly. pip finds no solution beside others.
 PINNED_TORCH, PINNED_TRANSFORMERS = (2, 5, 1), (4, 51, 3)

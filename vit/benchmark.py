@@ -13,9 +13,10 @@ from pathlib import Path
 from vit.console import exit_with_errors, print_rank0, rank
 from vit.environment import PROJECT, environment, recorded_command
 from vit.files import DamagedRows, read_jsonl
-from vit.parallel.plugins import PLUGINS
+from vit.parallel.plugins import PEERS, PLUGINS
 from vit.report.benchmark import CASE_KEYS, METHOD_KEYS, benchmark_report, case_key
 from vit.system import die_with_parent
+from vit.versions import installed_version
 
 KEYS = CASE_KEYS + METHOD_KEYS
 
@@ -51,6 +52,9 @@ class ResultRows:
     def settings_of(self, case) -> dict:
         """What identifies a case, as it stands in its row."""
         values = {name: self.common[name] if name in self.common else case.get(name) for name in KEYS}
+        if case.settings.plugin in PEERS:
+            name = case.settings.plugin
+            values["versions"] = values["versions"] | {name: installed_version(name)}
         return values | {"dp": case.settings.layout.data_parallel_size}
 
     def unmeasured(self, cases: list, again: bool = False) -> list:
@@ -108,6 +112,8 @@ def main(benchmark_cases) -> int:
     entries = os.environ["PLUGINS"].split()
     if entries == ["auto"]:
         entries = default_entries(os.environ["PRESET"], gpus)
+    if "--peers" in sys.argv[1:]:
+        entries += [entry for name in PEERS for entry in (name, f"{name}:compile")]
     results = folder / "rows.jsonl"
     common = [*sys.argv[1:], "--results", str(results), "--world_size", str(world_size)]
     planned = []

@@ -16,7 +16,7 @@ from vit.data.sources import find_source
 from vit.layout import freeze_problem
 from vit.model_folder import PREPROCESSING, read_model_folder
 from vit.output_checks import output_problems
-from vit.parallel.plugins import PLUGINS
+from vit.parallel.plugins import PEERS, PLUGINS, plugin_named
 from vit.presets import PRESETS, known_architecture
 from vit.settings import Settings
 from vit.system import Machine, local_world_size
@@ -64,6 +64,7 @@ def plugin_problems(settings: Settings, machine: Machine) -> list[str]:
         *compile_problems(settings, machine),
         *pipeline_problems(settings),
         *lora_problems(settings),
+        *peer_problems(settings),
     ]
 
 
@@ -87,7 +88,7 @@ def device_problems(settings: Settings, machine: Machine) -> Iterator[str]:
 
 
 def precision_problems(settings: Settings) -> Iterator[str]:
-    plugin, name, precision = PLUGINS[settings.plugin], settings.plugin, settings.precision
+    plugin, name, precision = plugin_named(settings.plugin), settings.plugin, settings.precision
     if precision not in plugin.precisions:
         relatives = [other for other, entry in PLUGINS.items() if entry.build and entry.build is plugin.build]
         others = [other for other in relatives if precision in PLUGINS[other].precisions]
@@ -102,7 +103,7 @@ def precision_problems(settings: Settings) -> Iterator[str]:
 
 
 def offload_problems(settings: Settings, machine: Machine) -> Iterator[str]:
-    plugin, name = PLUGINS[settings.plugin], settings.plugin
+    plugin, name = plugin_named(settings.plugin), settings.plugin
     optim, param = settings.offload_optim_frac, settings.offload_param_frac
     for flag, part in (("offload_optim_frac", optim), ("offload_param_frac", param)):
         if part and not machine.gpus:
@@ -122,7 +123,7 @@ def offload_problems(settings: Settings, machine: Machine) -> Iterator[str]:
 
 
 def compile_problems(settings: Settings, machine: Machine) -> Iterator[str]:
-    plugin = PLUGINS[settings.plugin]
+    plugin = plugin_named(settings.plugin)
     if settings.cuda_graphs:
         if settings.optimizer == "hybrid_adam" and plugin.replicates_model:
             yield "--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded; use adamw"
@@ -158,8 +159,24 @@ def pipeline_problems(settings: Settings) -> Iterator[str]:
         yield f"--num_microbatches {parts}: does not divide --batch_size {batch}; {fix}"
 
 
+def peer_problems(settings: Settings) -> Iterator[str]:
+    """Of the benchmark's other programs, which are measured in their plainest form."""
+    name = settings.plugin
+    if name not in PEERS:
+        return
+    if not find_spec(name):
+        yield f"{name} is not installed: `pip install {name}`"
+    for flag, given in (
+        ("--cuda_graphs", settings.cuda_graphs),
+        ("--gradient_accumulation_steps", settings.gradient_accumulation_steps > 1),
+        ("--optimizer", settings.optimizer != "adamw"),
+    ):
+        if given:
+            yield f"{flag}: {name} is measured without it"
+
+
 def lora_problems(settings: Settings) -> Iterator[str]:
-    flag, plugin = f"--lora_rank {settings.lora_rank}", PLUGINS[settings.plugin]
+    flag, plugin = f"--lora_rank {settings.lora_rank}", plugin_named(settings.plugin)
     if not settings.lora_rank:
         if settings.lora_alpha is not None:
             yield f"--lora_alpha {settings.lora_alpha:g}: is a factor of LoRA; add --lora_rank 16"
@@ -188,7 +205,7 @@ def model_problems(settings: Settings) -> Iterator[str]:
     heads, layers, patch, known = 1, settings.pp_size, 1, True
     if Path(name).is_dir():
         kind = hub.read_config(Path(name)).get("model_type")
-        if kind == "ijepa" and PLUGINS[settings.plugin].model_parallel:
+        if kind == "ijepa" and plugin_named(settings.plugin).model_parallel:
             reason = f"Colossal-AI cannot shard {name}, which averages its patches"
             yield f"--plugin {settings.plugin}: {reason}; use another plugin"
         try:

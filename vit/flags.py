@@ -18,9 +18,9 @@ PRESET_CHOICES = OneOf(("published", "fast", "cpu"))
 SEED = Number(int, low=0, high=2**31 - 1)
 
 
-def add_plugin_flags(add) -> None:
+def add_plugin_flags(add, others: tuple[str, ...] = ()) -> None:
     text = "training strategy (default: gemini with a GPU, else torch_ddp)"
-    add("--plugin", OneOf(tuple(PLUGINS)), text, auto=True)
+    add("--plugin", OneOf((*PLUGINS, *others)), text, auto=True)
     add("--preset", PRESET_CHOICES, PRESET_HELP, auto=True)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from vit.checks import model_problems, plugin_problems
 from vit.data.sources import DEMO_DATASET
 from vit.layout import ParallelLayout
-from vit.parallel.plugins import PLUGINS
+from vit.parallel.plugins import plugin_named
 from vit.presets import PRESETS, known_architecture
 from vit.settings import DEFAULTS, Settings
 from vit.system import Machine, host_exists
@@ -34,7 +34,7 @@ def world_size_of(args: argparse.Namespace) -> int:
 
 
 def default_precision(plugin: str, preset: str, machine: Machine) -> str:
-    allowed = PLUGINS[plugin].precisions
+    allowed = plugin_named(plugin).precisions
     half = "bf16" if machine.has_bf16 or not machine.gpus else "fp16"
     # where a plugin has no fp32, CPUs add bf16 faster than fp16
     wanted = {"published": allowed[:1], "fast": (half,), "cpu": ("fp32", "bf16")}[preset]
@@ -44,7 +44,7 @@ def default_precision(plugin: str, preset: str, machine: Machine) -> str:
 def resolve_plugin(values: dict, machine: Machine, world_size: int) -> list[str]:
     """Fill in what preset and plugin decide, in place. -> notes: one line for each flag that has no effect"""
     notes, name = [], values["plugin"]
-    plugin = PLUGINS[name]
+    plugin = plugin_named(name)
     without_gpu = "fast" if machine.has_bf16 else "cpu"
     values["preset"] = values["preset"] or ("published" if machine.gpus else without_gpu)
     published = values["preset"] == "published"

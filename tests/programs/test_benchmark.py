@@ -98,6 +98,18 @@ def test_cases_are_measured_kept_and_skipped(tmp_path):
     assert "3 of 3 cases were measured before" in third.stdout and len(read(tmp_path)) == 4
 
 
+@pytest.mark.parametrize(
+    "name, flags", [("timm", ["--precision", "fp16"]), ("transformers", ["--max_norm", "1"])]
+)
+def test_other_programs_train_the_same_images(tmp_path, name, flags):
+    pytest.importorskip(name)
+    done = benchmark(tmp_path, "--plugin", name, "--batch_size", "2", "--preset", "published", *flags)
+    assert done.returncode == 0, done.stderr
+    (row,) = read(tmp_path)
+    assert (row["status"], row["plugin"], row["grad_checkpoint"]) == ("ok", name, True)
+    assert row["last_loss"] < row["first_loss"] and row["versions"][name] != "not installed"
+
+
 def test_an_impossible_case_is_a_row_with_its_reason(tmp_path):
     layout = ("--plugin", "hybrid_parallel", "--tp_size", "2", "--world_size", "1")
     done = benchmark(tmp_path, *layout, "--batch_size", "8")

@@ -29,7 +29,7 @@ LEVELS = {
     "run_lock flags calibration",
     # L4: batches, a train step, a checkpoint
     4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
-    "parallel.mesh_train report.benchmark report.page",
+    "parallel.mesh_train report.benchmark report.page peers",
     # L5: a boosted model, the folder of a run
     5: "run_folder benchmark parallel.boost data.sources explain onnx_export serve",
     # L6: the training loop, and all checks of settings

@@ -63,7 +63,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         reentrant = plugin.reentrant_checkpoint and not settings.trains_a_part
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     stream = torch.cuda.Stream() if records_steps(settings) else None
-    compile_model(model, settings, whole=settings.cuda_graphs and stream is None)
+    compile_model(model, compiled_part(settings))
     if settings.lora_rank:
         model = add_lora(booster, model, settings)
     frozen = frozen_weights(model) if settings.trains_a_part else {}
@@ -119,15 +119,20 @@ def records_steps(settings) -> bool:
     return settings.cuda_graphs and plugin.replicates_model and settings.precision != "fp16"
 
 
-def compile_model(model: nn.Module, settings, whole: bool) -> None:
-    """Compile each layer, or the ``whole`` model into CUDA graphs of its forward and backward pass, in
-    place.
-    """
+def compiled_part(settings) -> str:
+    """What is compiled: "each layer", "the model", or nothing, ""."""
     if not (settings.compile or settings.cuda_graphs):
+        return ""
+    return "the model" if settings.cuda_graphs and not records_steps(settings) else "each layer"
+
+
+def compile_model(model: nn.Module, part: str) -> None:
+    """Compile each layer, or the model into CUDA graphs of its forward and backward pass, in place."""
+    if not part:
         return
     eager_dropout()
-    if whole:  # a graph gains more the less is left between graphs
+    if part == "the model":  # a graph gains more the less is left between graphs
         model.compile(mode="reduce-overhead", dynamic=False)
     else:  # the layers are alike: the kernels of the first one serve all
-        for part in (model.base_model.embeddings, *numbered_layers(model).values()):
-            part.compile(dynamic=False)
+        for module in (model.base_model.embeddings, *numbered_layers(model).values()):
+            module.compile(dynamic=False)

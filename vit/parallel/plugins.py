@@ -207,6 +207,12 @@ PLUGINS = {
 # 2D, 2.5D and 3D tensor parallelism, chosen by a config file of train.py: vit/parallel/mesh.py builds them.
 MESH_PLUGINS = {mode: Plugin(None, ("fp32", "fp16", "bf16")) for mode in ("2d", "2.5d", "3d")}
 
+# Other libraries' programs, for the benchmark: vit/peers.py builds them. Their names are their packages'.
+PEERS = {
+    name: Plugin(None, ("fp16", "bf16", "fp32"), replicates_model=True, clips=False)
+    for name in ("timm", "transformers")
+}
+
 
 def plugin_named(name: str) -> Plugin:
-    return (PLUGINS | MESH_PLUGINS)[name]
+    return (PLUGINS | MESH_PLUGINS | PEERS)[name]

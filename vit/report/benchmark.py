@@ -6,6 +6,7 @@ from pathlib import Path
 from vit.console import exit_with_errors
 from vit.files import read_jsonl, write_atomically, write_csv
 from vit.report.benchmark_charts import benchmark_charts, model_text
+from vit.report.charts import PLUGIN_NAMES
 from vit.report.tables import escape_markdown, markdown_table
 from vit.report.tables_page import write_tables_page
 
@@ -15,6 +16,8 @@ CASE_KEYS = tuple(
     "pp_size num_microbatches zero_stage placement_policy offload_optim_frac offload_param_frac "
     "grad_checkpoint compile cuda_graphs max_norm gradient_accumulation_steps mem_cap hardware".split()
 )
+# of a row on several GPUs, and of the one on one GPU that it is compared with
+SCALED_KEYS = tuple(name for name in CASE_KEYS if name not in ("world", "hardware"))
 METHOD_KEYS = ("learning_rate", "weight_decay", "seed", "warmup_steps", "windows", "window_steps", "versions")
 SECTION_KEYS = ("model_name_or_path", "image_size", "num_labels", "preset", "hardware")
 
@@ -38,7 +41,7 @@ def case_key(row: dict, names: tuple[str, ...] = CASE_KEYS) -> str:
 def case_name(row: dict) -> str:
     """A row's plugin with what differs from its usual setting: `hybrid_parallel bf16 tp 2`."""
     device = "processes" if row["hardware"].startswith("CPU") else "GPUs"
-    parts = ["plain PyTorch" if row["plugin"] == "none" else row["plugin"], row["precision"]]
+    parts = [PLUGIN_NAMES.get(row["plugin"], row["plugin"]), row["precision"]]
     parts += [f"{axis} {row[f'{axis}_size']}" for axis in ("tp", "pp") if row[f"{axis}_size"] > 1]
     parts += [f"ZeRO {row['zero_stage']}"] * (row["plugin"] == "hybrid_parallel" and row["zero_stage"] > 0)
     parts += [f"{row['world']} {device}"] * (row["world"] > 1)
@@ -69,7 +72,7 @@ def benchmark_report(folder: Path) -> None:
     for (model, size, labels, preset, hardware), cases in sections.items():
         label_cases(cases)
         title = f"{model_text(model, size)}, {labels} labels, preset {preset}, {hardware}"
-        text.append(f"## {escape_markdown(title)}\n\n{section_text(cases)}")
+        text.append(f"## {escape_markdown(title)}\n\n{section_text(cases, rows)}")
     table = "# Benchmark\n\n" + "\n".join(text)
     write_atomically(folder / "table.md", table)
     write_csv(folder / "table.csv", rows, without=("kind", "versions", "case"))
@@ -95,8 +98,11 @@ def best_cases(rows: list[dict]) -> list[tuple]:
     return numbers
 
 
-def section_text(cases: list[dict]) -> str:
-    """For each batch size the published form (plugins as columns), then each case with all its numbers."""
+def section_text(cases: list[dict], rows: list[dict]) -> str:
+    """For each batch size the published form (plugins as columns), then each case with all its numbers.
+
+    ``rows``: of all sections; those on one GPU are what several GPUs are compared with.
+    """
     parts = []
     for batch_size in sorted({row["batch_size"] for row in cases}):
         found = {row["case"]: row for row in cases if row["batch_size"] == batch_size}
@@ -105,9 +111,29 @@ def section_text(cases: list[dict]) -> str:
             for label, name, form in PUBLISHED_LINES
         ]
         parts.append(markdown_table([f"batch size {batch_size} per data-parallel rank", *found], body))
-    parts.append(markdown_table(CASE_HEADER, [case_cells(row) for row in cases]))
+    header, body = CASE_HEADER, [case_cells(row) for row in cases]
+    scaling = [scaling_efficiency(row, rows) for row in cases]
+    if any(scaling):
+        header = [*header, "of one GPU"]
+        body = [[*cells, f"{part:.1%}" if part else "-"] for cells, part in zip(body, scaling, strict=True)]
+    parts.append(markdown_table(header, body))
     measured = [row for row in cases if not failure(row)]
     return "\n".join([*parts, provenance(measured)] if measured else parts)
+
+
+def scaling_efficiency(row: dict, rows: list[dict]) -> float | None:
+    """A GPU's images/s as a part of what one GPU alone does with as many images; None if that has no row."""
+    if failure(row) or row["world"] == 1 or row["tp_size"] * row["pp_size"] > 1:
+        return None
+
+    def kind(row: dict, world: int) -> tuple:
+        hardware = row["hardware"].removeprefix(f"{row['world']} x ")
+        return world, hardware, case_key(row, SCALED_KEYS)
+
+    for other in rows:
+        if not failure(other) and kind(other, other["world"]) == kind(row, 1):
+            return row["images_per_second"] / row["world"] / other["images_per_second"]
+    return None
 
 
 def failure(row: dict) -> str:
@@ -135,11 +161,17 @@ def provenance(measured: list[dict]) -> str:
         unit = f"TFLOP/s in {'fp32' if row['precision'] == 'fp32' else '16 bit'} ({row['peak_source']})"
         values.setdefault(unit, []).append(row["peak_tflops"])
     peaks = []
-    for unit, found in values.items():
-        ends = dict.fromkeys(f"{peak:.3g}" for peak in (min(found), max(found)))
+    for unit, numbers in values.items():
+        ends = dict.fromkeys(f"{peak:.3g}" for peak in (min(numbers), max(numbers)))
         peaks.append(f"{' to '.join(ends)} {unit}")
-    versions = ", ".join(f"{name} {number}" for name, number in measured[-1]["versions"].items())
+    found = {name: number for row in measured for name, number in row["versions"].items()}
+    versions = ", ".join(f"{name} {number}" for name, number in found.items())
     dates = " and ".join(sorted({row["date"][:10] for row in measured}))
     commands = "\n".join(f"    {command}" for command in dict.fromkeys(row["command"] for row in measured))
     note = f"Median of the timed windows, slowest process; MFU of {', '.join(peaks)}."
+    compiled: dict[str, dict] = {}
+    for row in measured:
+        if row.get("compiled"):
+            compiled.setdefault(row["compiled"], {})[PLUGIN_NAMES.get(row["plugin"], row["plugin"])] = None
+    note += "".join(f" Compiled is {part} of {', '.join(names)}." for part, names in compiled.items())
     return f"{note} Measured {dates}; {versions}.\n\nCommands:\n\n{commands}\n"

@@ -19,8 +19,10 @@ PLUGIN_COLORS = {
     "gemini": "#009e73",
     "hybrid_parallel": "#d55e00",
     "torch_fsdp": "#cc79a7",
+    "timm": "#f0e442",
+    "transformers": "#000000",
 }
-PLUGIN_NAMES = {"none": "plain PyTorch"}  # others by their own name
+PLUGIN_NAMES = {"none": "plain PyTorch", "transformers": "plain transformers"}  # others by their own name
 LINE_STYLES = ("-", "--", ":", "-.")
 MARKERS = "osD^vPX*"
 SHORT_NAMES = {

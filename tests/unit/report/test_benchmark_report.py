@@ -150,3 +150,39 @@ def test_a_browser_shows_the_page_without_scrolling_sideways(tmp_path, capsys):
     main(["benchmark", str(tmp_path)])
     found = scroll_widths((tmp_path / "report.html").read_text(), tmp_path)
     assert all(wide <= width for width, wide in found.items())
+
+
+def test_several_gpus_are_compared_with_one(tmp_path, capsys):
+    two = {"world": 2, "hardware": "2 x GPU", "images_per_second": 1920.0}
+    rows = [
+        row("torch_ddp", 256, images_per_second=1000.0),
+        row("torch_ddp", 256, compile=True, images_per_second=1280.0),
+        row("torch_ddp", 256, **two),
+        row("torch_ddp", 256, compile=True, **two),
+        row("gemini", 256, **two),  # not measured on one
+        row("hybrid_parallel", 256, tp_size=2, **two),  # shares images
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    one, several = (tmp_path / "table.md").read_text().split("2 x GPU", 1)
+    assert "of one GPU" not in one
+    cells = [line.split(" | ") for line in several.splitlines() if "| 256 |" in line]
+    assert {line[0].lstrip("| "): line[-1].rstrip(" |") for line in cells} == {
+        "torch_ddp bf16 2 GPUs": "96.0%",
+        "torch_ddp bf16 2 GPUs compiled": "75.0%",
+        "gemini bf16 2 GPUs": "-",
+        "hybrid_parallel bf16 tp 2 2 GPUs": "-",
+    }
+
+
+def test_table_says_what_was_compiled(tmp_path, capsys):
+    rows = [
+        row("torch_ddp", 8, compile=True, compiled="each layer", versions={"torch": "1"}),
+        row("timm", 8, compile=True, compiled="the model", versions={"torch": "1", "timm": "2"}),
+        row("transformers", 8, compiled=""),
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    main(["benchmark", str(tmp_path)])
+    text = (tmp_path / "table.md").read_text()
+    assert "Compiled is each layer of torch_ddp. Compiled is the model of timm." in text
+    assert "torch 0, timm 2" in text and "| plain transformers bf16 |" in text
