@@ -1,125 +1,16 @@
 """Tables and charts of a sweep, from stored rows: vit/report/{sweep,sweep_tables,charts,reading}.py."""
 
 import csv
-import json
 import os
-import re
 import shutil
-from urllib.parse import unquote
 
 import pytest
-from browser import PageParser, needs_chromium, scroll_widths
-from helpers import ROOT
+from sweep_rows import pack, store, table
 
 import report
 from vit.environment import environment
 from vit.files import read_jsonl, write_jsonl
-from vit.report.charts import PLUGIN_COLORS, save_figure
 from vit.report.sweep import noise_margin, summarize, sweep_report
-
-
-def store(folder, accuracies, losses, seconds=2.0, ended=True, images=133, **settings):
-    """A run's metrics.jsonl as vit_train_demo.py writes it."""
-    settings = {
-        "model_name_or_path": "../models/vit-tiny-patch16-224",
-        "dataset": "../data/beans",
-        "image_size": None,
-        "plugin": "gemini",
-        "precision": "fp16",
-        "zero_stage": 0,
-        "batch_size": 8,
-        "learning_rate": 1e-4,
-        "num_epoch": len(accuracies),
-        "weight_decay": 0.5,
-        "warmup_ratio": 0.3,
-        "seed": 42,
-    } | settings
-    rows = [
-        {
-            "kind": "run",
-            "date": "2026-01-02 03:04 UTC",
-            "hardware": "1 x H200",
-            "python": "3.11.7",
-            "versions": {"torch": "2.5.1"},
-            "layout": "1 process = dp 1 x tp 1 x pp 1",
-            "command": "python vit_train_demo.py",
-            "settings": settings,
-        }
-    ]
-    for i, (accuracy, loss) in enumerate(zip(accuracies, losses, strict=True)):
-        rows.append(
-            {
-                "kind": "epoch",
-                "epoch": i + 1,
-                "average_loss": loss,
-                "accuracy": accuracy,
-                "images": images,
-                "train_loss": loss,
-                "seconds": seconds,
-                "learning_rate": settings["learning_rate"] / (i + 2),
-                "images_per_second": 100.0,
-                "evaluation_seconds": 0.5,
-                "peak_memory_gib": 1.0 + i,
-            }
-        )
-    rows += [
-        {"kind": "test", "epoch": 1, "average_loss": 9.0, "accuracy": 0.0, "images": 67},
-        {"kind": "end", "seconds": 9.0, "training_seconds": seconds * len(accuracies)},
-    ] * ended
-    short = {"bs": "batch_size", "lr": "learning_rate", "px": "image_size", "fold": "fold", "seed": "seed"}
-    words = [settings["plugin"], *(f"{word}{settings.get(name)}" for word, name in short.items())]
-    name = "-".join(words).replace("/", "_")
-    (folder / name).mkdir(parents=True)
-    write_jsonl(folder / name / "metrics.jsonl", rows)
-    return folder / name
-
-
-def table(folder, number=0):
-    """-> header, rows of the table of that number in table.md"""
-    lines = (folder / "table.md").read_text().split("\n\n")
-    rows = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in [b for b in lines if b.startswith("|")][number].splitlines()
-    ]
-    return rows[0], rows[2:]
-
-
-@pytest.fixture(scope="module")
-def grid(tmp_path_factory):
-    """A grid of 2 x 2, reported: one run much worse, one failed, one unfinished."""
-    tmp_path = tmp_path_factory.mktemp("grid")
-    store(tmp_path, [0.90, 130 / 133], [0.3, 0.08])
-    store(tmp_path, [132 / 133, 131 / 133], [0.03, 0.05], batch_size=16)
-    store(tmp_path, [0.5, 110 / 133], [0.9, 0.5], learning_rate=2.5e-4)
-    store(tmp_path, [0.9, 0.9], [0.3, 0.3], batch_size=16, learning_rate=2.5e-4)
-    store(tmp_path, [0.9], [0.3], ended=False, batch_size=32, num_epoch=2)
-    broken = tmp_path / "gemini-broken"
-    broken.mkdir()
-    settings = json.loads(
-        (store(tmp_path / "scratch", [1, 1], [1, 1], batch_size=64) / "metrics.jsonl")
-        .read_text()
-        .splitlines()[0]
-    )["settings"]
-    failure = {
-        "kind": "failed",
-        "settings": settings,
-        "layout": "1 process = dp 1 x tp 1 x pp 1",
-        "exit_status": 1,
-        "last_lines": ["a", "no | luck"],
-    }
-    (broken / "failed.json").write_text(json.dumps(failure))
-    shutil.rmtree(tmp_path / "scratch")
-    variables = {
-        "MODELS": "../models/vit-tiny-patch16-224",
-        "LEARNING_RATES": "1e-4 2.5e-4",
-        "DATASET": "../data/beans",
-        "PRESET": "auto",
-        "RESULTS": "./r",
-        "PARALLEL_RUNS": "16",
-    }
-    write_jsonl(tmp_path / "sweep.jsonl", [{"variables": variables, "flags": ["--max_norm", "1"]}])
-    report.main(["sweep", str(tmp_path)])
-    return tmp_path
 
 
 def test_table_ranks_by_the_last_epoch_with_the_best_in_bold(grid):
@@ -171,62 +62,6 @@ def test_every_epoch_is_in_a_table(grid):
         assert {row["recipe"] for row in [*epochs, *csv.DictReader(file)]} == {"none"}
 
 
-def test_charts_and_provenance(grid):
-    assert {"epochs.png", "heatmap.png"} <= {path.name for path in grid.iterdir()}
-    text = (grid / "table.md").read_text()
-    assert "2026-01-02 on 1 x H200; Python 3.11.7, torch 2.5.1" in text
-    assert (
-        "    MODELS=../models/vit-tiny-patch16-224 LEARNING_RATES='1e-4 2.5e-4' "
-        "DATASET=../data/beans RESULTS=./r PARALLEL_RUNS=16 bash run_finetuning.sh "
-        "--max_norm 1\n"
-    ) in text
-    assert text.rstrip().endswith("Runs shared a GPU, so times and images/s compare nothing here.")
-    assert "peak memory is the GPU's (without a GPU: resident set size)" in text
-
-
-def test_the_title_says_what_was_run(grid, tmp_path, monkeypatch):
-    text = (grid / "table.md").read_text()
-    assert text.startswith(
-        "# Sweep\n\nAll runs: ../data/beans, 2 epochs, the model's own image size, fp16, "
-        "weight decay 0.5, warm-up ratio 0.3, recipe `none`, from pretrained weights.\n\n"
-    )
-    monkeypatch.chdir(tmp_path)  # where no folder is called vit-demo
-    shared = {"image_size": 384, "max_eval_samples": 133, "augment": True, "mixup": 0.2}
-    store(tmp_path, [0.9], [0.3], model_name_or_path="vit-demo", **shared)
-    sweep_report(tmp_path)
-    text = (tmp_path / "table.md").read_text()
-    assert "1 epoch, 384 px, at most 133 images of a split evaluated, fp16," in text
-    assert "recipe `--augment --mixup 0.2`, from random weights.\n" in text
-    store(tmp_path, [0.9], [0.3], batch_size=16, weight_decay=0.1, **shared)
-    sweep_report(tmp_path)
-    assert (
-        "warm-up ratio 0.3, recipe `--augment --mixup 0.2`, vit-tiny-patch16-224 from "
-        "pretrained weights, vit-demo from random weights.\n"
-    ) in (tmp_path / "table.md").read_text()
-
-
-@pytest.fixture
-def figures(monkeypatch):
-    """The figures that a report saves, by file name."""
-    saved, save = {}, save_figure
-    monkeypatch.setattr(
-        "vit.report.charts.save_figure",
-        lambda figure, path: (saved.update({path.name: figure}), save(figure, path)),
-    )
-    return saved
-
-
-def pack(folder, section=""):
-    """The runs of ``folder``, and the calls that made them, as rows of a runs.jsonl."""
-    calls = read_jsonl(folder / "sweep.jsonl") if (folder / "sweep.jsonl").exists() else []
-    rows = [{"run": section, "kind": "sweep"} | call for call in calls]
-    for run in sorted(path for path in folder.iterdir() if path.is_dir()):
-        own = read_jsonl(run / "metrics.jsonl") if (run / "metrics.jsonl").exists() else []
-        failed = [json.loads((run / "failed.json").read_text())] if (run / "failed.json").exists() else []
-        rows += [{"run": f"{section}/{run.name}" if section else run.name} | row for row in own + failed]
-    return rows
-
-
 def test_runs_in_one_file_give_the_same_tables(grid, tmp_path):
     write_jsonl(tmp_path / "runs.jsonl", pack(grid))
     report.main(["sweep", str(tmp_path)])
@@ -265,50 +100,6 @@ def test_a_row_without_its_run_is_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         report.main(["sweep", str(tmp_path)])
     assert 'runs.jsonl: a row names no "run"' in capsys.readouterr().err
-
-
-def test_a_plugin_has_one_colour_and_equal_lines_are_seen(tmp_path, figures):
-    for plugin in ("torch_ddp", "gemini", "hybrid_parallel"):
-        store(tmp_path, [0.9, 0.95], [0.3, 0.2], plugin=plugin, precision="fp16")
-    sweep_report(tmp_path)
-    loss = figures["epochs.png"].axes[0]
-    colours = [PLUGIN_COLORS[name] for name in ("torch_ddp", "gemini", "hybrid_parallel")]
-    assert [line.get_color() for line in loss.lines] == colours
-    assert len({tuple(line.get_xdata()) for line in loss.lines}) == 3, "side by side"
-
-
-def test_heat_maps_are_numbered_and_name_the_settings_in_which_they_differ(tmp_path, figures):
-    (tmp_path / "heatmap-3.png").write_text("of runs before")
-    for size, mixup in ((224, 0.0), (384, 0.2)):
-        for batch_size in (8, 16):
-            for rate in (1e-4, 2e-4):
-                changes = {
-                    "image_size": size,
-                    "mixup": mixup,
-                    "batch_size": batch_size,
-                    "learning_rate": rate,
-                }
-                store(tmp_path / "two_sizes", [0.9], [0.3], **changes)
-    sweep_report(tmp_path)
-    titles = {name: figure.get_suptitle() for name, figure in figures.items() if name.startswith("heatmap")}
-    title = "two sizes, gemini, vit-tiny-patch16-224"
-    assert titles == {
-        "heatmap.png": f"{title}\nimage size 224, recipe none",
-        "heatmap-2.png": f"{title}\nimage size 384, recipe --mixup 0.2",
-    }
-    assert {path.name for path in tmp_path.glob("heatmap*")} == titles.keys()
-
-
-def test_one_epoch_has_one_tick_and_room_for_its_marker(tmp_path, figures):
-    store(tmp_path, [0.3], [1.098])
-    store(tmp_path, [0.3], [1.09], batch_size=16)
-    sweep_report(tmp_path)
-    loss, accuracy, last = figures["epochs.png"].axes
-    for axis in (loss, accuracy):
-        low, high = axis.get_xlim()
-        assert [tick for tick in axis.get_xticks() if low <= tick <= high] == [1]
-    assert loss.get_ylim()[0] == 0 and loss.get_ylim()[1] > 1.02 * 1.098
-    assert [tick.get_text() for tick in last.get_yticklabels()] == ["0.3000  BS 8", "0.3000  BS 16"]
 
 
 def test_runs_evaluated_on_other_images_have_no_common_mean(tmp_path):
@@ -465,38 +256,3 @@ def test_damaged_rows_are_named_and_left_out(tmp_path, capsys):
             report.main([kind, str(tmp_path)])
         said = capsys.readouterr().err
         assert end.value.code == 2 and all(f"{tmp_path}/{file}: is damaged" in said for file in files)
-
-
-def test_the_page_has_tables_charts_and_the_command(grid):
-    page = PageParser.of(grid / "report.html")
-    assert len(page.images) == 2 and all(image.startswith("data:image/png;base64,") for image in page.images)
-    assert "runs 4 finished of 6 best accuracy 0.9850 BS 16, LR 1e-4" in page.text
-    assert "failed, status 1: no | luck" in page.text and "bash run_finetuning.sh --max_norm 1" in page.text
-    assert "All runs: ../data/beans, 2 epochs" in page.text and "torch 2.5.1" in page.text
-    assert page.tags["table"] == 3 and not page.links  # no run has a page of its own
-
-
-def test_the_page_is_linked_to_those_of_its_runs(tmp_path):
-    folder = tmp_path / "a <b>set</b> of runs"
-    for rate in (1e-4, 2e-4):
-        run = store(folder / "more # epochs", [0.9], [0.3], learning_rate=rate)
-    (run / "report.html").write_text("")
-    report.main(["sweep", str(folder)])
-    page = PageParser.of(folder / "report.html")
-    (link,) = page.links
-    assert (folder / unquote(link)).samefile(run / "report.html") and run.name in page.text
-    assert page.tags["b"] == 2  # the numbers at the top, not the folder's name
-
-
-@needs_chromium
-def test_a_browser_shows_the_page_without_scrolling_sideways(grid, tmp_path):
-    found = scroll_widths((grid / "report.html").read_text(), tmp_path)
-    assert all(wide <= width for width, wide in found.items())
-
-
-def test_runs_from_scratch_have_a_page_too(tmp_path, capsys):
-    shutil.copy(ROOT / "results" / "cifar10" / "runs.jsonl", tmp_path)
-    report.main(["accuracy", str(tmp_path)])
-    page, table = PageParser.of(tmp_path / "report.html"), (tmp_path / "table.md").read_text()
-    assert re.search(r"runs [1-9]\d* finished", page.text) and len(page.images) == 1 and not page.links
-    assert page.tags["table"] == table.count("\n|---") and "DATA=" in page.text
