@@ -23,9 +23,11 @@ class Machine:
 
 
 def this_machine() -> Machine:
+    if not count_gpus():  # asked first: torch takes a second to import, also in the check before the launch
+        return Machine(has_bf16=cpu_has_bf16())
     import torch
 
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available():  # a build of torch without CUDA
         return Machine(has_bf16=cpu_has_bf16())
     return Machine(torch.cuda.device_count(), torch.cuda.get_device_capability()[0] >= 8)
 

@@ -1,6 +1,7 @@
 """Who imports whom: every module of vit/ imports lower levels only, and never a file of the top level."""
 
 import ast
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -111,4 +112,17 @@ def test_programs_are_not_imported():
 def test_reports_and_settings_need_no_torch():
     code = f"import sys, {WITHOUT_TORCH}; sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_settings_are_checked_without_torch_where_there_is_no_gpu(tmp_path):
+    """As before each launch. With a driver that shows no GPU, and without one."""
+    code = (
+        "import sys, args; args.parse_finetune(['--model_name_or_path', 'vit-demo', '--dataset', 'drawn'])\n"
+    )
+    code += "sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        **dict(cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True),
+    )
     assert done.returncode == 0, done.stderr
