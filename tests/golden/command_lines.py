@@ -283,7 +283,10 @@ def be_machine(settings: dict) -> None:
     if gpus := int(settings.get("GPUS", 0)):
         import torch
 
-        torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: gpus
+        from vit import system
+
+        system.count_gpus = torch.cuda.device_count = lambda: gpus
+        torch.cuda.is_available = lambda: True
         torch.cuda.get_device_capability = lambda *_: (8, 0) if settings.get("BF16") != "0" else (7, 0)
         torch.cuda.get_device_name = lambda *_: "made up"
     import vit.output_checks

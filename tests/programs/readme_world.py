@@ -96,6 +96,7 @@ def write_world(root: Path) -> Path:
 
 def pretend_eight_gpus(world: Path, monkeypatch) -> None:
     """Settings are checked as on such a machine; the hub is out of reach, its cache holds what is named."""
+    monkeypatch.setattr("vit.system.count_gpus", lambda: 8)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *args: (9, 0))
