@@ -170,7 +170,7 @@ def run_case(case: Case, rows, number: str) -> bool:
                 rows.add(case, every_rank=True, status="failed", reason=reason)
             raise
         rows.add(case, status="failed", reason=reason)
-        print_rank0(f"{title}: FAILED: {reason}")
+        print_rank0(f"{title}: FAILED: {reason.splitlines()[0]}")
         return False
     finally:
         release_model_memory()
