@@ -130,8 +130,9 @@ def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.T
         joined = F.linear(hidden_states, weight, bias)
     else:  # tensor parallelism's layer sums over the ranks in its backward pass: once now, not three times
         joined = functional_call(parts[0], {"weight": weight, "bias": bias}, hidden_states)
-    heads = joined.unflatten(2, (3, -1, self.config.hidden_size // self.config.num_attention_heads))
-    query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)  # each (N, heads, tokens, head size)
+    head_size = self.config.hidden_size // self.config.num_attention_heads
+    # each (N, heads, tokens, head size); their gradients are put together in one copy, with unbind in two
+    query, key, value = (part.unflatten(2, (-1, head_size)).transpose(1, 2) for part in joined.chunk(3, 2))
     dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
     attention = getattr(self, "attention_function", F.scaled_dot_product_attention)
     context = attention(query, key, value, dropout_p=dropout)
@@ -140,7 +141,7 @@ def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.T
 
 def _attention_by_products(query, key, value, dropout_p: float) -> torch.Tensor:
     """Each (N, heads, tokens, head size) -> the same"""
-    weights = F.softmax(query @ key.transpose(2, 3) * query.shape[3] ** -0.5, dim=3)
+    weights = F.softmax(query * query.shape[3] ** -0.5 @ key.transpose(2, 3), dim=3)
     return F.dropout(weights, dropout_p) @ value
 
 
