@@ -1,6 +1,7 @@
 """Forked processes for tests: the libraries, which take seconds to import, are imported once before."""
 
 import os
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -40,6 +41,20 @@ def exit_status(child: int) -> int:
 def in_fork(call, out: Path, err: Path | None = None) -> int:
     """Exit status of ``call()`` in a forked process; see `fork`."""
     return exit_status(fork(call, out, err))
+
+
+def wait_for_file(path: Path, log: Path | None = None, seconds: float = 60) -> str:
+    """Wait until another process has written ``path``. -> its text
+
+    Raises:
+        TimeoutError: it has not within ``seconds``; with the text of ``log``, what the process printed.
+    """
+    deadline = time.monotonic() + seconds
+    while not path.exists() or not (text := path.read_text()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no {path}: {log.read_text() if log and log.exists() else ''}")
+        time.sleep(0.02)
+    return text
 
 
 def is_running(pid: int) -> bool:

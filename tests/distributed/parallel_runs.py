@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from forks import exit_status, fork
+from forks import exit_status, fork, wait_for_file
 from golden import checkpoints
 from parallel_training import FOLDER, RANK, WORLD, build, checkpoint_of, initial_model, meta_of
 
@@ -129,12 +129,11 @@ def locked() -> dict:
     def hold() -> None:
         lock = RunLock(FOLDER / "locked")
         lock._try_for_a_second()
-        (FOLDER / "locked.ready").touch()
+        (FOLDER / "locked.ready").write_text("yes")
         time.sleep(60)
 
     child = fork(hold, FOLDER / "locked.log") if RANK == 0 else 0
-    while not (FOLDER / "locked.ready").exists():
-        time.sleep(0.02)
+    wait_for_file(FOLDER / "locked.ready", FOLDER / "locked.log")
     with mock.patch("vit.output_checks.other_run", lambda folder: None):
         result = entry("locked", *RUN)
     files = sorted(path.name for path in (FOLDER / "locked").iterdir())

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from forks import exit_status, fork
+from forks import exit_status, fork, wait_for_file
 
 import vit.benchmark
 from args import benchmark_cases
@@ -307,15 +307,12 @@ def test_killed_driver_stops_its_launch(monkeypatch, tmp_path):
     script = tmp_path / "launcher" / "launch.sh"
     script.parent.mkdir()
     script.write_text(
-        'launch() { trap \'touch "$0.stopped"; exit\' TERM; touch "$0.started"; while :; do sleep 1; done; }'
+        'launch() { trap \'echo 1 >"$0.stopped"; exit\' TERM; echo 1 >"$0.started"\n'
+        "while :; do sleep 1; done; }"
     )
     monkeypatch.setattr("vit.benchmark.PROJECT", tmp_path)
     driver = fork(lambda: vit.benchmark.launch([]), tmp_path / "log")
-    while not (script.parent / "launch.sh.started").exists():
-        time.sleep(0.02)
+    wait_for_file(script.parent / "launch.sh.started", tmp_path / "log")
     os.kill(driver, signal.SIGKILL)
     exit_status(driver)
-    deadline = time.monotonic() + 10
-    while not (script.parent / "launch.sh.stopped").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_file(script.parent / "launch.sh.stopped", seconds=10)

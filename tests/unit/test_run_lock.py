@@ -8,7 +8,7 @@ import socket
 import time
 
 import pytest
-from forks import exit_status, fork
+from forks import exit_status, fork, wait_for_file
 
 from vit.run_lock import RunLock, other_run
 
@@ -37,8 +37,7 @@ def run(tmp_path):
             time.sleep(30)
 
     pid = fork(hold, tmp_path / "log")
-    while not (tmp_path / "worker_pid").exists() or not (tmp_path / "worker_pid").read_text():
-        time.sleep(0.02)
+    wait_for_file(tmp_path / "worker_pid", tmp_path / "log")
     yield pid
     os.kill(int((tmp_path / "worker_pid").read_text()), signal.SIGKILL)
 

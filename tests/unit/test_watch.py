@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from forks import exit_status, fork, is_running
+from forks import exit_status, fork, is_running, wait_for_file
 
 from vit import console, watch
 from vit.console import exit_with_errors, ignore_lost_readers, print_rank0
@@ -180,9 +180,7 @@ def test_process_without_its_launcher(tmp_path, saves):
         print("saved", flush=True)
 
     launcher = fork(lambda: exit_status(fork(process, tmp_path / "log")), tmp_path / "launcher")
-    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-        time.sleep(0.05)
-    pid = int((tmp_path / "pid").read_text())
+    pid = int(wait_for_file(tmp_path / "pid", tmp_path / "log"))
     time.sleep(0.7)
     assert Path(f"/proc/{pid}").exists()
     os.kill(launcher, signal.SIGKILL)
@@ -199,12 +197,13 @@ def test_an_error_is_reported_by_local_rank_0_before_another_process_ends_for_it
 
     def process(local_rank: str) -> None:
         os.environ |= {"TORCHELASTIC_RUN_ID": "none", "LOCAL_RANK": local_rank}
-        console.time = SimpleNamespace(sleep=lambda s: ((tmp_path / "waits").touch(), time.sleep(s)))
+        console.time = SimpleNamespace(
+            sleep=lambda s: ((tmp_path / "waits").write_text("yes"), time.sleep(s))
+        )
         exit_with_errors("no images")
 
     other = fork(lambda: process("1"), tmp_path / "log1")
-    while not (tmp_path / "waits").exists():
-        time.sleep(0.02)
+    wait_for_file(tmp_path / "waits", tmp_path / "log1")
     assert exit_status(fork(lambda: process("0"), tmp_path / "log0")) == 2
     assert os.waitpid(other, os.WNOHANG) == (0, 0)
     os.kill(other, signal.SIGTERM)

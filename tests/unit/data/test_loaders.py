@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forks import exit_status, fork, is_running
+from forks import exit_status, fork, is_running, wait_for_file
 from helpers import decode_images, in_memory_images, load_images, pixels_of, write_folder
 
 from vit.data.dataset import IGNORE_INDEX, DataError
@@ -110,9 +110,7 @@ def serve(folder: Path, is_done) -> None:
 def started(folder: Path, is_done) -> tuple[int, list[int]]:
     """-> process ids of `serve` and its workers"""
     process = fork(lambda: serve(folder, is_done), folder / "log")
-    while not (folder / "workers").exists():
-        time.sleep(0.02)
-    return process, [int(pid) for pid in (folder / "workers").read_text().split()]
+    return process, [int(pid) for pid in wait_for_file(folder / "workers", folder / "log").split()]
 
 
 def test_a_signal_to_a_worker_reaches_its_process_and_costs_no_batch(tmp_path):
