@@ -75,6 +75,8 @@ def parse(argv=None) -> argparse.Namespace:
     for flag, low, high in (("size", 8, 4096), ("quality", 1, 100), ("processes", 1, 1024)):
         if not low <= getattr(args, flag) <= high:
             parser.error(f"--{flag} {getattr(args, flag)}: must be a whole number from {low} to {high}")
+    if (given := args.pixel_range) and not given[0] < given[1]:
+        parser.error(f"--pixel_range {given[0]:g} {given[1]:g}: black must be below white")
     return args
 
 

@@ -206,6 +206,7 @@ def test_bad_input_is_one_clear_error(tree, tmp_path, capsys):
     assert "is not empty" in refused(capsys, tree, tmp_path / "full")
     assert "no such folder" in refused(capsys, tmp_path / "none", tmp_path / "out")
     assert "must be a whole number from 8" in refused(capsys, tree, tmp_path / "out", "--size", 2)
+    assert "black must be below white" in refused(capsys, tree, tmp_path / "out", "--pixel_range", 9, 3)
     assert not (tmp_path / "out").exists()
 
 
