@@ -38,7 +38,7 @@ from vit.distributed import all_gather_objects
 from vit.files import remove_folder, sync_folder
 from vit.parallel.boosted import BoostedModel
 from vit.parallel.plugins import plugin_named
-from vit.settings import DEFAULTS
+from vit.settings import DEFAULTS, READ_SETTINGS
 
 
 class CheckpointFolder:
@@ -264,6 +264,7 @@ def find_checkpoint(checkpoints: CheckpointFolder, settings, data: list) -> Path
 
 
 def differences(now: dict, then: dict) -> str:
-    """What ``now`` has another value for; what ``then`` lacks is a later setting, and had its default."""
-    then = {name: then.get(name, DEFAULTS.get(name)) for name in now}
-    return "; ".join(f"{name} is {now[name]}, was {then[name]}" for name in now if now[name] != then[name])
+    """What ``now`` has another value for. A setting that is not recorded had its default, or came later."""
+    names = dict.fromkeys([*now, *(name for name in READ_SETTINGS if name in then)])
+    values = [(name, *(side.get(name, DEFAULTS.get(name)) for side in (now, then))) for name in names]
+    return "; ".join(f"{name} is {new}, was {old}" for name, new, old in values if new != old)

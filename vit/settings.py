@@ -109,7 +109,8 @@ class Settings:
     def record(self) -> dict:
         """What must be equal for a resumed run to be the same run; stored in rows and checkpoints."""
         if self.config is not None:
-            return {"dataset": self.dataset} | dict(self.config["record"])
+            given = {name: getattr(self, name) for name in READ_SETTINGS if getattr(self, name)}
+            return {"dataset": self.dataset} | given | dict(self.config["record"])
         return {name: getattr(self, name) for name in RECORDED_SETTINGS}
 
     @property
@@ -166,14 +167,15 @@ class Settings:
 
 DEFAULTS = {field.name: field.default for field in fields(Settings)}
 
+# How the images are read
+READ_SETTINGS = "image_column label_column dataset_config pixel_range skip_bad_images".split()
 # Sizes that depend on the number of processes are not recorded: they are computed again.
 RECORDED_SETTINGS = (
     "model_name_or_path dataset image_size plugin precision optimizer tp_size pp_size zero_stage batch_size "
     "gradient_accumulation_steps learning_rate scale_lr num_epoch weight_decay warmup_ratio max_norm augment "
     "auto_augment label_smoothing layer_decay drop_path mixup cutmix ema keep selection_metric class_weights "
-    "freeze lora_rank lora_alpha fold seed max_train_samples max_eval_samples validation_fraction "
-    "image_column label_column dataset_config pixel_range skip_bad_images"
-).split()
+    "freeze lora_rank lora_alpha fold seed max_train_samples max_eval_samples validation_fraction"
+).split() + READ_SETTINGS
 
 # What the published setting leaves out, with the value that means so.
 AUGMENTATION_DEFAULTS = {

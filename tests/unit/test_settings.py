@@ -9,6 +9,7 @@ from helpers import ROOT, settings
 
 import args
 from args import finetune_parser
+from vit.checkpoint import differences
 from vit.config import load_config
 from vit.config_settings import config_problems, to_settings
 from vit.layout import ParallelLayout
@@ -99,17 +100,24 @@ def test_train_takes_the_same_data_flags(monkeypatch, tmp_path):
     )
     words = [word for name, value in given.items() for word in (f"--{name}", *np.ravel(value).astype(str))]
     switches = ("allow_external_images", "skip_bad_images", "check_duplicates")
-    config = str(ROOT / "configs" / "cifar10" / "vit_lite_7_4_vanilla.py")
+    found = scratch(monkeypatch, tmp_path, *words, *(f"--{name}" for name in switches))
+    assert {name: getattr(found, name) for name in flags} == given | dict.fromkeys(switches, True)
+
+
+def scratch(monkeypatch, tmp_path, *flags) -> Settings:
+    """Of train.py with its first config and synthetic images."""
+    config = ROOT / "configs" / "cifar10" / "vit_lite_7_4_vanilla.py"
     monkeypatch.setenv("DATA", "synthetic")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # which it sets itself, for the rest of the process
-    found = args.parse_scratch(
-        [
-            "--config",
-            config,
-            "--output_path",
-            str(tmp_path / "out"),
-            *words,
-            *(f"--{name}" for name in switches),
-        ]
-    )
-    assert {name: getattr(found, name) for name in flags} == given | dict.fromkeys(switches, True)
+    return args.parse_scratch(["--config", str(config), "--output_path", str(tmp_path / "out"), *flags])
+
+
+@pytest.mark.parametrize("flags", [["--pixel_range", "0", "9"], ["--skip_bad_images"]])
+def test_resumed_train_notices_that_images_are_read_otherwise(monkeypatch, tmp_path, flags):
+    """With the flag, and without it where the checkpoint had it."""
+    name, value = flags[0].lstrip("-"), [0.0, 9.0] if flags[1:] else True
+    usual, changed = scratch(monkeypatch, tmp_path).record, scratch(monkeypatch, tmp_path, *flags).record
+    saved = json.loads(json.dumps(changed))
+    assert differences(changed, saved) == differences(usual, usual) == ""
+    assert differences(changed, usual) == f"{name} is {value}, was {DEFAULTS[name]}"
+    assert differences(usual, saved) == f"{name} is {DEFAULTS[name]}, was {value}"
