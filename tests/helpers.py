@@ -66,6 +66,12 @@ def save_tiny_vit(folder: Path, labels: int = 5, size: int = 16, **overrides) ->
     return folder
 
 
+def flip_one_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 def settings(*argv):
     """The settings of vit_train_demo.py as resolved on this machine, unchecked."""
     from args import finetune_parser, resolve_finetune

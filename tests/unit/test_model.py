@@ -19,7 +19,6 @@ from vit.modules import (
     with_first_names,
     with_names_of,
 )
-from vit.optim import param_groups
 from vit.patches.transformers_vit import direct_forward, fuse_qkv, linear_patch_embedding
 from vit.presets import PRESETS, known_architecture, mean_pooled_config
 
@@ -249,41 +248,6 @@ def test_export_writes_fp32_safetensors_and_nothing_else(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-
-
-def file_name(name: str) -> str:
-    """The name that a parameter has in files, whatever transformers calls it."""
-    return next(iter(with_first_names({name: torch.zeros(())})))
-
-
-def test_biases_norms_and_embeddings_are_not_decayed():
-    model = tiny_vit()
-    names = {id(param): name for name, param in model.named_parameters()}
-    decayed, rest = param_groups(model, 0.3)
-    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
-    assert len(decayed["params"]) + len(rest["params"]) == len(names)
-    modules = {file_name(names[id(p)]).rsplit(".", 2)[-2] for p in decayed["params"]}
-    assert modules == set("projection query key value dense classifier".split())
-    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
-    assert decayed["lr_scale"] == rest["lr_scale"] == 1
-
-
-def test_learning_rates_fall_from_the_head_to_the_embeddings():
-    model = tiny_vit()
-    scales = {
-        id(param): group["lr_scale"] for group in param_groups(model, 0.3, 0.5) for param in group["params"]
-    }
-    assert len(scales) == len(list(model.parameters()))
-    expected = {
-        "classifier": 1,
-        "vit.layernorm": 1,
-        "vit.encoder.layer.3": 0.5,
-        "vit.encoder.layer.0": 0.5**4,
-        "vit.embeddings": 0.5**5,
-    }
-    for name, param in model.named_parameters():
-        for prefix, scale in expected.items():
-            assert not file_name(name).startswith(prefix) or scales[id(param)] == scale, name
 
 
 @pytest.mark.parametrize("pooling", ["class", "mean"])
