@@ -124,8 +124,9 @@ def offload_problems(settings: Settings, machine: Machine) -> Iterator[str]:
 
 def compile_problems(settings: Settings, machine: Machine) -> Iterator[str]:
     plugin = plugin_named(settings.plugin)
+    why_not = plugin.why_not_recorded(settings)
     if settings.cuda_graphs:
-        if settings.optimizer == "hybrid_adam" and plugin.replicates_model:
+        if settings.optimizer == "hybrid_adam" and not why_not:
             yield "--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded; use adamw"
         if not machine.gpus:
             yield "--cuda_graphs: needs a GPU; leave it out"
@@ -135,8 +136,10 @@ def compile_problems(settings: Settings, machine: Machine) -> Iterator[str]:
     if not (settings.compile or settings.cuda_graphs):
         return
     flag = "--cuda_graphs" if settings.cuda_graphs else "--compile"
-    if not plugin.compiles:
+    if not plugin.compiles and (settings.compile or not plugin.records):
         yield f"{flag}: {settings.plugin} {plugin.why_not_compiled}; use another plugin"
+    elif not plugin.compiles and why_not:  # the others' forward and backward passes can still be recorded
+        yield f"--cuda_graphs with {settings.plugin}: {why_not}; leave it out"
     elif settings.tp_size > 1:
         yield f"{flag}: is not tested with tensor parallelism; use TP_SIZE=1"
     elif settings.pp_size > 1 and settings.compile:

@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from vit.patches.colossalai_imports import lean_imports
-from vit.patches.colossalai_zero import silence_colossalai_logger
+from vit.patches.colossalai_imports import lean_imports, silence_colossalai_logger
 from vit.system import free_port
 from vit.watch import Peers
 

@@ -1,6 +1,6 @@
 """Parameter groups, the optimizer, and the exponential moving average of the weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,13 +29,15 @@ class GeminiAdamW(torch.optim.Optimizer):
     def step(self, closure=None, div_scale: float = -1) -> None:  # type: ignore[override]
         """One update. ``div_scale`` divides the gradients (loss scale x clipping factor); -1 means 1."""
         for group in self.param_groups:
-            for params in _chunks_by_size([param for param in group["params"] if param.grad is not None]):
+            for params in buckets([param for param in group["params"] if param.grad is not None]):
                 states = [self._state(param) for param in params]
                 torch._foreach_add_([state["step"] for state in states], 1)
+                gradients = [torch.empty_like(param) for param in params]
+                torch._foreach_copy_(gradients, [param.grad for param in params])
                 scale = torch.tensor(float(div_scale), device=params[0].device) if div_scale > 0 else None
                 torch._fused_adamw_(
                     [param.data for param in params],
-                    [param.grad.float() for param in params],
+                    gradients,
                     [state["exp_avg"] for state in states],
                     [state["exp_avg_sq"] for state in states],
                     [],
@@ -59,17 +61,17 @@ class GeminiAdamW(torch.optim.Optimizer):
         return state
 
 
-def _chunks_by_size(params: list[torch.Tensor], elements: int = 2**23):
-    """Lists of about ``elements`` elements, each on one device: few kernels, few fp32 gradients at a time."""
-    batch, size = [], 0
-    for param in params:
-        if batch and (size + param.numel() > elements or param.device != batch[0].device):
-            yield batch
-            batch, size = [], 0
-        batch.append(param)
-        size += param.numel()
-    if batch:
-        yield batch
+def buckets(tensors: list[torch.Tensor], elements: int = 2**23) -> Iterator[list[torch.Tensor]]:
+    """Lists of about ``elements`` elements, each on one device: few kernels, few copies at a time."""
+    bucket, size = [], 0
+    for tensor in tensors:
+        if bucket and (size + tensor.numel() > elements or tensor.device != bucket[0].device):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket
 
 
 class WeightEMA:

@@ -124,6 +124,11 @@ class Settings:
         return self.freeze is not None or self.lora_rank > 0
 
     @property
+    def may_offload(self) -> bool:
+        """Whether weights or optimizer states may be in CPU memory."""
+        return self.offload_optim_frac + self.offload_param_frac > 0 or self.placement_policy == "auto"
+
+    @property
     def strategy(self) -> str:
         """How the model is trained, for the plan: plugin, precision, and what saves memory."""
         parts = [f"plugin {self.plugin}" if self.config is None else f"{self.config['mode']}", self.precision]

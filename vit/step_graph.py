@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import torch
 
+from vit.distributed import device
+
 
 class StepGraph:
     """Replays ``update``: forward, backward, gradient reduction, clipping and the optimizer step.
@@ -28,7 +30,7 @@ class StepGraph:
         self.steps = 0
         self.recorded = {}  # (scale, shapes and types) -> (graph, its inputs, its result)
         # the recorded optimizer step reads its learning rates from these tensors
-        self.rates = [torch.zeros((), device=group["params"][0].device) for group in optimizer.param_groups]
+        self.rates = [torch.zeros((), device=device()) for _ in optimizer.param_groups]
 
     def __call__(self, batch: dict[str, torch.Tensor], scale: float, replayable: bool) -> torch.Tensor:
         """Run ``update`` on one batch. -> scalar on the device
@@ -59,19 +61,17 @@ class StepGraph:
     def _record(
         self, batch: dict[str, torch.Tensor], scale: float
     ) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
-        inputs, graph, groups = (
-            {name: tensor.clone() for name, tensor in batch.items()},
-            torch.cuda.CUDAGraph(),
-            self.optimizer.param_groups,
-        )
-        usual = [(group["lr"], group["capturable"]) for group in groups]
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        graph, groups = torch.cuda.CUDAGraph(), self.optimizer.param_groups
+        usual = [dict(group) for group in groups]
         for group, rate in zip(groups, self.rates):
-            group["lr"], group["capturable"] = rate, True
+            group.update(lr=rate, capturable=True)
         try:
             # thread_local: NCCL's threads query CUDA events during the capture
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 result = self.update([dict(inputs)], scale)
         finally:
-            for group, (rate, capturable) in zip(groups, usual):
-                group["lr"], group["capturable"] = rate, capturable
+            for group, values in zip(groups, usual):
+                group.clear()
+                group.update(values)
         return graph, inputs, result

@@ -46,6 +46,8 @@ def cases(world: int) -> dict[str, dict]:
     for precision in ("fp32", "fp16", "bf16"):
         found[f"none {precision}"] = dict(plugin="none", precision=precision)
     found["none fp32 recipe"] = found["none fp32"] | dict(recipe=True)
+    for name in ("none fp32", "none fp32 recipe"):
+        found[f"{name} unclipped"] = found[name] | dict(max_norm=0.0)
     for plugin, precision in (
         ("torch_ddp", "fp32"),
         ("torch_ddp", "bf16"),
@@ -78,8 +80,17 @@ def cases(world: int) -> dict[str, dict]:
             found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
             found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | dict(cuda_graphs=True)
     if torch.cuda.is_available():  # whole steps as graphs
-        for name in ("none bf16", "torch_ddp fp32", "torch_ddp fp32 recipe"):
+        plain = ("none bf16", "torch_ddp fp32", "low_level_zero fp32", "hybrid_parallel fp32")
+        for name in (
+            *plain,
+            "torch_ddp fp32 recipe",
+            "low_level_zero bf16 recipe",
+            "hybrid_parallel bf16 recipe",
+        ):
             found[f"{name} graphs"] = found[name] | dict(cuda_graphs=True)
+            found[f"{name} graphs unclipped"] = found[f"{name} graphs"] | dict(max_norm=0.0)
+        for name in ("gemini bf16", "gemini bf16 recipe"):  # cannot be recorded with clipping
+            found[f"{name} graphs unclipped"] = found[name] | dict(cuda_graphs=True, max_norm=0.0)
     for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
         if world == tp * pp:
             for precision in ("fp32", "bf16"):

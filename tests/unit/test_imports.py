@@ -14,8 +14,8 @@ LEVELS = {
     # L0: the standard library alone
     0: "console files disk layout presets validate versions patches parallel.plugins report.tables",
     # L1: what the machine, a name or a setting is
-    1: "settings config system hub environment modules data.dataset data.leaves step_graph "
-    "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_zero "
+    1: "settings config system hub environment modules data.dataset data.leaves "
+    "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
     "patches.colossalai_imports patches.torch_kernels checksums watch "
     "report.reading pages tracking",
     # L2: process group, optimizer, and reading and transforming images
@@ -24,8 +24,8 @@ LEVELS = {
     "model_folder report.card report.charts report.sweep_tables report.classes "
     "report.tables_page parallel.lora",
     # L3: models, sources, schedules, and the forms of parallelism
-    3: "signals schedule flops data.gpu_augment data.pixels data.folders data.processor data.decoded_copy "
-    "data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "
+    3: "signals step_graph patches.colossalai_zero schedule flops data.gpu_augment data.pixels "
+    "data.folders data.processor data.decoded_copy data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "
     "report.class_charts report.benchmark_charts report.accuracy report.sweep checkpoint_files "
     "run_lock flags calibration",
     # L4: batches, a train step, a checkpoint

@@ -16,6 +16,7 @@ from vit.parallel.lora import add_lora, base_name, lora_scale
 from vit.parallel.mesh_train import boost_mesh
 from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
+from vit.patches.colossalai_gemini import steady_chunks
 from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, early_ddp_buckets, safe_attention_kernels
 from vit.patches.transformers_vit import cpu_attention, direct_forward, fuse_qkv, linear_patch_embedding
@@ -74,7 +75,9 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
             booster, model, optimizer = boost_plain(model, adamw, settings)
         else:
             model, optimizer, *_ = booster.boost(model, adamw)
-            avoid_device_syncs(optimizer, clips=settings.max_norm > 0)
+            avoid_device_syncs(optimizer)
+            if plugin.shards_weights and plugin.own_adam and not settings.may_offload:
+                steady_chunks(model, recorded=stream is not None)
     if stream:
         torch.cuda.current_stream().wait_stream(stream)
     for module in model.modules():
@@ -110,18 +113,13 @@ def build_booster(settings):
 
 
 def records_steps(settings) -> bool:
-    """Whether whole train steps are recorded as CUDA graphs.
-
-    An fp16 step reads back whether a gradient overflowed, and steps of the sharding plugins wait for the
-    device.
-    """
-    plugin = PLUGINS[settings.plugin]
-    return settings.cuda_graphs and plugin.replicates_model and settings.precision != "fp16"
+    """Whether whole train steps are recorded as CUDA graphs."""
+    return settings.cuda_graphs and not PLUGINS[settings.plugin].why_not_recorded(settings)
 
 
 def compiled_part(settings) -> str:
     """What is compiled: "each layer", "the model", or nothing, ""."""
-    if not (settings.compile or settings.cuda_graphs):
+    if not (settings.compile or settings.cuda_graphs) or not PLUGINS[settings.plugin].compiles:
         return ""
     return "the model" if settings.cuda_graphs and not records_steps(settings) else "each layer"
 

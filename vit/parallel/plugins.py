@@ -36,7 +36,6 @@ class Plugin:
             joined.
         precisions: that it trains in; the published one first.
         replicates_model: every rank holds the whole model and optimizer, as in DistributedDataParallel.
-            Then a step can be recorded as one CUDA graph.
         model_parallel: takes tp_size and pp_size.
         zero_stages: allowed values of --zero_stage, the default first; empty: the flag has no meaning.
         shards_weights: ranks hold different pieces of each weight, in chunks that only the same number of
@@ -45,6 +44,7 @@ class Plugin:
         boosted: "module:class" of the operations that training and checkpoints need.
         reentrant_checkpoint: gradient checkpointing by its re-entrant form, which costs the CPU less.
         own_adam: accepts only Colossal-AI's Adam classes (see `vit.optim.GeminiAdamW`).
+        records: its whole train steps can be recorded as CUDA graphs; see `why_not_recorded`.
         why_not_compiled: why torch.compile does not work with it; empty: it does.
         why_no_lora: why it cannot train LoRA; empty: it can, with neither tensor nor pipeline parallelism.
         offloads: what it can keep in CPU memory: "optim", "param".
@@ -61,6 +61,7 @@ class Plugin:
     boosted: str = "vit.parallel.boosted:BoostedModel"
     reentrant_checkpoint: bool = True
     own_adam: bool = False
+    records: bool = True
     why_not_compiled: str = ""
     why_no_lora: str = ""
     offloads: tuple[str, ...] = ()
@@ -69,6 +70,16 @@ class Plugin:
     @property
     def compiles(self) -> bool:
         return not self.why_not_compiled
+
+    def why_not_recorded(self, settings: Settings) -> str:
+        """Why whole train steps cannot be recorded as CUDA graphs; empty: they can."""
+        if settings.precision == "fp16":
+            return "a step in fp16 asks whether a gradient overflowed"
+        if settings.may_offload:
+            return "what is offloaded waits for the CPU"
+        if self.own_adam and settings.max_norm:
+            return "a step of gemini asks for the norm to clip by"
+        return ""
 
     def shards_optimizer(self, zero_stage: int) -> bool:
         """Whether data-parallel ranks hold different optimizer states."""
@@ -185,6 +196,7 @@ PLUGINS = {
         shards_weights=True,
         boosted="vit.parallel.fsdp:BoostedFSDP",
         reentrant_checkpoint=False,
+        records=False,
         why_not_compiled="is not tested under the compiler",
         why_no_lora=NO_LORA,
     ),

@@ -21,9 +21,11 @@ PATCHES = (
     "lean_imports",
     # speed of Colossal-AI's optimizers
     "silence_colossalai_logger",
-    "skip_unused_grad_norm",
     "single_overflow_check",
     "fused_zero_updates",
+    "fused_mixed_updates",
+    "clip_on_device",
+    "steady_chunks",
     # colossalai.legacy
     "seed_manager",
     "state_dict",

@@ -2,51 +2,31 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from vit.distributed import device
+from vit.optim import buckets
 from vit.patches import patch
 
 
-def avoid_device_syncs(optimizer, clips: bool) -> None:
+def avoid_device_syncs(optimizer) -> None:
     """Apply the patches of this file that fit ``optimizer``, which Booster returned; other optimizers stay
     as they are.
-
-    Args:
-        clips: whether gradients are clipped.
     """
+    from colossalai.booster.plugin import hybrid_parallel_plugin
     from colossalai.zero.low_level import LowLevelZeroOptimizer
 
     single_overflow_check(optimizer)
     if isinstance(optimizer, LowLevelZeroOptimizer):
-        if not clips:
-            skip_unused_grad_norm(optimizer)
         fused_zero_updates(optimizer)
-
-
-@patch
-def silence_colossalai_logger() -> None:
-    """Keep Colossal-AI's logger quiet, and fast. Call after colossalai is imported.
-
-    Why: every call walks the Python stack before it looks at the level, milliseconds per step with Gemini.
-    Library: logging/logger.py, DistributedLogger, colossalai 0.5.0. Can go when it asks for its level first.
-    """
-    from colossalai.logging import DistributedLogger
-
-    for level in ("debug", "info", "warning"):
-        setattr(DistributedLogger, level, lambda self, *args, **kwargs: None)
-
-
-@patch
-def skip_unused_grad_norm(optimizer) -> None:
-    """Do not compute the gradient norm of a `LowLevelZeroOptimizer` that does not clip.
-
-    Why: it waits for the device in every step.
-    Library: zero/low_level/low_level_optim.py, step, colossalai 0.5.0. Can go when it asks for max_norm
-    first.
-    """
-    optimizer._compute_grad_norm = lambda *args, **kwargs: 0.0
+    elif isinstance(optimizer, hybrid_parallel_plugin.HybridParallelAMPOptimizer):
+        fused_mixed_updates(optimizer)
+    elif isinstance(optimizer, hybrid_parallel_plugin.HybridParallelNaiveOptimizer):
+        clip_on_device(optimizer)
 
 
 @patch
@@ -90,46 +70,173 @@ def all_finite(tensors: list[torch.Tensor]) -> bool:
 
 @patch
 def fused_zero_updates(optimizer) -> None:
-    """Let a `LowLevelZeroOptimizer` scale gradients and distribute new weights by a few kernels.
+    """Let a `LowLevelZeroOptimizer` step by a few kernels for all weights, without waiting for the device.
 
-    Why: three kernels per parameter otherwise.
-    Library: zero/low_level/low_level_optim.py, _unscale_and_clip_grads, and zero/low_level/bookkeeping/
-    tensor_bucket.py, all_gather, colossalai 0.5.0. Can go when they use torch._foreach functions.
+    Why: five kernels per parameter otherwise, and a norm that is computed and read back also where nothing is
+    clipped; neither can be recorded as a CUDA graph. On one rank gradients were copied into buckets, too.
+    Library: zero/low_level/low_level_optim.py, step, _add_to_bucket and _compute_grad_norm, colossalai 0.5.0.
+    Can go when it uses torch._foreach functions and keeps the norm on the device.
     """
-    import colossalai.zero.low_level.low_level_optim as library
-
-    def unscale_and_clip(gradients: list[torch.Tensor], norm: float) -> None:
-        mixin, limit = optimizer.mixed_precision_mixin, optimizer._clip_grad_norm
-        scale = mixin.get_grad_div_scale() if mixin is not None else 1.0
-        if limit > 0:
-            scale *= max(1.0, (norm / scale + 1e-6) / limit)
-        if scale != 1 and gradients:
-            torch._foreach_mul_([gradient.data for gradient in gradients], 1 / scale)
-
-    optimizer._unscale_and_clip_grads = unscale_and_clip
-    if library.TensorBucket.__module__ != __name__:
-        library.TensorBucket = _fused_bucket(library)  # each step makes new ones by this name
+    (group,) = optimizer.pg_to_param_list
+    optimizer.step = MethodType(_zero_step, optimizer)
+    if dist.get_world_size(group) == 1:
+        optimizer._add_to_bucket = MethodType(_keep_gradient, optimizer)
 
 
-def _fused_bucket(library):
-    class TensorBucket(library.TensorBucket):
-        def all_gather(self, group=None, fp8_communication: bool = False) -> None:
-            weights = [self._write_back_pairs[part].data for part in self._bucket]
-            if fp8_communication or not all(weight.is_contiguous() for weight in weights):
-                return super().all_gather(group, fp8_communication)
-            mine = self.flatten()
-            size = mine.numel()
-            gathered = mine.new_empty(library.get_nd_world_size(group) * size)
-            library.all_gather_into_flat_tensor_nd(gathered, mine, group=group)
-            targets, sources, offset = [], [], 0
-            for part, weight in zip(self._bucket, weights, strict=True):
-                # each rank has an equal part of the weight; the last ones may end in padding
-                pieces = weight.view(-1).split(part.numel())
-                targets += pieces
-                for rank, piece in enumerate(pieces):
-                    sources.append(gathered[rank * size + offset :][: piece.numel()])
-                offset += part.numel()
-            torch._foreach_copy_(targets, sources)
-            self.empty()
+def _keep_gradient(self, param: torch.Tensor, group_id: int) -> None:
+    """The gradient of the only rank is the mean already."""
+    gradient, param.grad = param.grad.detach().flatten(), None
+    self._add_grad(gradient, 1, group_id, id(param))
 
-    return TensorBucket
+
+def _zero_step(self, closure=None) -> None:
+    """This rank's update of its part of each weight; then all ranks share the new weights."""
+    mixin = self.mixed_precision_mixin
+    if not self.require_grad_sync:
+        return
+    if mixin is not None and mixin.should_skip_step():
+        return self.zero_grad()
+    masters, gradients = [], []
+    for group_id, weights in self._working_param_groups.items():
+        for weight, master in zip(weights, self._master_param_groups_of_current_rank[group_id], strict=True):
+            store = self.pid_to_grad_store[id(weight)]
+            parts = store.get_partitioned_gradients_by_param_id(group_id, id(weight))
+            if parts:
+                masters.append(master)
+                gradients.append(parts[0 if self._partition_grads else store.local_rank])
+    gradients = set_gradients(masters, gradients)
+    scale = mixin.get_grad_div_scale() if mixin is not None else 1.0
+    norm = None
+    if self._clip_grad_norm > 0 and is_data_parallel(self):
+        (group,) = self.pg_to_param_list
+        norm = norm_of(gradients, group)
+    elif self._clip_grad_norm > 0:  # the library knows which weights several ranks hold
+        groups, stores = range(self.num_param_groups), self.pg_to_grad_store.values()
+        norms = [
+            self._compute_grad_norm(store.torch_pg, store.get_working_grads_by_group_id(i))
+            for i in groups
+            for store in stores
+        ]
+        norm = torch.tensor(norms, device=device()).norm()
+    unscale_and_clip(gradients, scale, norm, self._clip_grad_norm)
+    self.optim.step()
+    for master in masters:
+        master.grad = None
+    _share_weights(self, masters)
+
+
+def _share_weights(optimizer, masters: list[torch.Tensor]) -> None:
+    """Give every rank the new weights: each rank has the masters of an equal part of every weight."""
+    (group,) = optimizer.pg_to_param_list
+    world = dist.get_world_size(group)
+    for bucket in buckets(masters, elements=optimizer._reduce_bucket_size):
+        weights = [optimizer.master_to_working_param[id(master)].data for master in bucket]
+        if world == 1:
+            torch._foreach_copy_([weight.view(-1) for weight in weights], bucket)
+            continue
+        sizes = [master.numel() for master in bucket]
+        mine = torch.empty(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
+        torch._foreach_copy_(list(mine.split(sizes)), bucket)
+        gathered = mine.new_empty(world * mine.numel())
+        dist.all_gather_into_tensor(gathered, mine, group=group)
+        targets, sources = [], []
+        parts = [rank_part.split(sizes) for rank_part in gathered.view(world, -1)]
+        for i, (weight, size) in enumerate(zip(weights, sizes)):
+            # the last ranks' parts may end in padding
+            for rank, piece in enumerate(weight.view(-1).split(size)):
+                targets.append(piece)
+                sources.append(parts[rank][i][: piece.numel()])
+        torch._foreach_copy_(targets, sources)
+
+
+@patch
+def fused_mixed_updates(optimizer) -> None:
+    """Let hybrid_parallel's 16-bit optimizer without ZeRO step by a few kernels over all parameters.
+
+    Why: three kernels per parameter otherwise, and with clipping a norm that is read back.
+    Library: amp/naive_amp/mixed_precision_optimizer.py, step, colossalai 0.5.0. Can go when it uses
+    torch._foreach functions and keeps the norm on the device.
+    """
+    optimizer.step = MethodType(_mixed_step, optimizer)
+
+
+def _mixed_step(self, *args, **kwargs) -> None:
+    if self.mixed_precision.should_skip_step():
+        return self.zero_grad()
+    masters, weights, gradients = [], [], []
+    for group in self.optim.param_groups:
+        for master in group["params"]:
+            weight = self.master_to_working_map[master]
+            if weight.grad is not None:
+                masters.append(master)
+                weights.append(weight)
+                gradients.append(weight.grad)
+                weight.grad = None
+    gradients = set_gradients(masters, gradients)
+    norm = None
+    if self.max_norm > 0 and is_data_parallel(self):
+        norm = norm_of(gradients)
+    elif self.max_norm > 0:
+        norm = self._compute_grad_norm(list(zip(weights, gradients)))
+    unscale_and_clip(gradients, self.mixed_precision.get_grad_div_scale(), norm, self.max_norm)
+    self.optim.step()
+    torch._foreach_copy_([weight.data for weight in weights], masters)
+
+
+@patch
+def clip_on_device(optimizer) -> None:
+    """Let hybrid_parallel's fp32 optimizer clip without waiting for the device.
+
+    Why: it reads back the gradient norm, which cannot be recorded as a CUDA graph.
+    Library: booster/plugin/hybrid_parallel_plugin.py, HybridParallelNaiveOptimizer, colossalai 0.5.0. Can go
+    when it keeps the norm on the device.
+    """
+    if is_data_parallel(optimizer):
+        optimizer._compute_grad_norm = lambda pairs: norm_of([gradient for _, gradient in pairs])
+        optimizer._clip_grad_norm = lambda norm: unscale_and_clip(
+            [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None],
+            1.0,
+            norm,
+            optimizer.max_norm,
+        )
+
+
+def is_data_parallel(optimizer) -> bool:
+    """Whether every rank holds the whole model: neither tensor nor pipeline parallelism."""
+    groups = (getattr(optimizer, "tp_pg", None), getattr(optimizer, "pp_pg", None))
+    return all(group is None or dist.get_world_size(group) == 1 for group in groups)
+
+
+def set_gradients(masters: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Give each fp32 master weight its gradient, in fp32. -> these"""
+    if any(gradient.dtype != master.dtype for master, gradient in zip(masters, gradients, strict=True)):
+        rounded, gradients = gradients, [torch.empty_like(master) for master in masters]
+        torch._foreach_copy_(gradients, rounded)
+    for master, gradient in zip(masters, gradients, strict=True):
+        master.grad = gradient
+    return gradients
+
+
+def norm_of(gradients: list[torch.Tensor], group=None) -> torch.Tensor:
+    """The norm of all gradients, a scalar on the device; with ``group``, of the gradients of its ranks."""
+    norms = torch.stack(torch._foreach_norm(gradients)).to(device())
+    square = norms.double().square().sum()
+    if group is not None:
+        dist.all_reduce(square, group=group)
+    return square.sqrt()
+
+
+def unscale_and_clip(
+    gradients: list[torch.Tensor], scale: float, norm: torch.Tensor | float | None, limit: float
+) -> None:
+    """Divide by the loss ``scale``, and clip to ``limit``.
+
+    Args:
+        norm: of the gradients as they are, with the scale; None: no clipping.
+    """
+    if norm is None:
+        if scale != 1:
+            torch._foreach_mul_(gradients, 1 / scale)
+        return
+    excess = torch.as_tensor((norm / scale + 1e-6) / limit).clamp(min=1.0) * scale
+    torch._foreach_mul_(gradients, excess.reciprocal().to(gradients[0].device, gradients[0].dtype))

@@ -1,0 +1,78 @@
+"""Patches for the speed of Colossal-AI's Gemini. They change results by rounding at most."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from vit.patches import patch
+
+
+@patch
+def steady_chunks(model, recorded: bool) -> None:
+    """Let the chunks of a `GeminiDDP` model, of which nothing is offloaded, keep their memory.
+
+    Why: a chunk is gathered into new memory and cut into new memory several times a step, also where one
+    rank holds the whole of it, so that a step cannot be recorded as a CUDA graph; and each bf16 gradient is
+    searched for infinities that nobody asks for.
+    Library: zero/gemini/chunk/chunk.py, Chunk.__gather, __scatter, reduce and has_inf_or_nan, colossalai
+    0.5.0. Can go when a shard stays where it is.
+
+    Args:
+        recorded: whether steps are recorded; shards of several ranks then take more memory.
+    """
+    whole, shard = _chunk_classes()
+    for param in model.fp16_params:
+        chunk = model.chunk_manager.get_chunk(param)
+        if chunk.pg_size == 1 and not chunk.keep_gathered:
+            chunk.__class__ = whole
+        elif recorded and not chunk.keep_gathered:
+            chunk.__class__ = shard
+
+
+@cache
+def _chunk_classes() -> tuple[type, type]:
+    """-> (a chunk of one rank, a shard of several ranks)"""
+    from colossalai.zero.gemini.chunk import Chunk
+
+    class QuietChunk(Chunk):
+        @property
+        def has_inf_or_nan(self) -> bool:
+            """Asked for after each reduction; only the fp16 loss scaler uses the answer."""
+            return super().has_inf_or_nan if self.dtype == torch.float16 else False
+
+    class WholeChunk(QuietChunk):
+        """Of one rank: its shard is the whole chunk, so gathering and cutting copy nothing."""
+
+        def _Chunk__gather(self, async_op: bool = False) -> None:
+            if not self.is_gathered:
+                self.cuda_global_chunk, self.cuda_shard, self.is_gathered = self.cuda_shard, None, True
+
+        def _Chunk__scatter(self) -> None:
+            if self.is_gathered:
+                self.cuda_shard, self.is_gathered = self.cuda_global_chunk, False
+
+    class SteadyShard(QuietChunk):
+        """Of several ranks: the shard is kept while the chunk is gathered, the next one copied into it."""
+
+        kept: torch.Tensor | None = None
+
+        def access_chunk(self, async_access: bool = False):
+            self.kept = self.cuda_shard if self.cuda_shard is not None else self.kept
+            return super().access_chunk(async_access)
+
+        def release_chunk(self) -> None:
+            super().release_chunk()
+            self.keep()
+
+        def reduce(self, async_op: bool = False) -> None:
+            super().reduce(async_op)
+            self.wait_async_reduce()
+            self.keep()
+
+        def keep(self) -> None:
+            if self.cuda_shard is not None and self.cuda_shard is not self.kept:
+                self.cuda_shard = self.kept.copy_(self.cuda_shard)
+
+    return WholeChunk, SteadyShard
