@@ -124,7 +124,7 @@ class TrainStep:
         is_full = images == self.layout.data_parallel_size * sum(len(batch["labels"]) for batch in batches)
         prepared = (self.prepare_batch(batch, global_step, i, is_full) for i, batch in enumerate(batches))
         if self.graph:
-            loss = self.graph(next(prepared), scale, replayable=is_full)
+            loss = self.graph(next(prepared), scale)
         else:
             loss = self.forward_backward_update(prepared, scale, len(batches))
         if self.boosted.ema:
@@ -146,7 +146,9 @@ class TrainStep:
             "labels": batch["labels"].to(device(), non_blocking=True),
         }
 
-    def forward_backward_update(self, batches: Iterable[dict], scale: float, count: int = 1) -> torch.Tensor:
+    def forward_backward_update(
+        self, batches: Iterable[dict], scale: float | torch.Tensor, count: int = 1
+    ) -> torch.Tensor:
         """Forward and backward pass of ``count`` batches, then the optimizer's step.
 
         -> sum of the losses x ``scale``
@@ -163,7 +165,7 @@ class TrainStep:
         self.optimizer.zero_grad()
         return loss
 
-    def micro_batch(self, batch: dict, scale: float, is_last: bool) -> torch.Tensor:
+    def micro_batch(self, batch: dict, scale: float | torch.Tensor, is_last: bool) -> torch.Tensor:
         """Forward and backward pass of one batch; gradients are reduced over the ranks with the last one."""
         with nullcontext() if is_last else self.boosted.no_sync():
             logits = self.model(pixel_values=batch["pixel_values"]).logits
@@ -171,7 +173,7 @@ class TrainStep:
             self.booster.backward(loss, self.optimizer)
         return loss.detach()
 
-    def pipeline_batch(self, batch: dict, scale: float) -> torch.Tensor:
+    def pipeline_batch(self, batch: dict, scale: float | torch.Tensor) -> torch.Tensor:
         """The same through the pipeline, which divides each loss by its number of micro-batches."""
         parts = self.booster.plugin.scheduler.num_microbatches
         # not given to the model, which would compute a loss of its own; the last stage asks for them in order

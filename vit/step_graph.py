@@ -11,12 +11,12 @@ class StepGraph:
     """Replays ``update``: forward, backward, gradient reduction, clipping and the optimizer step.
 
     After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Each
-    combination of shapes, types and scale has its own graph. The last step of an epoch, which has padding,
-    runs without a graph.
+    combination of shapes and types has its own graph; all use the same memory, one after the other.
 
     Args:
-        update: (batches, scale) -> scalar on the device. Must not synchronise with the device, and must draw
-            random numbers from torch's default generator only.
+        update: (batches, scale of the loss) -> scalar on the device. Must not synchronise with the device,
+            must draw random numbers from torch's default generator only, and must leave nothing behind in
+            memory that it allocated.
         optimizer: its ``param_groups`` have the learning rates; its step must be capturable.
         stream: on which the model was made parallel; the default stream cannot be captured.
     """
@@ -28,24 +28,23 @@ class StepGraph:
     def __init__(self, update: Callable, optimizer, stream: torch.cuda.Stream):
         self.update, self.optimizer, self.stream = update, optimizer, stream
         self.steps = 0
-        self.recorded = {}  # (scale, shapes and types) -> (graph, its inputs, its result)
-        # the recorded optimizer step reads its learning rates from these tensors
+        self.recorded = {}  # shapes and types -> (graph, its inputs, its result)
+        self.pool = None  # the graphs' memory
+        # what a recorded step reads beside the batch: the scale, and the learning rate of each group
+        self.scale = torch.zeros((), device=device())
         self.rates = [torch.zeros((), device=device()) for _ in optimizer.param_groups]
 
-    def __call__(self, batch: dict[str, torch.Tensor], scale: float, replayable: bool) -> torch.Tensor:
-        """Run ``update`` on one batch. -> scalar on the device
-
-        Args:
-            replayable: whether the step has the usual form, without padding, so that recording it pays.
-        """
+    def __call__(self, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """Run ``update`` on one batch. -> scalar on the device"""
         self.steps += 1
-        if not replayable or self.steps <= self.WARM_UP:
+        if self.steps <= self.WARM_UP:
             return self._aside(lambda: self.update([batch], scale))
-        kind = (scale, *((tensor.shape, tensor.dtype) for tensor in batch.values()))
+        kind = tuple((tensor.shape, tensor.dtype) for tensor in batch.values())
         if kind not in self.recorded:
-            self.recorded[kind] = self._record(batch, scale)
+            self.recorded[kind] = self._record(batch)
         graph, inputs, result = self.recorded[kind]
         torch._foreach_copy_(list(inputs.values()), list(batch.values()))
+        self.scale.fill_(scale)
         for rate, group in zip(self.rates, self.optimizer.param_groups):
             rate.fill_(group["lr"])
         graph.replay()
@@ -58,9 +57,7 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def _record(
-        self, batch: dict[str, torch.Tensor], scale: float
-    ) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
+    def _record(self, batch: dict[str, torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         graph, groups = torch.cuda.CUDAGraph(), self.optimizer.param_groups
         usual = [dict(group) for group in groups]
@@ -68,10 +65,12 @@ class StepGraph:
             group.update(lr=rate, capturable=True)
         try:
             # thread_local: NCCL's threads query CUDA events during the capture
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-                result = self.update([dict(inputs)], scale)
+            capture = dict(stream=self.stream, capture_error_mode="thread_local", pool=self.pool)
+            with torch.cuda.graph(graph, **capture):
+                result = self.update([dict(inputs)], self.scale)
         finally:
             for group, values in zip(groups, usual):
                 group.clear()
                 group.update(values)
+        self.pool = graph.pool()
         return graph, inputs, result

@@ -25,9 +25,9 @@ LEVELS = {
     "report.tables_page parallel.lora",
     # L3: models, sources, schedules, and the forms of parallelism
     3: "signals step_graph patches.colossalai_zero schedule flops data.gpu_augment data.pixels "
-    "data.folders data.processor data.decoded_copy data.duplicates parallel.plain parallel.boosted parallel.mesh parallel.policy predictions "
-    "report.class_charts report.benchmark_charts report.accuracy report.sweep checkpoint_files "
-    "run_lock flags calibration",
+    "data.folders data.processor data.decoded_copy data.duplicates parallel.plain parallel.boosted "
+    "parallel.mesh parallel.policy predictions report.class_charts report.benchmark_charts "
+    "report.accuracy report.sweep checkpoint_files run_lock flags calibration",
     # L4: batches, a train step, a checkpoint
     4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
     "parallel.mesh_train report.benchmark report.page peers",

@@ -102,7 +102,7 @@ class Replayed(StepGraph):
         self.done.append("eager")
         return work()
 
-    def _record(self, batch, scale):
+    def _record(self, batch):
         inputs, outer = {name: tensor.clone() for name, tensor in batch.items()}, self
         result = torch.zeros(())
 
@@ -112,7 +112,7 @@ class Replayed(StepGraph):
                 kept = [group["lr"] for group in outer.optimizer.param_groups]
                 for group, rate in zip(outer.optimizer.param_groups, outer.rates):
                     group["lr"] = rate.item()
-                result.copy_(outer.update([dict(inputs)], scale))
+                result.copy_(outer.update([dict(inputs)], outer.scale))
                 for group, rate in zip(outer.optimizer.param_groups, kept):
                     group["lr"] = rate
 
@@ -120,7 +120,7 @@ class Replayed(StepGraph):
         return Graph(), inputs, result
 
 
-def test_recorded_steps_take_each_batch_and_learning_rate_and_leave_the_padded_ones_alone():
+def test_recorded_steps_take_each_batch_scale_and_learning_rate():
     def train(step_of):
         weight = torch.nn.Parameter(torch.ones(2))
         optimizer = torch.optim.SGD([{"params": [weight]}], lr=0.1)
@@ -138,13 +138,13 @@ def test_recorded_steps_take_each_batch_and_learning_rate_and_leave_the_padded_o
             y = torch.tensor([i % 2]) if i < 25 else torch.full((1, 3), 0.5)
             batch = {"x": torch.tensor([i % 3, 1.0]), "y": y}
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
-            losses.append(step(batch, 0.5 if i % 10 == 9 else 1.0, i % 10 != 9))
+            losses.append(step(batch, 0.5 if i % 10 == 9 else 1.0))
         return weight.detach(), torch.stack(losses), step
 
-    expected, losses, _ = train(lambda update, _: lambda batch, scale, replayable: update([batch], scale))
+    expected, losses, _ = train(lambda update, _: lambda batch, scale: update([batch], scale))
     weight, same, graph = train(Replayed)
     assert torch.equal(weight, expected) and torch.equal(losses, same)
-    eager = StepGraph.WARM_UP + 2  # of the padded ones, at 9, 19 and 29, the first is among the others
+    eager = StepGraph.WARM_UP
     counts = [graph.done.count(kind) for kind in ("eager", "record", "replay")]
     assert counts == [eager, 2, 30 - eager]  # mixed labels are of another kind
 
