@@ -50,7 +50,7 @@ def fine_tune(settings, stop, started: float) -> None:
     from vit.data.processor import Normalize
     from vit.distributed import device
     from vit.model import freeze_parameters, load_model
-    from vit.parallel.boost import boost
+    from vit.parallel.boost import boost, decide_compilation
     from vit.run_folder import RunFolder, result_text
     from vit.schedule import plan_schedule
     from vit.step import TrainStep
@@ -67,6 +67,7 @@ def fine_tune(settings, stop, started: float) -> None:
     model, processor, labels = loaded.model, loaded.processor, len(dataset.label_names)
     plan, learning_rate, notes = plan_schedule(settings, len(loaders.train))
     loaders.notes.extend(notes)
+    settings = decide_compilation(settings, model.config, labels, plan)
     run = RunFolder(settings, loaders, started)
     run.print_plan(plan, learning_rate, model)
     if settings.dry_run:
@@ -91,7 +92,6 @@ def fine_tune(settings, stop, started: float) -> None:
                 result = trainer.evaluate(loader)
                 print_rank0(f"{loader.name}: {result_text(result)} ({result['images']} images)")
             return
-
         # --- train, then test and export the selected epoch
         if checkpoint := run.find_checkpoint(checkpoints):
             trainer.resume(checkpoint)

@@ -77,13 +77,17 @@ class ResultRows:
 # ---- the driver
 
 
+FORM_FLAGS = {"compile": ["--compile"], "eager": ["--no-compile", "--no-cuda_graphs"]}
+
+
 def flags_of(entry: str) -> list[str]:
-    """`plugin[:precision][:compile]` as flags of vit_benchmark.py."""
+    """`plugin[:precision][:compile or :eager]` as flags of vit_benchmark.py."""
     plugin, *options = entry.split(":")
     flags = ["--plugin", plugin]
-    if "compile" in options:
-        options.remove("compile")
-        flags.append("--compile")
+    for option, its_flags in FORM_FLAGS.items():
+        if option in options:
+            options.remove(option)
+            flags += its_flags
     return [*flags, "--precision", options[0] if options else "auto"]
 
 
@@ -91,7 +95,7 @@ def default_entries(preset: str, gpus: int) -> list[str]:
     """All plugins, and plain PyTorch in the precisions that they use."""
     plugins = [name for name in PLUGINS if name != "none"]
     if preset == "fast":
-        return [*plugins, "none:bf16", "none:bf16:compile"]
+        return [*plugins, "none:bf16", "none:bf16:eager"]
     return [*plugins, *(["none:fp32", "none:fp16"] if gpus else ["none"])]
 
 

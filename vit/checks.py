@@ -61,9 +61,8 @@ def plugin_problems(settings: Settings, machine: Machine) -> list[str]:
         *device_problems(settings, machine),
         *precision_problems(settings),
         *offload_problems(settings, machine),
-        *compile_problems(settings, machine),
+        *form_problems(settings, machine),
         *pipeline_problems(settings),
-        *lora_problems(settings),
         *peer_problems(settings),
     ]
 
@@ -120,6 +119,11 @@ def offload_problems(settings: Settings, machine: Machine) -> Iterator[str]:
         if settings.precision == "bf16" and settings.max_norm:
             flags = "--max_norm with --optimizer hybrid_adam, bf16 and offload"
             yield f"{flags}: Colossal-AI skips the clipping; use --optimizer adamw"
+
+
+def form_problems(settings: Settings, machine: Machine) -> list[str]:
+    """Why steps cannot be compiled, or recorded, as ``settings`` ask for."""
+    return [*compile_problems(settings, machine), *lora_problems(settings)]
 
 
 def compile_problems(settings: Settings, machine: Machine) -> Iterator[str]:

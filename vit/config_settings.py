@@ -256,7 +256,7 @@ def to_settings(config: dict, path: str, layout: ParallelLayout, **options) -> S
         zero_stage=0,
         offload_optim_frac=0.0,
         grad_checkpoint=False,
-        compile=config["COMPILE"],
+        compile=config["COMPILE"] or config["CUDA_GRAPHS"],
         cuda_graphs=config["CUDA_GRAPHS"],
         batch_size=config["BATCH_SIZE"] // max(1, layout.data_parallel_size),  # 0: too few ranks
         gradient_accumulation_steps=config["gradient_accumulation"],

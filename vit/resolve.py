@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from vit.checks import model_problems, plugin_problems
+from vit.checks import form_problems, model_problems, plugin_problems
 from vit.data.sources import DEMO_DATASET
 from vit.layout import ParallelLayout
-from vit.parallel.plugins import plugin_named
+from vit.parallel.plugins import PEERS, plugin_named
 from vit.presets import PRESETS, known_architecture
 from vit.settings import DEFAULTS, Settings
 from vit.system import Machine, host_exists
@@ -76,8 +76,31 @@ def resolve_plugin(values: dict, machine: Machine, world_size: int) -> list[str]
     return notes
 
 
-def settings_from(values: dict, notes: list[str]) -> Settings:
-    return Settings(**{name: value for name, value in values.items() if name in DEFAULTS}, notes=tuple(notes))
+def settings_from(values: dict, notes: list[str], machine: Machine) -> Settings:
+    known = {name: value for name, value in values.items() if name in DEFAULTS}
+    return with_fast_steps(Settings(**known, notes=tuple(notes)), machine)
+
+
+def with_fast_steps(settings: Settings, machine: Machine) -> Settings:
+    """The settings with CUDA graphs and compilation chosen, where the user did not.
+
+    By the preset `fast` steps are recorded if they can be. Whether it pays to compile depends on the length
+    of the training, which is not known yet: ``compile`` stays None.
+    """
+    compiles, graphs, plugin = settings.compile, settings.cuda_graphs, plugin_named(settings.plugin)
+    if compiles is not None or graphs is not None:
+        compiles = bool(graphs) and plugin.compiles if compiles is None else compiles
+        return replace(settings, compile=compiles, cuda_graphs=bool(graphs))
+    plain = replace(settings, compile=False, cuda_graphs=False)
+    if settings.preset != "fast" or not machine.gpus or settings.plugin in PEERS:
+        return plain
+    recorded, compiled = replace(plain, cuda_graphs=True), replace(plain, compile=True)
+    compiles = None if not form_problems(compiled, machine) else False
+    reasons = [plugin.why_not_recorded(settings), *form_problems(recorded, machine)]
+    if reason := next(filter(None, reasons), ""):
+        note = f"PRESET=fast records no CUDA graphs: {reason.removeprefix('--cuda_graphs: ')}"
+        return replace(plain, compile=compiles, notes=(*settings.notes, note))
+    return replace(recorded, compile=compiles)
 
 
 def resolve_finetune(args: argparse.Namespace, machine: Machine) -> Settings:
@@ -99,7 +122,7 @@ def resolve_finetune(args: argparse.Namespace, machine: Machine) -> Settings:
         if values[name] is None:
             values[name] = value
     notes += resolve_plugin(values, machine, world_size_of(args))
-    return settings_from(values, notes)
+    return settings_from(values, notes, machine)
 
 
 # ---- the benchmark
@@ -147,7 +170,8 @@ def resolve_cases(args: argparse.Namespace, machine: Machine) -> tuple[list[Case
     for batch_size in dict.fromkeys(args.batch_size):
         values = vars(args) | {"batch_size": batch_size or 1}
         notes = resolve_plugin(values, machine, world_size_of(args))
-        settings = settings_from(values, notes)
+        settings = settings_from(values, notes, machine)
+        settings = replace(settings, compile=settings.compile is not False)  # as in a long training
         problem = "; ".join([*plugin_problems(settings, machine), *model_problems(settings)])
         method = {name: getattr(args, name) for name in CASE_FIELDS - {"settings", "problem"}}
         cases.append(Case(settings, problem=problem, **method))

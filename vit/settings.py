@@ -85,8 +85,8 @@ class Settings:
     offload_param_frac: float = 0.0
     optimizer: str = "adamw"
     grad_checkpoint: bool = AUTO
-    compile: bool = False
-    cuda_graphs: bool = False
+    compile: bool | None = AUTO  # None: if the training is long enough, see decide_compilation
+    cuda_graphs: bool = AUTO
     layout: ParallelLayout = ParallelLayout(1)
     # output
     output_path: str = "./output_model"
@@ -135,6 +135,7 @@ class Settings:
         parts += [f"preset {self.preset}"] if self.preset else []
         parts += [f"depth {self.tp_depth}"] * (self.tp_depth > 1)
         parts += ["gradient checkpointing"] * bool(self.grad_checkpoint)
+        parts += ["compiled"] * bool(self.compile) + ["CUDA graphs"] * bool(self.cuda_graphs)
         offloaded = self.offload_optim_frac
         parts += [f"{offloaded:.0%} of optimizer states offloaded"] * (offloaded > 0)
         parts += [f"{self.num_microbatches} micro-batches"] * (self.pp_size > 1)

@@ -37,6 +37,7 @@ BASE = dict(
     learning_rate=1e-3,
 )
 RECIPE = dict(layer_decay=0.7, ema=0.8, label_smoothing=0.1)
+COMPILED_GRAPHS = dict(compile=True, cuda_graphs=True)
 STEPS, BATCH, LABELS = 16, 16, 4
 
 
@@ -78,7 +79,7 @@ def cases(world: int) -> dict[str, dict]:
             )
         elif precision == "bf16" and torch.cuda.is_available() and plugin != "torch_fsdp":
             found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
-            found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | dict(cuda_graphs=True)
+            found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | COMPILED_GRAPHS
     if torch.cuda.is_available():  # whole steps as graphs
         plain = ("none bf16", "torch_ddp fp32", "low_level_zero fp32", "hybrid_parallel fp32")
         for name in (
@@ -87,9 +88,9 @@ def cases(world: int) -> dict[str, dict]:
             "low_level_zero bf16 recipe",
             "hybrid_parallel bf16 recipe",
         ):
-            found[f"{name} graphs"] = found[name] | dict(cuda_graphs=True)
+            found[f"{name} graphs"] = found[name] | COMPILED_GRAPHS
             found[f"{name} graphs unclipped"] = found[f"{name} graphs"] | dict(max_norm=0.0)
-        for name in ("gemini bf16", "gemini bf16 recipe"):  # cannot be recorded with clipping
+        for name in ("gemini bf16", "gemini bf16 recipe", "torch_ddp bf16"):  # gemini: not with clipping
             found[f"{name} graphs unclipped"] = found[name] | dict(cuda_graphs=True, max_norm=0.0)
     for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
         if world == tp * pp:

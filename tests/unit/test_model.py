@@ -108,8 +108,22 @@ def test_drop_path_skips_whole_branches_of_single_images_in_training_only():
     assert kept.float().mean().item() == pytest.approx(0.4, abs=0.03)
     with torch.no_grad():
         assert torch.allclose(branch[kept], output_projection(same)(x)[kept] / 0.4, atol=1e-5)
-    rates = [branch_dropouts(layer)[-1].dropout[1].p for layer in layers.values()]
-    assert rates == pytest.approx([0, 0.2, 0.4, 0.6])
+    kept = [branch_dropouts(layer)[-1].dropout[1].keep.item() for layer in layers.values()]
+    assert kept == pytest.approx([1, 0.8, 0.6, 0.4])
+
+
+def test_layers_with_drop_path_are_compiled_once():
+    """Not once for each rate: torch compiles eight and no more."""
+    from torch._dynamo.utils import counters
+
+    model = tiny_vit()
+    add_drop_path(model, 0.6, 4)
+    torch._dynamo.reset()
+    counters.clear()
+    for layer in numbered_layers(model.train()).values():
+        layer.compile(dynamic=False, backend="eager")
+    model(torch.ones(2, 3, 16, 16))
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 # ---- positions

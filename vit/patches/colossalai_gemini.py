@@ -37,6 +37,10 @@ def _chunk_classes() -> tuple[type, type]:
     from colossalai.zero.gemini.chunk import Chunk
 
     class QuietChunk(Chunk):
+        cuda_shard: torch.Tensor | None
+        cuda_global_chunk: torch.Tensor | None
+        is_gathered: bool
+
         @property
         def has_inf_or_nan(self) -> bool:
             """Asked for after each reduction; only the fp16 loss scaler uses the answer."""
