@@ -3,12 +3,12 @@
 # run in front of the command; flags are passed on to vit_benchmark.py:
 #
 #   bash run_benchmark.sh
-#   PRESET=fast BATCH_SIZES="8 32 128" PLUGINS="torch_ddp none:bf16:compile" bash run_benchmark.sh --windows 7
+#   PRESET=fast BATCH_SIZES="8 32 128" PLUGINS="torch_ddp none:bf16:eager" bash run_benchmark.sh --windows 7
 #
 # Cases that were measured are skipped: run it again after an interruption, or with more batch sizes.
 
 MODEL=${MODEL:-auto}                    # hub name or preset; auto: google/vit-base-patch16-224 | vit-demo
-PLUGINS=${PLUGINS:-auto}                # plugin[:precision][:compile] ...; auto: all, and plain PyTorch
+PLUGINS=${PLUGINS:-auto}                # plugin[:precision][:compile or :eager]; auto: all, plain PyTorch
 BATCH_SIZES=${BATCH_SIZES:-8 32}        # images per step and data-parallel rank
 PRESET=${PRESET:-auto}                  # precision and memory: published, fast, cpu; auto: published | by CPU
 GPUNUM=${GPUNUM:-1}                     # processes, one per GPU; all: every GPU

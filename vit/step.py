@@ -85,7 +85,7 @@ class TrainStep:
         weights = class_weights
         self.class_weights = None if weights is None else torch.tensor(weights).float().to(device())
         stream = boosted.graph_stream
-        self.graph = StepGraph(self.forward_backward_update, self.optimizer, stream) if stream else None
+        self.graph = StepGraph(self.optimizer, stream) if stream else None
 
     @classmethod
     def of(
@@ -124,7 +124,7 @@ class TrainStep:
         is_full = images == self.layout.data_parallel_size * sum(len(batch["labels"]) for batch in batches)
         prepared = (self.prepare_batch(batch, global_step, i, is_full) for i, batch in enumerate(batches))
         if self.graph:
-            loss = self.graph(next(prepared), scale)
+            loss = self.graph(self.forward_backward_update, next(prepared), scale)
         else:
             loss = self.forward_backward_update(prepared, scale, len(batches))
         if self.boosted.ema:

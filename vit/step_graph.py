@@ -8,15 +8,12 @@ from vit.distributed import device
 
 
 class StepGraph:
-    """Replays ``update``: forward, backward, gradient reduction, clipping and the optimizer step.
+    """Replays a train step: forward, backward, gradient reduction, clipping and the optimizer step.
 
     After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Each
     combination of shapes and types has its own graph; all use the same memory, one after the other.
 
     Args:
-        update: (batches, scale of the loss) -> scalar on the device. Must not synchronise with the device,
-            must draw random numbers from torch's default generator only, and must leave nothing behind in
-            memory that it allocated.
         optimizer: its ``param_groups`` have the learning rates; its step must be capturable.
         stream: on which the model was made parallel; the default stream cannot be captured.
     """
@@ -25,8 +22,8 @@ class StepGraph:
     # its timers in the first ten.
     WARM_UP = 11
 
-    def __init__(self, update: Callable, optimizer, stream: torch.cuda.Stream):
-        self.update, self.optimizer, self.stream = update, optimizer, stream
+    def __init__(self, optimizer, stream: torch.cuda.Stream):
+        self.optimizer, self.stream = optimizer, stream
         self.steps = 0
         self.recorded = {}  # shapes and types -> (graph, its inputs, its result)
         self.pool = None  # the graphs' memory
@@ -34,14 +31,20 @@ class StepGraph:
         self.scale = torch.zeros((), device=device())
         self.rates = [torch.zeros((), device=device()) for _ in optimizer.param_groups]
 
-    def __call__(self, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
-        """Run ``update`` on one batch. -> scalar on the device"""
+    def __call__(self, update: Callable, batch: dict[str, torch.Tensor], scale: float) -> torch.Tensor:
+        """Run ``update`` on one batch. -> scalar on the device
+
+        Args:
+            update: (batches, scale of the loss) -> scalar on the device; the same in every call. It must not
+                synchronise with the device, must draw random numbers from torch's default generator only,
+                and must leave nothing behind in memory that it allocated.
+        """
         self.steps += 1
         if self.steps <= self.WARM_UP:
-            return self._aside(lambda: self.update([batch], scale))
+            return self._aside(lambda: update([batch], scale))
         kind = tuple((tensor.shape, tensor.dtype) for tensor in batch.values())
         if kind not in self.recorded:
-            self.recorded[kind] = self._record(batch)
+            self.recorded[kind] = self._record(update, batch)
         graph, inputs, result = self.recorded[kind]
         torch._foreach_copy_(list(inputs.values()), list(batch.values()))
         self.scale.fill_(scale)
@@ -57,7 +60,9 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def _record(self, batch: dict[str, torch.Tensor]) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
+    def _record(
+        self, update: Callable, batch: dict[str, torch.Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         graph, groups = torch.cuda.CUDAGraph(), self.optimizer.param_groups
         usual = [dict(group) for group in groups]
@@ -67,7 +72,7 @@ class StepGraph:
             # thread_local: NCCL's threads query CUDA events during the capture
             capture = dict(stream=self.stream, capture_error_mode="thread_local", pool=self.pool)
             with torch.cuda.graph(graph, **capture):
-                result = self.update([dict(inputs)], self.scale)
+                result = update([dict(inputs)], self.scale)
         finally:
             for group, values in zip(groups, usual):
                 group.clear()

@@ -28,9 +28,10 @@ finetune() { PARALLEL_RUNS=$SIDE WEIGHT_DECAY=${WEIGHT_DECAY:-0.05} bash run_fin
 
 # ---- speed and memory, synthetic images
 published() { PRESET=published BATCH_SIZES="8 32" benchmark; }
-fast() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$ALL none:bf16" benchmark; }
+eager() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$(printf '%s:auto:eager ' $ALL) none:bf16:eager" benchmark; }
 compiled() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$COMPILED" benchmark; }
-graphs() { PRESET=fast BATCH_SIZES="8 32" PLUGINS="torch_ddp torch_ddp_fp16 low_level_zero hybrid_parallel none:bf16" benchmark --cuda_graphs; }
+fast() { PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="$ALL none:bf16" benchmark; } # CUDA graphs, compiled, where it can be
+peers() { PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="$ALL none:bf16" benchmark --peers; }
 size384() { PRESET=fast MODEL=google/vit-base-patch16-384 BATCH_SIZES="32 128" PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
 vit_large() { PRESET=fast MODEL=google/vit-large-patch16-224 BATCH_SIZES=128 PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
 scaling() { # GPUS=2, GPUS=4
@@ -96,7 +97,7 @@ export MODELS=$MODEL
 for section in "$@"; do
   [[ $(type -t "$section") = function ]] || { echo "there is no section $section" >&2; exit 2; }
   (
-    case $section in published | fast | compiled | graphs | size384 | vit_large | scaling) unset MODEL MODELS ;; esac # ViT-B/16 by its name, random weights
+    case $section in published | eager | compiled | fast | peers | size384 | vit_large | scaling) unset MODEL MODELS ;; esac # ViT-B/16 by its name, random weights
     "$section"
   )
 done

@@ -8,6 +8,7 @@ WORD: only the cases with it in their names, such as graphs, and plain PyTorch i
 import json
 import os
 import sys
+import traceback
 from argparse import Namespace
 from pathlib import Path
 
@@ -166,11 +167,12 @@ def main() -> None:
         try:
             results[name] = run(**changes)
         except Exception as error:
+            traceback.print_exc()
             results[name] = f"{type(error).__name__}: {error}"
-            if int(os.environ["WORLD_SIZE"]) > 1:  # the others may wait in a collective for this one
-                break
         if os.environ["RANK"] == "0":  # at once: a later case may hang
             Path(sys.argv[1]).write_text(json.dumps(results))
+        if isinstance(results[name], str) and int(os.environ["WORLD_SIZE"]) > 1:
+            os._exit(1)  # the others may wait for this rank
     destroy_distributed()
 
 

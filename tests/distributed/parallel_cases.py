@@ -30,7 +30,7 @@ from parallel_runs import (
     terminated,
     terminated_in_test,
 )
-from parallel_training import FOLDER, RANK, WORLD, evaluate, train
+from parallel_training import FOLDER, RANK, WORLD, evaluate, steady_gemini, train
 
 from vit import console, distributed
 
@@ -49,6 +49,8 @@ def all_cases() -> dict:
         cases[f"save {name}"] = (train, case | dict(save=FOLDER / f"{name}_{WORLD}_saved"))
         if WORLD > 1:
             cases[f"load {name}"] = (train, case | dict(load=FOLDER / f"{name}_{WORLD // 2}_saved"))
+    if WORLD < 4:
+        cases["steady gemini"] = (steady_gemini, ())
     one_epoch = ("--num_epoch", 1, "--batch_size", 4)
     by_f1 = (*RUN, "--learning_rate", 3e-5, "--no-scale_lr", "--selection_metric", "macro_f1")
     for name, flags in SELECTIONS[WORLD].items():

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import colossalai.booster.plugin as library
 import helpers
 import torch
 from colossalai.tensor.d_tensor.api import layout_converter
@@ -20,6 +21,7 @@ from vit.distributed import all_reduce_sum
 from vit.layout import ParallelLayout
 from vit.model import freeze_parameters, load_model, pad_classifier
 from vit.modules import load_weights, with_first_names
+from vit.parallel import boost as boosting
 from vit.parallel.boost import boost
 from vit.schedule import BatchPlan
 from vit.settings import Settings
@@ -116,6 +118,32 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
         moments = torch.tensor(sum(state["exp_avg"].numel() for state in states))
         result["moments"] = all_reduce_sum(moments).item()
     return result
+
+
+def steady_gemini() -> dict:
+    """Losses of Gemini whose chunks keep their memory, as recorded steps need it, and of Gemini as it is."""
+    plugin, patch = library.GeminiPlugin, boosting.steady_chunks
+    library.GeminiPlugin = lambda **options: plugin(**options | dict(min_chunk_size_m=0))  # shards, if tiny
+    images, found = BatchDataset(in_memory_images(8), Resize(16)), {}
+    batch = images.__getitems__([(0, i) for i in range(RANK, 8, WORLD)])
+    try:
+        for name in ("steady", "usual"):
+            boosting.steady_chunks = lambda model, recorded, name=name: (
+                name == "steady" and patch(model, True)
+            )
+            step, _ = build(initial_model(), plugin="gemini", precision="bf16")
+            chunks = step.boosted.chunks()
+            losses, places = [], set()
+            for number in range(5):
+                step.model.train()
+                losses.append(all_reduce_sum(step([batch], 8, 1e-2, number)).item())
+                losses.append(evaluate_step(step, [batch], 8)["average_loss"])
+                places.add(tuple(chunk.payload.data_ptr() for chunk in chunks))
+            kinds = sorted({type(chunk).__name__ for chunk in chunks})
+            found[name] = {"losses": losses, "places": len(places), "kinds": kinds}
+    finally:
+        library.GeminiPlugin, boosting.steady_chunks = plugin, patch
+    return found
 
 
 def unchanged(state: dict[str, torch.Tensor]) -> list[str]:

@@ -243,6 +243,15 @@ def test_gradient_checkpointing_changes_nothing(launched, processes, name):
     assert recomputed["losses"] == pytest.approx(plain["losses"], abs=1e-6)
 
 
+@pytest.mark.parametrize("processes, kind", [(1, "WholeChunk"), (2, "SteadyShard")])
+def test_gemini_trains_the_same_with_chunks_that_keep_their_memory(launched, processes, kind):
+    result = launched(processes)["steady gemini"]
+    steady, usual = result["steady"], result["usual"]
+    assert (steady["kinds"], steady["places"]) == ([kind], 1) and usual["kinds"] == ["Chunk"]
+    assert usual["places"] > 1  # there was something to keep
+    assert steady["losses"] == usual["losses"] and steady["losses"][-1] < steady["losses"][0]
+
+
 EVALUATIONS = [
     (1, "ddp"),
     (1, "zero1"),

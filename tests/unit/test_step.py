@@ -102,7 +102,7 @@ class Replayed(StepGraph):
         self.done.append("eager")
         return work()
 
-    def _record(self, batch):
+    def _record(self, update, batch):
         inputs, outer = {name: tensor.clone() for name, tensor in batch.items()}, self
         result = torch.zeros(())
 
@@ -112,7 +112,7 @@ class Replayed(StepGraph):
                 kept = [group["lr"] for group in outer.optimizer.param_groups]
                 for group, rate in zip(outer.optimizer.param_groups, outer.rates):
                     group["lr"] = rate.item()
-                result.copy_(outer.update([dict(inputs)], outer.scale))
+                result.copy_(update([dict(inputs)], outer.scale))
                 for group, rate in zip(outer.optimizer.param_groups, kept):
                     group["lr"] = rate
 
@@ -133,15 +133,15 @@ def test_recorded_steps_take_each_batch_scale_and_learning_rate():
             optimizer.zero_grad()
             return loss.detach()
 
-        step, losses = step_of(update, optimizer), []
+        step, losses = step_of(optimizer), []
         for i in range(30):
             y = torch.tensor([i % 2]) if i < 25 else torch.full((1, 3), 0.5)
             batch = {"x": torch.tensor([i % 3, 1.0]), "y": y}
             optimizer.param_groups[0]["lr"] = 0.1 / (1 + i)
-            losses.append(step(batch, 0.5 if i % 10 == 9 else 1.0))
+            losses.append(step(update, batch, 0.5 if i % 10 == 9 else 1.0))
         return weight.detach(), torch.stack(losses), step
 
-    expected, losses, _ = train(lambda update, _: lambda batch, scale: update([batch], scale))
+    expected, losses, _ = train(lambda _: lambda update, batch, scale: update([batch], scale))
     weight, same, graph = train(Replayed)
     assert torch.equal(weight, expected) and torch.equal(losses, same)
     eager = StepGraph.WARM_UP
