@@ -65,6 +65,13 @@ LAYOUTS = {
 }
 
 
+# whose optimizer's step is patched
+PATCHED = {
+    1: ("zero1", "zero1 bf16", "zero1 fp16", "zero2 bf16", "hybrid", "hybrid fp16"),
+    2: ("zero1", "zero1 bf16", "zero2 bf16", "hybrid dp2", "hybrid zero1 bf16", "tp2 bf16", "pp2 fp16"),
+}
+
+
 def trainings(processes: int) -> dict[str, dict]:
     """Name -> arguments of `train`.
 

@@ -14,8 +14,20 @@ import traceback
 
 import torch
 import torch.distributed as dist
-from cases import EVALUATIONS, LAYOUTS, PARTLY_TRAINED, RESUMES, SELECTIONS, options, trainings, zero
+from cases import (
+    EVALUATIONS,
+    EVERYWHERE,
+    LAYOUTS,
+    PARTLY_TRAINED,
+    PATCHED,
+    RESUMES,
+    SELECTIONS,
+    options,
+    trainings,
+    zero,
+)
 from golden import checkpoints
+from helpers import MAX_NORM
 from parallel_runs import (
     RUN,
     best_first_resumed,
@@ -30,7 +42,7 @@ from parallel_runs import (
     terminated,
     terminated_in_test,
 )
-from parallel_training import FOLDER, RANK, WORLD, evaluate, steady_gemini, train
+from parallel_training import FOLDER, RANK, WORLD, as_the_library_steps, evaluate, steady_gemini, train
 
 from vit import console, distributed
 
@@ -51,6 +63,9 @@ def all_cases() -> dict:
             cases[f"load {name}"] = (train, case | dict(load=FOLDER / f"{name}_{WORLD // 2}_saved"))
     if WORLD < 4:
         cases["steady gemini"] = (steady_gemini, ())
+        for name in PATCHED[WORLD]:
+            case = (EVERYWHERE | LAYOUTS[WORLD])[name] | dict(max_norm=MAX_NORM)
+            cases[f"library {name}"] = (as_the_library_steps, case)
     one_epoch = ("--num_epoch", 1, "--batch_size", 4)
     by_f1 = (*RUN, "--learning_rate", 3e-5, "--no-scale_lr", "--selection_metric", "macro_f1")
     for name, flags in SELECTIONS[WORLD].items():

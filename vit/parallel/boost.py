@@ -23,7 +23,7 @@ from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
 from vit.patches.colossalai_gemini import steady_chunks
 from vit.patches.colossalai_zero import avoid_device_syncs
-from vit.patches.torch_kernels import eager_dropout, early_ddp_buckets, safe_attention_kernels
+from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_attention_kernels
 from vit.patches.transformers_vit import cpu_attention, direct_forward, fuse_qkv, linear_patch_embedding
 from vit.schedule import BatchPlan
 from vit.settings import Settings
@@ -87,14 +87,13 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         else:
             model, optimizer, *_ = booster.boost(model, adamw)
             avoid_device_syncs(optimizer)
-            if plugin.shards_weights and plugin.own_adam and not settings.may_offload:
+            no_ddp_on_one_rank(model)
+            if not settings.may_offload:
                 steady_chunks(model, recorded=stream is not None)
     if stream:
         torch.cuda.current_stream().wait_stream(stream)
-    for module in model.modules():
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            early_ddp_buckets(module, adamw)
-            if stream:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
                 module._set_ddp_runtime_logging_sample_rate(2**31 - 1)  # its timers cannot be recorded
     path, _, name = plugin.boosted.partition(":")
     kind = getattr(importlib.import_module(path), name)

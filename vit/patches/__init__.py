@@ -38,7 +38,7 @@ PATCHES = (
     "linear_patch_embedding",
     "safe_attention_kernels",
     "eager_dropout",
-    "early_ddp_buckets",
+    "no_ddp_on_one_rank",
 )
 
 

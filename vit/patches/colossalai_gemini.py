@@ -22,6 +22,8 @@ def steady_chunks(model, recorded: bool) -> None:
     Args:
         recorded: whether steps are recorded; shards of several ranks then take more memory.
     """
+    if not hasattr(model, "chunk_manager"):  # another plugin's
+        return
     whole, shard = _chunk_classes()
     for param in model.fp16_params:
         chunk = model.chunk_manager.get_chunk(param)
