@@ -16,11 +16,9 @@ class DropPath(nn.Module):
         rate: probability that the branch is left out.
     """
 
-    keep: torch.Tensor
-
     def __init__(self, rate: float, device: torch.device):
         super().__init__()
-        self.register_buffer("keep", torch.tensor(1.0 - rate, device=device), persistent=False)
+        self.keep = torch.tensor(1.0 - rate, device=device)  # no buffer: gemini would save it with the model
 
     def forward(self, branch: torch.Tensor) -> torch.Tensor:
         """(N, tokens, hidden) -> the same; what is kept is divided by its probability"""

@@ -247,7 +247,7 @@ def test_gradient_checkpointing_changes_nothing(launched, processes, name):
 def test_patched_steps_of_the_optimizers_are_those_of_the_library(launched, processes, name):
     """With clipping. Norms are added up in another order, so that 16-bit weights may be rounded otherwise."""
     patched, library = (launched(processes)[case] for case in (f"train {name}, clipped", f"library {name}"))
-    assert patched["losses"] == pytest.approx(library["losses"], abs=1e-6 if "16" not in name else 2e-4)
+    assert patched["losses"] == pytest.approx(library["losses"], abs=1e-6 if "16" not in name else 1e-3)
 
 
 @pytest.mark.parametrize("processes, kind", [(1, "WholeChunk"), (2, "SteadyShard")])
