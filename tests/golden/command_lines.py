@@ -108,7 +108,7 @@ WITHOUT=tensorboard --tensorboard
 GPUS=1 --plugin torch_ddp --cuda_graphs
 GPUS=1 --preset fast --plugin torch_ddp --cuda_graphs --gradient_accumulation_steps 2
 GPUS=1 --preset fast --plugin torch_ddp --cuda_graphs --optimizer hybrid_adam
-GPUS=1 --preset fast --plugin gemini --cuda_graphs
+GPUS=1 --preset fast --plugin gemini --cuda_graphs --max_norm 1
 GPUS=2 WORLD_SIZE=4 LOCAL_WORLD_SIZE=4 RANK=0
 GPUS=2 WORLD_SIZE=4 LOCAL_WORLD_SIZE=4 RANK=3 LOCAL_RANK=3
 GPUS=2 WORLD_SIZE=4 LOCAL_WORLD_SIZE=4 RANK=3 LOCAL_RANK=3 TORCHELASTIC_RUN_ID=1

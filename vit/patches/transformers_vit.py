@@ -110,7 +110,7 @@ def _embed_patches(self, pixel_values: torch.Tensor, *args, **kwargs) -> torch.T
     """(N, C, H, W) -> (N, patches, hidden)"""
     _, channels, *size = pixel_values.shape
     height, width = self.patch_size
-    expected = channels == self.num_channels and size == list(self.image_size)
+    expected = channels == self.num_channels and tuple(size) == tuple(self.image_size)
     if _any_given(args, kwargs) or not expected or size[0] % height or size[1] % width:
         return type(self).forward(self, pixel_values, *args, **kwargs)
     pixels = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))
