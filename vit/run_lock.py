@@ -101,12 +101,20 @@ def is_locked(file: IO) -> bool:
 
 
 def other_run(folder: Path) -> str | None:
-    """The problem that another run writes into ``folder``; None if there is none."""
-    with suppress(OSError), open(folder / RUN_LOCK, "r+") as file:
-        if is_locked(file):
+    """The problem that another run writes into ``folder``; None if there is none.
+
+    It looks for a second, because each process of a launch does so, and has the lock for an instant itself.
+    """
+    who = ""
+    for _ in range(10):
+        with suppress(OSError), open(folder / RUN_LOCK, "r+") as file:
+            if not is_locked(file):
+                return None
             who = file.read().strip() or "another process"
-            return (
-                f"--output_path {folder}: {who} is training there; stop it, wait for it, "
-                "or set OUTPUT_PATH to another folder"
-            )
-    return None
+        if not who:  # no file, or no locks
+            return None
+        time.sleep(0.1)
+    return (
+        f"--output_path {folder}: {who} is training there; stop it, wait for it, "
+        "or set OUTPUT_PATH to another folder"
+    )

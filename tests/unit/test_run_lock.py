@@ -47,6 +47,22 @@ def end(pid: int) -> None:
     exit_status(pid)
 
 
+def test_check_of_another_process_is_no_run(tmp_path):
+    """All processes of a launch look at the lock at the same time; a run that was killed left its file."""
+    (tmp_path / ".lock").write_text("process 1 on a\n")
+
+    def hold() -> None:
+        with open(tmp_path / ".lock", "r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            (tmp_path / "held").write_text("yes")
+            time.sleep(0.3)
+
+    pid = fork(hold, tmp_path / "log")
+    wait_for_file(tmp_path / "held", tmp_path / "log")
+    assert other_run(tmp_path) is None
+    assert exit_status(pid) == 0
+
+
 def test_second_run_names_the_first(tmp_path, run, capsys):
     try:
         who = f"process {run} on {socket.gethostname()}"
