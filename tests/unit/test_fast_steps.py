@@ -84,6 +84,17 @@ def test_a_long_training_is_compiled_and_a_short_one_is_not(monkeypatch):
     assert decided(3, monkeypatch, images=1_281_167).compile is True
 
 
+def test_what_triton_needs_is_looked_for(monkeypatch):
+    monkeypatch.setattr(boost, "find_spec", lambda name: None)
+    assert boost.why_no_compiler() == "triton is not installed"
+    monkeypatch.setattr(boost, "find_spec", lambda name: name)
+    monkeypatch.setattr(boost.shutil, "which", lambda name: None)
+    assert "no C compiler" in boost.why_no_compiler()
+    monkeypatch.setattr(boost.shutil, "which", lambda name: name)
+    monkeypatch.setattr(boost.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    assert "Python.h" in boost.why_no_compiler()
+
+
 def test_without_a_compiler_nothing_is_compiled_and_a_note_says_why(monkeypatch):
     settings = decided(200, monkeypatch, why_not="triton is not installed")
     assert settings.compile is False

@@ -3,9 +3,11 @@
 import importlib
 import os
 import shutil
+import sysconfig
 from contextlib import nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -170,4 +172,6 @@ def why_no_compiler() -> str:
         return "triton is not installed"
     if not shutil.which(os.environ.get("CC", "cc")) and not shutil.which("gcc"):
         return "there is no C compiler, which triton needs"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python.h is not installed, which triton needs (Debian, Ubuntu: python3-dev)"
     return ""
