@@ -35,9 +35,10 @@ def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:
         model: after boosting, because sharding replaces the modules that are changed here.
         rate: probability in the last of ``layers`` layers; it falls linearly to 0 in the first.
     """
+    device = next(model.parameters()).device
     for number, layer in numbered_layers(model).items():
         for module in branch_dropouts(layer):
-            drop = DropPath(rate * number / max(1, layers - 1), next(model.parameters()).device)
+            drop = DropPath(rate * number / max(1, layers - 1), device)
             module.dropout = nn.Sequential(module.dropout, drop)
 
 

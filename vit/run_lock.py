@@ -54,7 +54,7 @@ class RunLock:
                 print_rank0(f"  note      {why}: it is unknown whether another run writes there")
                 return None
             time.sleep(0.1)
-        return other_run(self.folder)
+        return other_run(self.folder, tries=1)
 
     def _is_current(self, file: IO) -> bool:
         """Whether the file is still there: the run before may just have removed it."""
@@ -100,13 +100,14 @@ def is_locked(file: IO) -> bool:
     return False
 
 
-def other_run(folder: Path) -> str | None:
+def other_run(folder: Path, tries: int = 10) -> str | None:
     """The problem that another run writes into ``folder``; None if there is none.
 
-    It looks for a second, because each process of a launch does so, and has the lock for an instant itself.
+    It looks for a second (10 ``tries``), because each process of a launch does so, and has the lock for an
+    instant itself.
     """
     who = ""
-    for _ in range(10):
+    for _ in range(tries):
         with suppress(OSError), open(folder / RUN_LOCK, "r+") as file:
             if not is_locked(file):
                 return None

@@ -84,9 +84,11 @@ def cases(world: int) -> dict[str, dict]:
             found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
             found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | COMPILED_GRAPHS
     if torch.cuda.is_available():  # whole steps as graphs
-        plain = ("none bf16", "torch_ddp fp32", "low_level_zero fp32", "hybrid_parallel fp32")
         for name in (
-            *plain,
+            "none bf16",
+            "torch_ddp fp32",
+            "low_level_zero fp32",
+            "hybrid_parallel fp32",
             "torch_ddp fp32 recipe",
             "low_level_zero bf16 recipe",
             "hybrid_parallel bf16 recipe",

@@ -46,6 +46,8 @@ from parallel_training import FOLDER, RANK, WORLD, as_the_library_steps, evaluat
 
 from vit import console, distributed
 
+ONE_EPOCH = ("--num_epoch", 1, "--batch_size", 4)
+
 
 def all_cases() -> dict:
     cases = {f"train {name}": (train, case) for name, case in trainings(WORLD).items()}
@@ -66,71 +68,75 @@ def all_cases() -> dict:
         for name in PATCHED[WORLD]:
             case = (EVERYWHERE | LAYOUTS[WORLD])[name] | dict(max_norm=MAX_NORM)
             cases[f"library {name}"] = (as_the_library_steps, case)
-    one_epoch = ("--num_epoch", 1, "--batch_size", 4)
     by_f1 = (*RUN, "--learning_rate", 3e-5, "--no-scale_lr", "--selection_metric", "macro_f1")
     for name, flags in SELECTIONS[WORLD].items():
         words = (f"options/macro_f1_{name}_{WORLD}", *by_f1, *flags.split())
         cases[f"by macro_f1 {name}"] = (entry, words)
-    if WORLD == 1:
-        cases["mixed ddp"] = (train, dict(mixed=True))
-        cases["run weighted"] = (entry, ("options/weighted", *one_epoch, "--class_weights", "balanced"))
-        published = ("--plugin", "gemini", "--tp_size", 2, "--pp_size", 2, *one_epoch)
-        cases["published settings"] = (entry, ("published", *published))
-        cases["no checkpoints kept"] = (
-            entry,
-            ("none_kept", *one_epoch, "--keep_checkpoints", 0, "--tensorboard"),
-        )
-        # warm-up to a rate that destroys what the first epochs learned
-        growing = (
-            "--num_epoch",
-            3,
-            "--batch_size",
-            4,
-            "--learning_rate",
-            3,
-            "--warmup_ratio",
-            1,
-            "--keep_checkpoints",
-            9,
-        )
-        cases["best first"] = (entry, ("best_first", *growing))
-        cases["pruned"] = (entry, ("pruned", *growing[:-1], 1))
-        cases["last kept"] = (entry, ("last_kept", *growing[:-1], 1, "--keep", "last"))
-        cases["best first, resumed"] = (best_first_resumed, growing)
-        # an unreadable image would be found if one were decoded
-        cases["dry run"] = (lambda: entry("dry", "--dry_run", dataset="damaged"), ())
-        cases["evaluation only"] = (
-            lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"),
-            (),
-        )
-        cases["evaluation of other labels"] = (entry, ("evaluated", "--eval_only"))
-        cases["damaged, not in memory"] = (
-            lambda: entry(
-                "skipped", *one_epoch, "--skip_bad_images", "--data_memory", 1e-9, dataset="damaged"
-            ),
-            (),
-        )
-    if WORLD == 2:
-        for name in ("tp2", "pp2", "hybrid dp2"):
-            cases[f"mixed {name}"] = (train, LAYOUTS[2][name] | dict(mixed=True))
-        cases["locked"] = (locked, ())
-        cases["terminated in the test"] = (terminated_in_test, ())
-        cases["terminated"] = (terminated, ("terminated",))
-        cases["failing write"] = (failing_write, ())
-        cases["no room"] = (no_room, ())
-        # a step of all images an epoch, and a signal in the first: there is no later step to notice it in
-        cases["terminated in an epoch of one step"] = (terminated, ("one_step", 1, "--batch_size", 16))
-        cases["diverging"] = (
-            entry,
-            ("diverging", *one_epoch, "--plugin", "torch_ddp", "--learning_rate", 1e30),
-        )
-        other = ("--resume", FOLDER / "gemini_1_straight")
-        cases["gemini on other processes"] = (entry, ("refused", *RUN, "--plugin", "gemini", *other))
-        other = ("--resume", FOLDER / "ddp_2_straight", "--seed", 1, "--weight_decay", 0.1)
-        other = (*other, "--selection_metric", "loss")
-        cases["other settings"] = (entry, ("refused", *RUN, "--plugin", "torch_ddp", *other))
-        cases["run on other processes"] = (continued, ())
-        cases["best epoch elsewhere"] = (elsewhere, ())
+    return cases | (on_one_process() if WORLD == 1 else on_two_processes() if WORLD == 2 else {})
+
+
+def on_one_process() -> dict:
+    """Runs of vit_train_demo.py that need no second process."""
+    cases: dict = {}
+    cases["mixed ddp"] = (train, dict(mixed=True))
+    cases["run weighted"] = (entry, ("options/weighted", *ONE_EPOCH, "--class_weights", "balanced"))
+    published = ("--plugin", "gemini", "--tp_size", 2, "--pp_size", 2, *ONE_EPOCH)
+    cases["published settings"] = (entry, ("published", *published))
+    cases["no checkpoints kept"] = (
+        entry,
+        ("none_kept", *ONE_EPOCH, "--keep_checkpoints", 0, "--tensorboard"),
+    )
+    # warm-up to a rate that destroys what the first epochs learned
+    growing = (
+        "--num_epoch",
+        3,
+        "--batch_size",
+        4,
+        "--learning_rate",
+        3,
+        "--warmup_ratio",
+        1,
+        "--keep_checkpoints",
+        9,
+    )
+    cases["best first"] = (entry, ("best_first", *growing))
+    cases["pruned"] = (entry, ("pruned", *growing[:-1], 1))
+    cases["last kept"] = (entry, ("last_kept", *growing[:-1], 1, "--keep", "last"))
+    cases["best first, resumed"] = (best_first_resumed, growing)
+    # an unreadable image would be found if one were decoded
+    cases["dry run"] = (lambda: entry("dry", "--dry_run", dataset="damaged"), ())
+    cases["evaluation only"] = (
+        lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"),
+        (),
+    )
+    cases["evaluation of other labels"] = (entry, ("evaluated", "--eval_only"))
+    cases["damaged, not in memory"] = (
+        lambda: entry("skipped", *ONE_EPOCH, "--skip_bad_images", "--data_memory", 1e-9, dataset="damaged"),
+        (),
+    )
+    return cases
+
+
+def on_two_processes() -> dict:
+    """Runs that are stopped or fail on one of their processes, or go on from another number of them."""
+    cases: dict = {}
+    for name in ("tp2", "pp2", "hybrid dp2"):
+        cases[f"mixed {name}"] = (train, LAYOUTS[2][name] | dict(mixed=True))
+    cases["locked"] = (locked, ())
+    cases["terminated in the test"] = (terminated_in_test, ())
+    cases["terminated"] = (terminated, ("terminated",))
+    cases["failing write"] = (failing_write, ())
+    cases["no room"] = (no_room, ())
+    # a step of all images an epoch, and a signal in the first: there is no later step to notice it in
+    cases["terminated in an epoch of one step"] = (terminated, ("one_step", 1, "--batch_size", 16))
+    cases["diverging"] = (entry, ("diverging", *ONE_EPOCH, "--plugin", "torch_ddp", "--learning_rate", 1e30))
+    other = ("--resume", FOLDER / "gemini_1_straight")
+    cases["gemini on other processes"] = (entry, ("refused", *RUN, "--plugin", "gemini", *other))
+    other = ("--resume", FOLDER / "ddp_2_straight", "--seed", 1, "--weight_decay", 0.1)
+    other = (*other, "--selection_metric", "loss")
+    cases["other settings"] = (entry, ("refused", *RUN, "--plugin", "torch_ddp", *other))
+    cases["run on other processes"] = (continued, ())
+    cases["best epoch elsewhere"] = (elsewhere, ())
     return cases
 
 

@@ -10,6 +10,7 @@ from vit.parallel import boost
 from vit.parallel.boost import decide_compilation
 from vit.presets import PRESETS
 from vit.schedule import BatchPlan
+from vit.settings import Settings
 from vit.system import Machine
 
 GPU, CPU = Machine(1, has_bf16=True), Machine(has_bf16=True)
@@ -65,8 +66,8 @@ def test_why_steps_are_not_recorded_is_a_note(words, compiles, reason):
     assert reason in note
 
 
-def decided(epochs: int, monkeypatch, images: int = 1034, why_not: str = "") -> bool:
-    """Whether ViT-B/16 is compiled on a GPU of 989 TFLOP/s."""
+def decided(epochs: int, monkeypatch, images: int = 1034, why_not: str = "") -> Settings:
+    """The settings of ViT-B/16 on a GPU of 989 TFLOP/s, with ``compile`` decided."""
     monkeypatch.setattr(boost, "device_peak_tflops", lambda precision: (989.0, "a test"))
     monkeypatch.setattr(boost, "why_no_compiler", lambda: why_not)
     settings = resolved(f"--preset fast --plugin torch_ddp --num_epoch {epochs}")
