@@ -23,18 +23,30 @@ def measure_case(case: Case) -> dict:
     """Build, warm up and time one case. -> the measured part of its row. Collective."""
     import torch
 
-    from vit.distributed import all_reduce_max, all_reduce_sum, device, peak_memory_gib, reset_peak_memory
+    from vit.distributed import reset_peak_memory
+
+    reset_peak_memory()
+    # by earlier cases, if anything
+    before = torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    torch.manual_seed(case.settings.seed)
+    step, config, compiled = build_step(case)
+    try:
+        figures = measure_step(case, step, config)
+    finally:
+        step.graph = None  # before the plugin is freed, see `StepGraph`
+    return figures | {"allocated_before_gib": before, "compiled": compiled}
+
+
+def measure_step(case: Case, step, config) -> dict:
+    """Speed, memory and losses of ``step``, a train step as `build_step` returns it. Collective."""
+    import torch
+
+    from vit.distributed import all_reduce_max, all_reduce_sum, device, peak_memory_gib
     from vit.flops import time_on_device
     from vit.schedule import BatchPlan
     from vit.step_graph import StepGraph
 
     settings, layout = case.settings, case.settings.layout
-    reset_peak_memory()
-    on_gpu = torch.cuda.is_available()
-    before = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0  # by earlier cases, if anything
-    torch.manual_seed(settings.seed)
-    step, config, compiled = build_step(case)
-
     # the images are on the device before the clock starts
     plan = BatchPlan(0, settings.batch_size, settings.gradient_accumulation_steps, layout, settings.seed)
     generator = torch.Generator().manual_seed(settings.seed + layout.data_parallel_rank)
@@ -62,12 +74,12 @@ def measure_case(case: Case) -> dict:
     windows = all_reduce_max(torch.tensor(windows, dtype=torch.float64, device=device())).tolist()
     first, last = all_reduce_sum(torch.stack(losses)).tolist()
     # read before the peak of the device is measured, which takes memory too
-    memory = {"peak_memory_gib": peak_memory_gib(), "allocated_before_gib": before}
-    if on_gpu:
+    memory = {"peak_memory_gib": peak_memory_gib()}
+    if torch.cuda.is_available():
         reserved = torch.tensor(torch.cuda.max_memory_reserved() / 2**30, device="cuda")
         memory["peak_reserved_gib"] = all_reduce_max(reserved).item()
     speed = speed_figures(case, plan.images_per_step, windows, config)
-    return memory | speed | {"compiled": compiled, "first_loss": first, "last_loss": last}
+    return memory | speed | {"first_loss": first, "last_loss": last}
 
 
 def build_step(case: Case) -> tuple:

@@ -131,6 +131,10 @@ class TrainStep:
             self.boosted.ema.update()
         return loss / self.layout.data_parallel_size if self.layout.reports_loss else torch.zeros_like(loss)
 
+    def free_graphs(self) -> None:
+        """Free the recorded graphs, after the last step; see `StepGraph`."""
+        self.graph = None
+
     def prepare_batch(self, batch: dict, step: int, micro_step: int, is_full: bool) -> dict:
         """The batch on the device, normalized and mixed. Padding cannot be mixed, so a padded step is not."""
         batch = self.to_device(batch)

@@ -13,6 +13,9 @@ class StepGraph:
     After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Each
     combination of shapes and types has its own graph; all use the same memory, one after the other.
 
+    It must be freed before the process group is left and before the plugin is freed: NCCL destroys no
+    communicator that a graph uses, but waits for the graph, without an end.
+
     Args:
         optimizer: its ``param_groups`` have the learning rates; its step must be capturable.
         stream: on which the model was made parallel; the default stream cannot be captured.

@@ -120,6 +120,8 @@ class Trainer:
             self.save()
             stopped.step = self.position.global_step(self.plan)
             raise
+        finally:
+            self.step.free_graphs()
 
     def train_epoch(self, batches: Iterator[dict]) -> None:
         """The rest of the current epoch.

@@ -128,6 +128,7 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
         last = number == STEPS - 2
         share = step([padded if last else batch], BATCH - last, 1e-3 if number % 2 else 5e-4, number)
         losses.append(all_reduce_sum(share).item())
+    step.free_graphs()
     return [*losses, evaluate(step, [batch], BATCH)["average_loss"]]
 
 

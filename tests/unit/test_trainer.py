@@ -1,5 +1,6 @@
 """What an epoch's row says: sums over the epoch, which epoch is the best, memory of all processes."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from vit.parallel.boost import boost
 from vit.run_folder import RunFolder
 from vit.schedule import BatchPlan, CosineWithWarmup
 from vit.settings import Settings
-from vit.trainer import EpochProgress, Position, Trainer
+from vit.trainer import EpochProgress, NonFiniteLoss, Position, Trainer
 
 
 @pytest.fixture
@@ -218,12 +219,34 @@ def test_a_stalled_training_ends_and_also_when_it_is_resumed(alone, capsys):
             trainer.position = Position(trainer.position.epoch + 1)
 
         trainer.finish_epoch = finish_epoch
+        trainer.step = SimpleNamespace(free_graphs=lambda: None)
         return trainer
 
     trainer_at(2).fit()
     assert trained == [2, 3]  # the third and the fourth epoch
     trainer_at(4).fit()
     assert trained == [2, 3] and "no epoch in 2 was better than epoch 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [None, NonFiniteLoss("nan"), KeyError("of a library")], ids=str)
+def test_recorded_steps_are_freed_however_the_training_ends(error):
+    """Otherwise NCCL would wait for them without an end when the process group is left."""
+
+    def train_epoch(batches):
+        if error:
+            raise error
+        trainer.position = Position(1)
+
+    freed = []
+    trainer = Trainer.__new__(Trainer)
+    trainer.settings, trainer.position = settings("--num_epoch", 1), Position(0)
+    trainer.run = SimpleNamespace(is_stalled=lambda epoch: False)
+    trainer.batches, trainer.stop = lambda: iter(()), SimpleNamespace(start_training=lambda: None)
+    trainer.train_epoch, trainer.finish_epoch = train_epoch, lambda: None
+    trainer.step = SimpleNamespace(free_graphs=lambda: freed.append(True))
+    with pytest.raises(type(error)) if error else nullcontext():
+        trainer.fit()
+    assert freed == [True]
 
 
 # ---- processes
