@@ -97,8 +97,6 @@ def with_fast_steps(settings: Settings, machine: Machine) -> Settings:
     recorded, compiled = replace(plain, cuda_graphs=True), replace(plain, compile=True)
     compiles = None if not form_problems(compiled, machine) else False
     reasons = [plugin.why_not_recorded(settings), *form_problems(recorded, machine)]
-    if settings.layout.world_size > 1:
-        reasons.append("not tested enough on several GPUs; --cuda_graphs asks for them")
     if reason := next(filter(None, reasons), ""):
         note = f"PRESET=fast records no CUDA graphs: {reason.removeprefix('--cuda_graphs: ')}"
         return replace(plain, compile=compiles, notes=(*settings.notes, note))

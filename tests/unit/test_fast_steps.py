@@ -27,6 +27,7 @@ def resolved(words: str, machine: Machine = GPU):
         ("--preset fast --plugin low_level_zero --max_norm 1", GPU, None, True),
         ("--preset fast --plugin hybrid_parallel", GPU, None, True),
         ("--preset fast --plugin gemini", GPU, False, True),
+        ("--preset fast --plugin torch_ddp --world_size 2", Machine(2, has_bf16=True), None, True),
         # what the user asks for stays
         ("--preset fast --plugin torch_ddp --no-cuda_graphs", GPU, False, False),
         ("--preset fast --plugin torch_ddp --compile", GPU, True, False),
@@ -56,7 +57,6 @@ def test_fast_steps_are_chosen_where_nothing_is_asked_for(words, machine, compil
         ("--plugin torch_ddp --grad_checkpoint", None, "a graph runs a whole batch at once"),
         ("--plugin torch_ddp --optimizer hybrid_adam", None, "its step cannot be recorded"),
         ("--plugin torch_ddp --lora_rank 8", False, "is not tested with --compile and --cuda_graphs"),
-        ("--plugin torch_ddp --world_size 2", None, "not tested enough on several GPUs"),
     ],
 )
 def test_why_steps_are_not_recorded_is_a_note(words, compiles, reason):
