@@ -82,6 +82,9 @@ def device_problems(settings: Settings, machine: Machine) -> Iterator[str]:
         yield "--precision bf16: this GPU has no bf16 units (they came with Ampere); use --precision fp16"
     if settings.optimizer == "hybrid_adam" and not machine.gpus:
         yield "--optimizer hybrid_adam: its kernels need a GPU; use adamw"
+    if settings.optimizer == "muon" and not plugin_named(settings.plugin).replicates_model:
+        whole = ", ".join(name for name, plugin in PLUGINS.items() if plugin.replicates_model)
+        yield f"--optimizer muon: needs whole matrices, and {settings.plugin} may cut them; use {whole}"
     if settings.tensorboard and not find_spec("tensorboard"):
         yield "--tensorboard: it is not installed; `pip install tensorboard`, or leave it out"
 

@@ -83,6 +83,8 @@ FIELDS: dict[str, tuple] = {
         REQUIRED,
         Number(float, low=0).problem,
     ),  # of matrices; biases, LayerNorms, embeddings: none
+    # muon: of the layers' matrices; AdamW of all else (vit/muon.py)
+    "OPTIMIZER": ("adamw", _choice("adamw", "muon")),
     "NUM_EPOCHS": (REQUIRED, positive().problem),
     # linear warm-up, then a cosine to zero; a fifth of the training where it would not fit
     "WARMUP_EPOCHS": (None, Number(float, low=0, optional=True).problem),

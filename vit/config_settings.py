@@ -109,6 +109,7 @@ def config_problems(config: dict, world_size: int, machine: Machine) -> list[str
     mode, tp, pp = config["mode"], config["tp"], config["pp"]
     if tp * pp > 1:
         alone = {"POOLING": "class", "POSITIONS": "learned", "COMPILE": False, "CUDA_GRAPHS": False}
+        alone["OPTIMIZER"] = "adamw"
         problems += [
             f"{name} {config[name]!r}: only goes with data parallelism, not with {mode}, pipeline {pp}"
             for name in alone
@@ -263,6 +264,7 @@ def to_settings(config: dict, path: str, layout: ParallelLayout, **options) -> S
         learning_rate=config["LEARNING_RATE"],
         scale_lr=False,
         weight_decay=config["WEIGHT_DECAY"],
+        optimizer=config["OPTIMIZER"],
         num_epoch=config["NUM_EPOCHS"],
         max_norm=config["clip_grad_norm"],
         label_smoothing=config["LABEL_SMOOTHING"],

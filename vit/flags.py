@@ -45,8 +45,9 @@ def add_optimizer_flags(parser: Parser) -> None:
     add = parser.add
     add("--gradient_accumulation_steps", positive(), "batches added up into one optimizer step")
     add("--max_norm", Number(float, low=0), "clip gradients to this norm; 0: no clipping")
-    optimizers = OneOf(("adamw", "hybrid_adam"))
-    add("--optimizer", optimizers, "torch's AdamW, or Colossal-AI's (compiles at first use)")
+    optimizers = OneOf(("adamw", "hybrid_adam", "muon"))
+    text = "torch's AdamW, Colossal-AI's (compiles at first use), or Muon for the layers' matrices"
+    add("--optimizer", optimizers, text)
 
 
 DATA_FLAGS = (  # of `add_data_flags`

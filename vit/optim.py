@@ -9,6 +9,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from vit.console import print_rank0
 from vit.modules import layer_number
+from vit.muon import Muon
 from vit.parallel.plugins import plugin_named
 
 
@@ -120,13 +121,16 @@ class WeightEMA:
             average.copy_(saved)
 
 
-def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict]:
+def param_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, muon: bool = False
+) -> list[dict]:
     """Parameter groups of what is trained: matrices get weight decay; biases, LayerNorms and embeddings do
     not.
 
     Args:
         layer_decay: factor of the learning rate per layer, from the classifier (1) down to the embeddings;
             stored as ``lr_scale`` of a group (Clark et al., 2020; for ViTs Bao et al., 2022).
+        muon: put the layers' matrices into groups of their own, with ``muon`` True.
     """
     layers, groups = model.config.num_hidden_layers, {}
     for name, param in model.named_parameters():
@@ -137,14 +141,19 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
         depth = layers + 1 if ".embeddings." in name else 0 if layer is None else layers - layer
         scale = layer_decay**depth
         group = {"params": [], "weight_decay": weight_decay * is_matrix, "lr_scale": scale}
-        groups.setdefault((scale, is_matrix), group)["params"].append(param)
+        by_muon = muon and is_matrix and layer is not None
+        if by_muon:
+            group["muon"] = True
+        groups.setdefault((scale, is_matrix, by_muon), group)["params"].append(param)
     return [groups[key] for key in sorted(groups, reverse=True)]  # fastest first, matrices before the rest
 
 
 def build_optimizer(model: nn.Module, settings) -> torch.optim.Optimizer:
-    """AdamW: torch's fused kernel, or Colossal-AI's with ``--optimizer hybrid_adam``, if that compiles."""
-    groups = param_groups(model, settings.weight_decay, settings.layer_decay)
-    lr = settings.learning_rate
+    """The optimizer of ``--optimizer``; torch's fused AdamW where Colossal-AI's does not compile."""
+    muon, lr = settings.optimizer == "muon", settings.learning_rate
+    groups = param_groups(model, settings.weight_decay, settings.layer_decay, muon)
+    if muon:
+        return Muon(groups, lr=lr)
     if settings.optimizer == "hybrid_adam":
         from colossalai.nn.optimizer import HybridAdam
 

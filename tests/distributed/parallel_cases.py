@@ -63,6 +63,13 @@ def all_cases() -> dict:
         cases[f"save {name}"] = (train, case | dict(save=FOLDER / f"{name}_{WORLD}_saved"))
         if WORLD > 1:
             cases[f"load {name}"] = (train, case | dict(load=FOLDER / f"{name}_{WORLD // 2}_saved"))
+    muon = dict(optimizer="muon", recipe=True, max_norm=MAX_NORM)
+    if WORLD == 1:
+        cases["options muon"] = (train, muon | dict(save=FOLDER / "muon_saved"))
+        cases["options muon fp16"] = (train, muon | EVERYWHERE["ddp fp16"])
+    if WORLD == 2:
+        cases["options muon"] = (train, muon)
+        cases["options muon, loaded"] = (train, muon | dict(load=FOLDER / "muon_saved"))
     if WORLD < 4:
         cases["steady gemini"] = (steady_gemini, ())
         for name in PATCHED[WORLD]:

@@ -316,3 +316,20 @@ def test_evaluation_that_misses_an_image_is_an_error(launched, processes, name):
     assert (
         launched(processes)[f"evaluate {name}"]["wrong_count"] == "evaluation counted 13 images instead of 14"
     )
+
+
+def test_muon_trains_alike_on_two_processes_in_fp16_and_from_a_checkpoint(one, two):
+    """It is compared with its papers in test_muon.py."""
+    expected = one["options muon"]
+    assert_same(two["options muon"], as_pairs(expected), BOUNDS["fp32"])
+    assert_same(one["options muon fp16"], as_pairs(expected), BOUNDS["fp16"])
+    loaded = two["options muon, loaded"]
+    assert loaded["losses"] == pytest.approx(expected["losses"][3:], abs=BOUNDS["fp32"])
+    by_adamw = one["train ddp, recipe"]["losses"]
+    assert abs(expected["losses"][-1] - by_adamw[-1]) > 10 * BOUNDS["fp16"]  # or AdamW trained both
+
+
+def as_pairs(result: dict) -> dict:
+    """A result of `train` as `plain_training` returns it."""
+    evaluations = [(row["average_loss"], row["accuracy"]) for row in result["evaluations"]]
+    return {"losses": result["losses"], "evaluations": evaluations}
