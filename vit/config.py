@@ -48,6 +48,10 @@ def _boolean(value) -> str | None:
     return None if isinstance(value, bool) else "must be True or False"
 
 
+def _switch(value) -> str | None:
+    return None if isinstance(value, bool) or value == "auto" else 'must be True, False or "auto"'
+
+
 def _rgb(value) -> str | None:
     right = isinstance(value, (tuple, list)) and len(value) == 3
     right = right and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in value)
@@ -139,11 +143,12 @@ FIELDS: dict[str, tuple] = {
     "NUM_MICRO_BATCHES": (None, _count),  # of a pipeline's micro-step
     "parallel": (None, _of(dict, what="a dict")),
     "fp16": (None, _of(dict, what="a dict")),
-    "bf16": (False, _boolean),
+    "bf16": (False, _switch),  # "auto": on a GPU with bf16, otherwise fp32
     "gradient_accumulation": (1, positive().problem),
     "clip_grad_norm": (0.0, Number(float, low=0).problem),
     "COMPILE": (False, _boolean),  # torch.compile each layer
-    "CUDA_GRAPHS": (False, _boolean),  # compile, and replay whole steps as CUDA graphs: for small batches
+    # compile, and replay whole steps as CUDA graphs; "auto": on a GPU, where a step can be recorded
+    "CUDA_GRAPHS": (False, _switch),
     # the run
     "CHECKPOINT_EPOCHS": (1, positive().problem),  # epochs from one checkpoint to the next
     "LOG_PATH": (None, _of(str, what="a text")),  # folder of the result where --output_path names none

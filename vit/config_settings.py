@@ -8,7 +8,7 @@ from vit.config import AMP_TYPE, FIELDS, MAY_CHANGE_ON_RESUME
 from vit.layout import ParallelLayout, mesh_problems
 from vit.presets import VitPreset, mean_pooled_config
 from vit.settings import MESH_MODES, Settings
-from vit.system import Machine
+from vit.system import Machine, why_no_compiler
 from vit.validate import positive
 
 MODES = ("1d", *MESH_MODES)
@@ -105,7 +105,11 @@ def config_problems(config: dict, world_size: int, machine: Machine) -> list[str
 
     Calls `resolve`.
     """
-    problems = resolve(config) + _value_problems(config, machine)
+    if config["bf16"] == "auto":
+        config["bf16"] = machine.gpus > 0 and machine.has_bf16 and config["fp16"] is None
+    problems = resolve(config)
+    _decide_graphs(config, machine)
+    problems += _value_problems(config, machine)
     mode, tp, pp = config["mode"], config["tp"], config["pp"]
     if tp * pp > 1:
         alone = {"POOLING": "class", "POSITIONS": "learned", "COMPILE": False, "CUDA_GRAPHS": False}
@@ -124,6 +128,19 @@ def config_problems(config: dict, world_size: int, machine: Machine) -> list[str
         groups = f"the {dp} data-parallel groups of {world_size} processes"
         problems.append(f"BATCH_SIZE {batch}: is no multiple of {groups}")
     return problems + _parallelism_problems(config, local_batch_size=batch // dp)
+
+
+def _decide_graphs(config: dict, machine: Machine) -> None:
+    """Decide CUDA_GRAPHS "auto" by what this machine and the config's form can do, in place, and whether
+    something is compiled.
+    """
+    why_not = ""
+    if config["CUDA_GRAPHS"] == "auto":
+        alone = config["tp"] * config["pp"] == config["gradient_accumulation"] == 1
+        config["CUDA_GRAPHS"] = machine.gpus > 0 and alone and config["precision"] != "fp16"
+        why_not = why_no_compiler() if config["CUDA_GRAPHS"] and not config["COMPILE"] else ""
+    config["compiles"] = config["COMPILE"] or (config["CUDA_GRAPHS"] and not why_not)
+    config["notes"] = (f"nothing is compiled: {why_not}",) if why_not else ()
 
 
 def _value_problems(config: dict, machine: Machine) -> list[str]:
@@ -257,7 +274,7 @@ def to_settings(config: dict, path: str, layout: ParallelLayout, **options) -> S
         zero_stage=0,
         offload_optim_frac=0.0,
         grad_checkpoint=False,
-        compile=config["COMPILE"] or config["CUDA_GRAPHS"],
+        compile=config["compiles"],
         cuda_graphs=config["CUDA_GRAPHS"],
         batch_size=config["BATCH_SIZE"] // max(1, layout.data_parallel_size),  # 0: too few ranks
         gradient_accumulation_steps=config["gradient_accumulation"],
@@ -277,6 +294,7 @@ def to_settings(config: dict, path: str, layout: ParallelLayout, **options) -> S
         seed=config["SEED"],
         num_workers=config["NUM_WORKERS"],
         checkpoint_epochs=config["CHECKPOINT_EPOCHS"],
+        notes=config["notes"],
         **options,
     )
 

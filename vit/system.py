@@ -6,11 +6,14 @@ The launcher uses it before anything is installed: the standard library only, at
 import ctypes
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
+import sysconfig
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 
@@ -45,6 +48,17 @@ def cpu_has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
         flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
         return not {"avx512_bf16", "amx_bf16"}.isdisjoint(flags.split())
     return False
+
+
+def why_no_compiler() -> str:
+    """What torch.compile needs on a GPU and is not installed; empty: nothing."""
+    if not find_spec("triton"):
+        return "triton is not installed"
+    if not shutil.which(os.environ.get("CC", "cc")) and not shutil.which("gcc"):
+        return "there is no C compiler, which triton needs"
+    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
+        return "Python.h is not installed, which triton needs (Debian, Ubuntu: python3-dev)"
+    return ""
 
 
 def count_gpus() -> int:

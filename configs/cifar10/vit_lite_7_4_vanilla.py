@@ -9,10 +9,10 @@ Recipe    random crop with padding 4, AutoAugment's CIFAR policy (Cubuk et al., 
           DROP_PATH=0 INITIAL_WEIGHTS=usual
 Command   export DATA=/path/to/cifar-10-batches-py
           torchrun --nproc_per_node=1 train.py --config=configs/cifar10/vit_lite_7_4_vanilla.py
-          any number of processes that divides 512; on GPUs with bf16 --set bf16=True CUDA_GRAPHS=True
+          any number of processes that divides 512
 Published about 90.5 % top-1 in about 16 minutes on eight A100s
 Measured  91.2 +- 0.3 % (3 seeds) on 5,000 images held out of the 50,000, trained on the others; 167 s of
-          training on one H100 (2026-11-27, --set bf16=True CUDA_GRAPHS=True), of which 37 s compile. The
+          training on one H100 (2026-11-27, bf16, CUDA graphs), of which 37 s compile (17 s since). The
           published program's own: 89.8 % (seed 42) after 184 epochs, where the run was stopped
 """
 
@@ -41,5 +41,8 @@ SEED = 42
 
 gradient_accumulation = 1
 BATCH_SIZE = TOTAL_BATCH_SIZE // gradient_accumulation
+
+bf16 = "auto"  # on a GPU with bf16
+CUDA_GRAPHS = "auto"  # on a GPU, and the layers compiled
 
 CHECKPOINT_EPOCHS = 20  # an epoch takes about a second on a GPU

@@ -80,17 +80,24 @@ chosen() { # the best of them, and the published setting: validation and test
 animals() { RESULTS=$OUT/three_animals DATASET=$ANIMALS PLUGINS=gemini BS=32 LR=1e-4 EPOCH=10 finetune; }
 
 # ---- from scratch
-scratch() { # CONFIG NAME "NAME=VALUE ..." SEED...: in bf16 as CUDA graphs, one after the other, for the time counts
+scratch() { # CONFIG NAME "NAME=VALUE ..." SEED...: one after the other, for the time counts
   local config=$1 name=$2 values=$3 seed
   shift 3
   for seed; do
-    DATA=$CIFAR CONFIG=configs/cifar10/$config.py bash run_accuracy.sh --set SEED=$seed bf16=True CUDA_GRAPHS=True $values --output_path "$OUT/cifar10/recipes/${name}_seed$seed"
+    DATA=$CIFAR CONFIG=configs/cifar10/$config.py bash run_accuracy.sh --set SEED=$seed $values --output_path "$OUT/cifar10/recipes/${name}_seed$seed"
   done
   report accuracy cifar10
 }
 cifar() { scratch vit_lite_7_4_vanilla vanilla "" 42 43 44; }
 cifar_published() { scratch vit_lite_7_4_vanilla published "DROPOUT=0.1 DROP_PATH=0 INITIAL_WEIGHTS=usual" 42 43 44; }
-cifar_long() { scratch vit_lite_7_4_long long "" 42 43 44; }
+cifar_fast() { scratch vit_lite_7_4_fast fast "" 42 43 44; }
+cifar_best() { scratch vit_lite_7_4_best best "" 42 43 44; }
+cifar_optimizers() { # 60 epochs without CutMix
+  local short="NUM_EPOCHS=60 CUTMIX=0 MIX_EPOCHS=None" rate
+  scratch vit_lite_7_4_fast adamw_2e-3 "$short OPTIMIZER=adamw LEARNING_RATE=2e-3 WEIGHT_DECAY=0.03" 42
+  for rate in 1e-3 2e-3 4e-3 8e-3; do scratch vit_lite_7_4_fast muon_$rate "$short LEARNING_RATE=$rate WEIGHT_DECAY=0.1" 42; done
+  for rate in 2e-3 4e-3; do scratch vit_lite_7_4_fast muon_${rate}_decay_0.3 "$short LEARNING_RATE=$rate" 42; done
+}
 
 [ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|report|finetune|scratch' | paste -sd' '; exit 2; }
 export MODELS=$MODEL

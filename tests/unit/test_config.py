@@ -9,8 +9,11 @@ from train_cases import CIFAR10_CONFIGS as CONFIGS
 from train_cases import problems_of
 
 from vit.config import AMP_TYPE, ConfigError, load_config, parse_overrides
-from vit.config_settings import config_problems, vit_config
+from vit.config_settings import config_problems, to_settings, vit_config
+from vit.layout import ParallelLayout
 from vit.system import Machine
+
+(VANILLA,) = (path for path in CONFIGS if path.stem.endswith("_vanilla"))
 
 
 def write(path: Path, text: str) -> str:
@@ -66,11 +69,51 @@ def test_published_one_with_heads_that_tensor_parallelism_cannot_cut_is_refused(
 def test_configs_of_this_repository_fit_and_have_a_card(path):
     assert problems_of(path, world=8) == []
     config, _ = load_config(str(path))
-    recipe = (620, 256, 8e-4) if path.stem.endswith("_long") else (200, 512, 2e-3)
-    assert (config["NUM_EPOCHS"], config["TOTAL_BATCH_SIZE"], config["LEARNING_RATE"]) == recipe
+    recipes = {"fast": (120, 3e-3, "muon"), "best": (400, 3e-3, "muon")}
+    recipe = recipes.get(path.stem.split("_")[-1], (200, 2e-3, "adamw"))
+    assert (config["NUM_EPOCHS"], config["LEARNING_RATE"], config["OPTIMIZER"]) == recipe
+    assert config["TOTAL_BATCH_SIZE"] == 512
     assert all(
         word in ast.get_docstring(ast.parse(path.read_text())) for word in ("Command", "Measured", path.stem)
     )
+
+
+A100, T4, CPU = Machine(1, has_bf16=True), Machine(1), Machine(has_bf16=True)
+
+
+@pytest.mark.parametrize(
+    "overrides, machine, precision, graphs, compiles",
+    [
+        ([], A100, "bf16", True, True),
+        ([], T4, "fp32", True, True),
+        ([], CPU, "fp32", False, False),
+        (["bf16=False", "CUDA_GRAPHS=False"], A100, "fp32", False, False),
+        (["CUDA_GRAPHS=True", "bf16=False"], A100, "fp32", True, True),
+        # a step in fp16, or of several batches, cannot be recorded
+        (["fp16={'mode': 'torch'}"], A100, "fp16", False, False),
+        (["gradient_accumulation=2"], A100, "bf16", False, False),
+        (["gradient_accumulation=2", "COMPILE=True"], A100, "bf16", False, True),
+        (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], A100, "bf16", False, False),
+    ],
+)
+def test_auto_is_what_the_machine_and_the_form_can_do(
+    overrides, machine, precision, graphs, compiles, monkeypatch
+):
+    monkeypatch.setattr("vit.config_settings.why_no_compiler", lambda: "")
+    config, problems = load_config(str(VANILLA), overrides)
+    assert problems + config_problems(config, config["TENSOR_PARALLEL_SIZE"] or 1, machine) == []
+    settings = to_settings(config, str(VANILLA), ParallelLayout(1), dataset="synthetic")
+    assert (settings.precision, settings.cuda_graphs, settings.compile) == (precision, graphs, compiles)
+    assert not settings.notes
+
+
+def test_without_a_compiler_auto_records_what_is_not_compiled_and_says_why(monkeypatch):
+    monkeypatch.setattr("vit.config_settings.why_no_compiler", lambda: "triton is not installed")
+    config, _ = load_config(str(VANILLA))
+    assert config_problems(config, 1, A100) == []
+    settings = to_settings(config, str(VANILLA), ParallelLayout(1), dataset="synthetic")
+    assert settings.cuda_graphs and not settings.compile
+    assert settings.notes == ("nothing is compiled: triton is not installed",)
 
 
 def test_every_problem_is_named_at_once(tmp_path):
@@ -194,6 +237,14 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
             "INITIAL_WEIGHTS 'mimetic': needs a HIDDEN_SIZE",
         ),
         (["CUDA_GRAPHS=True"], 4, "CUDA_GRAPHS: needs a GPU"),
+        (["CUDA_GRAPHS=yes"], 4, "CUDA_GRAPHS = 'yes': must be True, False or \"auto\""),
+        (["bf16=1"], 4, "bf16 = 1: must be True, False"),
+        (["OPTIMIZER=sgd"], 4, "OPTIMIZER = 'sgd': must be one of 'adamw', 'muon'"),
+        (
+            ["OPTIMIZER=muon", "TENSOR_PARALLEL_MODE=1d", "TENSOR_PARALLEL_SIZE=2"],
+            4,
+            "OPTIMIZER 'muon': only goes with data parallelism",
+        ),
         (
             ["POOLING=mean", "TENSOR_PARALLEL_MODE=1d", "TENSOR_PARALLEL_SIZE=2"],
             4,

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from args import finetune_parser, resolve_finetune
+from vit import system
 from vit.layout import ParallelLayout
 from vit.parallel import boost
 from vit.parallel.boost import decide_compilation
@@ -86,14 +87,14 @@ def test_a_long_training_is_compiled_and_a_short_one_is_not(monkeypatch):
 
 
 def test_what_triton_needs_is_looked_for(monkeypatch):
-    monkeypatch.setattr(boost, "find_spec", lambda name: None)
-    assert boost.why_no_compiler() == "triton is not installed"
-    monkeypatch.setattr(boost, "find_spec", lambda name: name)
-    monkeypatch.setattr(boost.shutil, "which", lambda name: None)
-    assert "no C compiler" in boost.why_no_compiler()
-    monkeypatch.setattr(boost.shutil, "which", lambda name: name)
-    monkeypatch.setattr(boost.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
-    assert "Python.h" in boost.why_no_compiler()
+    monkeypatch.setattr(system, "find_spec", lambda name: None)
+    assert system.why_no_compiler() == "triton is not installed"
+    monkeypatch.setattr(system, "find_spec", lambda name: name)
+    monkeypatch.setattr(system.shutil, "which", lambda name: None)
+    assert "no C compiler" in system.why_no_compiler()
+    monkeypatch.setattr(system.shutil, "which", lambda name: name)
+    monkeypatch.setattr(system.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    assert "Python.h" in system.why_no_compiler()
 
 
 def test_without_a_compiler_nothing_is_compiled_and_a_note_says_why(monkeypatch):

@@ -1,13 +1,8 @@
 """From a model and settings to a boosted model: everything that is done to a model before it is trained."""
 
 import importlib
-import os
-import shutil
-import sysconfig
 from contextlib import nullcontext
 from dataclasses import replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -29,6 +24,7 @@ from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_at
 from vit.patches.transformers_vit import cpu_attention, direct_forward, fuse_qkv, linear_patch_embedding
 from vit.schedule import BatchPlan
 from vit.settings import Settings
+from vit.system import why_no_compiler
 
 # Compiling ViT-B/16 takes 6 to 11 s on an H100, and compiled it trains 10 to 25 % faster.
 SECONDS_THAT_PAY = 60
@@ -164,14 +160,3 @@ def decide_compilation(settings: Settings, config, labels: int, plan: BatchPlan)
     peak, _ = device_peak_tflops(settings.precision)
     seconds = training_flops(config, labels) * images / (peak * 1e12 * EAGER_UTILISATION)
     return replace(settings, compile=seconds >= SECONDS_THAT_PAY)
-
-
-def why_no_compiler() -> str:
-    """What torch.compile needs on a GPU and is not installed; empty: nothing."""
-    if not find_spec("triton"):
-        return "triton is not installed"
-    if not shutil.which(os.environ.get("CC", "cc")) and not shutil.which("gcc"):
-        return "there is no C compiler, which triton needs"
-    if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return "Python.h is not installed, which triton needs (Debian, Ubuntu: python3-dev)"
-    return ""

@@ -164,8 +164,9 @@ def learning_curves(sections: dict[str, list[dict]], path: Path, title: str, spl
         draw_last(last, lines)
         last.set(xlabel=f"{split} accuracy, last epoch")
     limits = [row[2].get_xlim() for row in rows]
+    left, right = min(low for low, _ in limits), max(high for _, high in limits)
     for row in rows:
-        row[2].set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+        row[2].set_xlim(left, right + 0.04 * (right - left))  # no marker under a label
     figure.suptitle(without_math(title), fontsize=11)
     save_figure(figure, path)
 
