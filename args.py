@@ -71,8 +71,8 @@ def finetune_parser() -> Parser:
     add("--output_path", str, "folder of the result")
     add_plugin_flags(add)
     add("--batch_size", positive(), "images per data-parallel rank and batch (default: 32)", auto=True)
-    add("--learning_rate", positive(float), "peak, before scaling (default: 1e-4; vit-demo 5e-4)", auto=True)
-    add("--num_epoch", positive(), "passes over the training images (default: 3; vit-demo 8)", auto=True)
+    add("--learning_rate", positive(float), "peak, before scaling (default: 1e-4; vit-demo 1e-3)", auto=True)
+    add("--num_epoch", positive(), "passes over the training images (default: 3; vit-demo 5)", auto=True)
     add("--image_size", Number(int, low=8), "pixels; interpolates positions (default: the model's)")
     add("--resume", str, "`auto`: the newest checkpoint in the output folder; or the path of one")
 

@@ -23,7 +23,7 @@ TRAINING_DEFAULTS = {
     "warmup_ratio": 0.3,
     "augment": False,
 }
-DEMO_DEFAULTS = TRAINING_DEFAULTS | {"learning_rate": 5e-4, "num_epoch": 8}
+DEMO_DEFAULTS = TRAINING_DEFAULTS | {"learning_rate": 1e-3, "num_epoch": 5}
 DEMO_MODEL, BASE_MODEL, BASE_DATASET = "vit-demo", "google/vit-base-patch16-224", "AI-Lab-Makerere/beans"
 # how much is measured: (with a GPU, without one, where others compute on the same cores)
 METHOD_DEFAULTS = {"warmup_steps": (10, 2), "window_steps": (10, 3), "windows": (5, 7)}

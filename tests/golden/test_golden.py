@@ -27,7 +27,7 @@ VOLATILE = (
     "images_per_second peak_memory_gib"
 ).split()
 DEMO = (
-    "--model_name_or_path vit-demo --dataset drawn --plugin torch_ddp --num_epoch 2 "
+    "--model_name_or_path vit-demo --dataset drawn --plugin torch_ddp --num_epoch 2 --learning_rate 5e-4 "
     "--max_train_samples 96 --max_eval_samples 48"
 )
 
