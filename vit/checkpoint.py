@@ -32,6 +32,7 @@ from vit.checkpoint_files import (
     write_meta,
 )
 from vit.checksums import HashedFile
+from vit.config import FIELDS
 from vit.console import print_rank0, rank
 from vit.disk import WriteError, room_problem, size_text
 from vit.distributed import all_gather_objects
@@ -266,5 +267,6 @@ def find_checkpoint(checkpoints: CheckpointFolder, settings, data: list) -> Path
 def differences(now: dict, then: dict) -> str:
     """What ``now`` has another value for. A setting that is not recorded had its default, or came later."""
     names = dict.fromkeys([*now, *(name for name in READ_SETTINGS if name in then)])
-    values = [(name, *(side.get(name, DEFAULTS.get(name)) for side in (now, then))) for name in names]
+    defaults = DEFAULTS | {name: default for name, (default, _) in FIELDS.items()}
+    values = [(name, *(side.get(name, defaults.get(name)) for side in (now, then))) for name in names]
     return "; ".join(f"{name} is {new}, was {old}" for name, new, old in values if new != old)

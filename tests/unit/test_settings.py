@@ -58,6 +58,13 @@ def test_record_is_what_a_resumed_run_must_have_again():
         assert replace(one, **changed).record != one.record, changed
 
 
+def test_a_name_of_a_config_that_came_later_had_its_default_before():
+    now = from_config().record
+    before = {name: value for name, value in now.items() if name != "OPTIMIZER"}
+    assert differences(now, before) == ""
+    assert differences(now | {"OPTIMIZER": "muon"}, before) == "OPTIMIZER is muon, was adamw"
+
+
 @pytest.mark.parametrize("scale_lr, expected", [(True, 0.2), (False, 0.1)])
 def test_peak_learning_rate_is_scaled_by_the_data_parallel_size(scale_lr, expected):
     chosen = Settings(learning_rate=0.1, scale_lr=scale_lr, layout=ParallelLayout(4, tensor_size=2))
