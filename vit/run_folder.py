@@ -95,8 +95,10 @@ class RunFolder:
         print_rank0(f"  schedule  {self.steps_text(plan)}")
         batch = f"batch {plan.batch_size} x accumulation {plan.accumulation} x dp {layout.data_parallel_size}"
         print_rank0(f"            = {batch}")
+        optimizer = "" if settings.optimizer == "adamw" else f"{settings.optimizer}, "
         print_rank0(
-            f"  learning  rate {learning_rate.peak:.3g}{scaled}, warm-up {learning_rate.warmup_steps} steps, "
+            f"  learning  {optimizer}rate {learning_rate.peak:.3g}{scaled}, "
+            f"warm-up {learning_rate.warmup_steps} steps, "
             f"weight decay {settings.weight_decay:g}, seed {settings.seed}"
         )
         if (recipe := augmentation_flags(settings.record)) != "none" and settings.config is None:

@@ -111,7 +111,7 @@ def on_one_process() -> dict:
     cases["last kept"] = (entry, ("last_kept", *growing[:-1], 1, "--keep", "last"))
     cases["best first, resumed"] = (best_first_resumed, growing)
     # an unreadable image would be found if one were decoded
-    cases["dry run"] = (lambda: entry("dry", "--dry_run", dataset="damaged"), ())
+    cases["dry run"] = (lambda: entry("dry", "--dry_run", "--optimizer", "muon", dataset="damaged"), ())
     cases["evaluation only"] = (
         lambda: entry("evaluated", "--eval_only", "--batch_size", 4, model="none_kept"),
         (),

@@ -241,6 +241,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(one, shared):
         "layout    1 process",
         "schedule  3 epochs x 1 steps of 32 images",
         "22 training images are fewer than a step's 32",
+        "learning  muon, rate 0.0001",
         "dry run",
     ):
         assert part in result["out"]
