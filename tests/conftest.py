@@ -4,9 +4,11 @@ processes.
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,27 +99,55 @@ def model_folder(shared) -> Path:
     return shared / "model"
 
 
+PROCESSES = {"one": 1, "two": 2, "four": 4}  # fixture -> of its launch
+
+
+def processes_of(item) -> int:
+    """Processes of the largest launch that a test looks at; 0: of none."""
+    names = set(item.fixturenames)
+    found = [processes for name, processes in PROCESSES.items() if name in names]
+    if "launched" in names:
+        found.append(item.callspec.params.get("processes", 4))
+    return max(found, default=0)
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that look at a launch come last: it runs beside the others."""
+    items.sort(key=lambda item: processes_of(item) > 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def launches(request):
+    """The process that launches what the tests of this session look at; see distributed/launches.py."""
+    most = max(map(processes_of, request.session.items), default=0)
+    if not most:
+        yield None
+        return
+    script = ROOT / "tests" / "distributed" / "launches.py"
+    words = [sys.executable, script, request.getfixturevalue("shared"), most]
+    running = subprocess.Popen([*map(str, words)], cwd=ROOT, start_new_session=True)
+    yield running
+    if running.poll() is None:  # the session was stopped
+        os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+
+
 class Results:
     """What the cases of one launch returned; a case that failed fails the test that asks for it."""
 
-    def __init__(self, processes: int, folder: Path):
-        self.found, self.failed = {}, {}
-        path = folder / f"results_{processes}.jsonl"
+    def __init__(self, processes: int, folder: Path, launches: subprocess.Popen):
+        path = folder / f"launch_{processes}.json"
         while True:
-            run = torchrun(processes, ROOT / "tests" / "distributed" / "parallel_cases.py", folder)
-            lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-            self.found = {line["case"]: line["result"] for line in lines if "result" in line}
-            failed = {line["case"]: run.stderr[-4000:] for line in lines if line["case"] not in self.found}
-            failed |= {line["case"]: line["error"] for line in lines if "error" in line}
-            # an error ends a launch, since the other processes would wait for the lost one; go on after
-            # that case
-            new = failed.keys() - self.failed.keys()
-            self.failed = failed
-            if run.returncode == 0:
-                return
-            assert new, (
-                f"the launch with {processes} processes failed outside its cases:\n{run.stderr[-6000:]}"
-            )
+            ended = launches.poll() is not None  # asked first: the file is written before
+            if path.exists():
+                break
+            assert not ended, f"there is no {path}, and nothing that will write it"
+            time.sleep(0.1)
+        results = json.loads(path.read_text())
+        self.found, self.failed = results["found"], results["failed"]
+        assert not results["outside"], (
+            f"the launch with {processes} processes failed outside its cases:\n{results['outside']}"
+        )
 
     def __getitem__(self, case: str):
         if case in self.failed:
@@ -126,18 +156,18 @@ class Results:
 
 
 @pytest.fixture(scope="session")
-def one(shared) -> Results:
-    return Results(1, shared)
+def one(shared, launches) -> Results:
+    return Results(1, shared, launches)
 
 
 @pytest.fixture(scope="session")
-def two(shared, one) -> Results:
-    return Results(2, shared)  # after `one`: resumes what it saved
+def two(shared, launches) -> Results:
+    return Results(2, shared, launches)
 
 
 @pytest.fixture(scope="session")
-def four(shared, two) -> Results:
-    return Results(4, shared)
+def four(shared, launches) -> Results:
+    return Results(4, shared, launches)
 
 
 @pytest.fixture
