@@ -127,8 +127,8 @@ def launches(request):
     words = [sys.executable, script, request.getfixturevalue("shared"), most]
     running = subprocess.Popen([*map(str, words)], cwd=ROOT, start_new_session=True)
     yield running
-    if running.poll() is None:  # the session was stopped
-        os.killpg(running.pid, signal.SIGKILL)
+    if running.poll() is None:  # the session was stopped; torchrun ends its processes
+        os.killpg(running.pid, signal.SIGTERM)
     running.wait()
 
 
