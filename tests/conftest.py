@@ -99,13 +99,13 @@ def model_folder(shared) -> Path:
     return shared / "model"
 
 
-PROCESSES = {"one": 1, "two": 2, "four": 4}  # fixture -> of its launch
+LAUNCHES = {1: "one", 2: "two", 4: "four"}  # processes -> the fixture with their results
 
 
 def processes_of(item) -> int:
     """Processes of the largest launch that a test looks at; 0: of none."""
     names = set(item.fixturenames)
-    found = [processes for name, processes in PROCESSES.items() if name in names]
+    found = [processes for processes, name in LAUNCHES.items() if name in names]
     if "launched" in names:
         found.append(item.callspec.params.get("processes", 4))
     return max(found, default=0)
@@ -173,7 +173,7 @@ def four(shared, launches) -> Results:
 @pytest.fixture
 def launched(request):
     """processes -> the results of that launch."""
-    return lambda processes: request.getfixturevalue({1: "one", 2: "two", 4: "four"}[processes])
+    return lambda processes: request.getfixturevalue(LAUNCHES[processes])
 
 
 # ---- the command line of vit_train_demo.py, on a machine of one's choice

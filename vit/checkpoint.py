@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from vit import config
 from vit.checkpoint_files import (
     CheckpointError,
     checkpoint_problem,
@@ -32,7 +33,6 @@ from vit.checkpoint_files import (
     write_meta,
 )
 from vit.checksums import HashedFile
-from vit.config import FIELDS
 from vit.console import print_rank0, rank
 from vit.disk import WriteError, room_problem, size_text
 from vit.distributed import all_gather_objects
@@ -267,6 +267,6 @@ def find_checkpoint(checkpoints: CheckpointFolder, settings, data: list) -> Path
 def differences(now: dict, then: dict) -> str:
     """What ``now`` has another value for. A setting that is not recorded had its default, or came later."""
     names = dict.fromkeys([*now, *(name for name in READ_SETTINGS if name in then)])
-    defaults = DEFAULTS | {name: default for name, (default, _) in FIELDS.items()}
+    defaults = DEFAULTS | config.DEFAULTS
     values = [(name, *(side.get(name, defaults.get(name)) for side in (now, then))) for name in names]
     return "; ".join(f"{name} is {new}, was {old}" for name, new, old in values if new != old)

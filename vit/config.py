@@ -153,6 +153,7 @@ FIELDS: dict[str, tuple] = {
     "CHECKPOINT_EPOCHS": (1, positive().problem),  # epochs from one checkpoint to the next
     "LOG_PATH": (None, _of(str, what="a text")),  # folder of the result where --output_path names none
 }
+DEFAULTS = {name: default for name, (default, _) in FIELDS.items()}
 # May differ between a run and its continuation.
 MAY_CHANGE_ON_RESUME = (
     "LOG_PATH CHECKPOINT_EPOCHS BATCH_SIZE gradient_accumulation NUM_WORKERS COMPILE CUDA_GRAPHS"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vit.config import AMP_TYPE, FIELDS, MAY_CHANGE_ON_RESUME
+from vit.config import AMP_TYPE, DEFAULTS, FIELDS, MAY_CHANGE_ON_RESUME
 from vit.layout import ParallelLayout, mesh_problems
 from vit.presets import VitPreset, mean_pooled_config
 from vit.settings import MESH_MODES, Settings
@@ -112,12 +112,11 @@ def config_problems(config: dict, world_size: int, machine: Machine) -> list[str
     problems += _value_problems(config, machine)
     mode, tp, pp = config["mode"], config["tp"], config["pp"]
     if tp * pp > 1:
-        alone = {"POOLING": "class", "POSITIONS": "learned", "COMPILE": False, "CUDA_GRAPHS": False}
-        alone["OPTIMIZER"] = "adamw"
+        alone = ("POOLING", "POSITIONS", "COMPILE", "CUDA_GRAPHS", "OPTIMIZER")  # as by default otherwise
         problems += [
             f"{name} {config[name]!r}: only goes with data parallelism, not with {mode}, pipeline {pp}"
             for name in alone
-            if config[name] != alone[name]
+            if config[name] != DEFAULTS[name]
         ]
     if world_size % (tp * pp):
         needs = f"tensor parallel size {tp} x pipeline {pp} needs a multiple of {tp * pp}"

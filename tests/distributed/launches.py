@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from conftest import ROOT, torchrun
+from conftest import LAUNCHES, ROOT, torchrun
 
 
 def launch(processes: int, folder: Path) -> dict:
@@ -30,7 +30,7 @@ def launch(processes: int, folder: Path) -> dict:
 
 
 def main(folder: Path, most: int) -> None:
-    for processes in (1, 2, 4):
+    for processes in LAUNCHES:
         if processes <= most:
             result = folder / f"launch_{processes}.part"
             result.write_text(json.dumps(launch(processes, folder)))

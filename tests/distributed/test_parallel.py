@@ -43,6 +43,29 @@ def is_frozen(name: str, freeze: str | None) -> bool:
     return freeze == "1" and name.startswith(first)
 
 
+def parameter_groups(model, recipe: bool) -> list[dict]:
+    """For AdamW; with ``recipe`` a group for each parameter, with the ``scale`` of its learning rate."""
+    decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "layernorm" not in n]
+    others = [p for p in model.parameters() if all(p is not q for q in decayed)]
+    if not recipe:
+        return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    below = {"classifier": 0, "vit.layernorm": 0, "vit.embeddings": 5} | {
+        f"vit.{layers}.{i}.": 4 - i for layers in ("encoder.layer", "layers") for i in range(4)
+    }
+    groups = [
+        {
+            "params": [p],
+            "weight_decay": WEIGHT_DECAY * any(p is q for q in decayed),
+            "scale": LAYER_DECAY**count,
+        }
+        for n, p in model.named_parameters()
+        for prefix, count in below.items()
+        if n.startswith(prefix)
+    ]
+    assert len(groups) == len(list(model.parameters()))
+    return groups
+
+
 @functools.cache
 def plain_training(
     max_norm: float, recipe: bool = False, weighted: bool = False, freeze=None, lora=False
@@ -70,25 +93,7 @@ def plain_training(
         torch.manual_seed(0)
         peft.get_peft_model(model, peft.LoraConfig(**LORA, target_modules=LORA_TARGETS))  # in place
         model.classifier.requires_grad_(True)
-    decayed = [p for n, p in model.named_parameters() if n.endswith("weight") and "layernorm" not in n]
-    others = [p for p in model.parameters() if all(p is not q for q in decayed)]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
-    if recipe:  # a group for each parameter
-        below = {"classifier": 0, "vit.layernorm": 0, "vit.embeddings": 5} | {
-            f"vit.{layers}.{i}.": 4 - i for layers in ("encoder.layer", "layers") for i in range(4)
-        }
-        groups = [
-            {
-                "params": [p],
-                "weight_decay": WEIGHT_DECAY * any(p is q for q in decayed),
-                "scale": LAYER_DECAY**count,
-            }
-            for n, p in model.named_parameters()
-            for prefix, count in below.items()
-            if n.startswith(prefix)
-        ]
-        assert len(groups) == len(list(model.parameters()))
-    optimizer, average = torch.optim.AdamW(groups), copy.deepcopy(model)
+    optimizer, average = torch.optim.AdamW(parameter_groups(model, recipe)), copy.deepcopy(model)
     rates, losses, evaluations, norms = iter(LEARNING_RATES), [], [], []
     for epoch in range(2):
         order = [

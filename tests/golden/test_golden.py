@@ -17,7 +17,7 @@ import train_cases
 from golden import checkpoints, goldens, programs
 from helpers import ROOT
 
-from vit.config import FIELDS
+from vit import config
 from vit.settings import DEFAULTS
 
 # ---------------------------------------------------------------------------------------------- a whole run
@@ -276,7 +276,7 @@ def check_resumed(name: str, resumed: Path, straight: Path) -> None:
     metas = [json.loads((path / "meta.json").read_text()) for path in (was, now)]
     then, today = (meta["settings"] for meta in metas)
     assert keys(then) == keys({name: today[name] for name in then})
-    defaults = DEFAULTS | {name: default for name, (default, _) in FIELDS.items()}
+    defaults = DEFAULTS | config.DEFAULTS
     assert all(today[name] == defaults[name] for name in today.keys() - then.keys())  # they came later
     assert [*metas[0], "files", "sha256"] == list(metas[1])  # the recorded ones have no checksums
     assert metas[0]["step"] < metas[1]["step"]

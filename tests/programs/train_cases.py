@@ -16,7 +16,7 @@ import numpy as np
 from forks import exit_status, fork
 
 from data import build_transforms, load_dataset
-from vit.config import FIELDS, load_config
+from vit.config import DEFAULTS, load_config
 from vit.config_settings import config_problems, vit_config
 from vit.data.cifar10 import CIFAR10_FOLDER
 from vit.data.dataset import ImageDataset
@@ -40,7 +40,7 @@ def problems_of(path, *overrides: str, world: int = 4) -> list[str]:
 
 def scratch_settings(folder, size: int = 32, classes: int = 10, skip_bad: bool = False, **values) -> Settings:
     """The settings of train.py with a config of defaults, as far as they decide the images."""
-    config = {name: default for name, (default, _) in FIELDS.items()}
+    config = dict(DEFAULTS)
     config |= {"IMG_SIZE": size, "NUM_CLASSES": classes} | values
     return Settings(dataset=str(folder), config=config, skip_bad_images=skip_bad, num_workers=0)
 

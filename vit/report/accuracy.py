@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from statistics import mean, median
 
-from vit.config import FIELDS, MAY_CHANGE_ON_RESUME
+from vit.config import DEFAULTS, MAY_CHANGE_ON_RESUME
 from vit.console import exit_with_errors
 from vit.files import write_atomically
 from vit.report.charts import learning_curves, line_style
@@ -46,7 +46,7 @@ def accuracy_groups(runs: list[dict]) -> list[tuple[str, list[dict]]]:
 
     Settings that a run does not record, because it is older, are set to their defaults.
     """
-    defaults = {name: value for name, (value, _) in FIELDS.items() if name not in MAY_CHANGE_ON_RESUME}
+    defaults = {name: value for name, value in DEFAULTS.items() if name not in MAY_CHANGE_ON_RESUME}
     groups: dict[str, list[dict]] = {}
     for run in runs:
         run["settings"] = defaults | run["settings"]
