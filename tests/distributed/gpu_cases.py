@@ -19,6 +19,7 @@ from vit.console import silence_libraries
 silence_libraries()
 
 import torch
+import torch.nn.functional as F
 from helpers import tiny_vit
 
 from vit.data.dataset import IGNORE_INDEX
@@ -42,6 +43,8 @@ BASE = dict(
 RECIPE = dict(layer_decay=0.7, ema=0.8, label_smoothing=0.1)
 COMPILED_GRAPHS = dict(compile=True, cuda_graphs=True)
 STEPS, BATCH, LABELS = 16, 16, 4
+# heads of 64, for `vit/attention_kernel.py`
+MODEL = dict(hidden_size=256, num_attention_heads=4, intermediate_size=512, image_size=32, patch_size=8)
 
 
 def cases(world: int) -> dict[str, dict]:
@@ -108,7 +111,7 @@ def cases(world: int) -> dict[str, dict]:
 def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
     """Losses of the steps, and of an evaluation. ``recipe``: layer decay, EMA, label smoothing."""
     torch.manual_seed(0)
-    model = tiny_vit(LABELS, hidden_size=64, intermediate_size=128, image_size=32, patch_size=8)
+    model = tiny_vit(LABELS, **MODEL)
     layout = ParallelLayout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
     settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **BASE | (RECIPE if recipe else {}) | changes)
     boosted = boost(model, settings)
@@ -158,11 +161,33 @@ def attention_gradients(dropout: float) -> list[torch.Tensor]:
     return gradients
 
 
+def kernel_error(tokens: int, dtype: torch.dtype) -> float:
+    """Of `vit/attention_kernel.py`'s context and gradients, relative to fp32's."""
+    from vit.attention_kernel import attention
+
+    torch.manual_seed(0)
+    joined = torch.randn(3, tokens, 3 * 256, device=device()).to(dtype).requires_grad_()
+    outer = torch.randn(3, tokens, 256, device=device()).to(dtype)
+    parts = (part.unflatten(2, (4, 64)).transpose(1, 2) for part in joined.float().chunk(3, 2))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    found, _ = attention(joined, 4)
+    gradients = [torch.autograd.grad(y, joined, outer.to(y.dtype))[0] for y in (found, expected)]
+    pairs = ((found, expected), gradients)
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
+
+
 def main() -> None:
     import_libraries()
     init_distributed(0)
     gradients = [*attention_gradients(0.1), *attention_gradients(0.0)]
     results = {"attention is finite": all(grad.isfinite().all().item() for grad in gradients)}
+    if torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8:
+        results["errors of the attention kernel"] = [
+            kernel_error(tokens, dtype)
+            for tokens in (16, 64, 65, 197, 577)
+            for dtype in (torch.float16, torch.bfloat16)
+        ]
     word = sys.argv[2] if len(sys.argv) > 2 else ""
     for name, changes in cases(int(os.environ["WORLD_SIZE"])).items():
         if word not in name and "none fp32" not in name:

@@ -14,7 +14,7 @@ LEVELS = {
     # L0: the standard library alone
     0: "console files disk layout presets validate versions patches parallel.plugins report.tables",
     # L1: what the machine, a name or a setting is
-    1: "settings config system hub environment modules muon data.dataset data.leaves "
+    1: "settings config system hub environment modules muon attention_kernel data.dataset data.leaves "
     "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
     "patches.colossalai_imports patches.torch_kernels checksums watch "
     "report.reading pages tracking",

@@ -21,7 +21,13 @@ from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
 from vit.patches.colossalai_gemini import steady_chunks
 from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_attention_kernels
-from vit.patches.transformers_vit import cpu_attention, direct_forward, fuse_qkv, linear_patch_embedding
+from vit.patches.transformers_vit import (
+    attention_kernel,
+    cpu_attention,
+    direct_forward,
+    fuse_qkv,
+    linear_patch_embedding,
+)
 from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.system import why_no_compiler
@@ -67,6 +73,8 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     if not settings.lora_rank:  # which replaces projections
         fuse_qkv(model)
         cpu_attention(model, settings.precision)
+        if compiled_part(settings) or records_steps(settings):
+            attention_kernel(model)
     direct_forward(model)
     if settings.grad_checkpoint:
         # the re-entrant form gives no gradients to a layer whose input has none: the first above frozen ones

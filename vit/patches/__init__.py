@@ -34,6 +34,7 @@ PATCHES = (
     # transformers and PyTorch
     "fuse_qkv",
     "cpu_attention",
+    "attention_kernel",
     "direct_forward",
     "linear_patch_embedding",
     "safe_attention_kernels",

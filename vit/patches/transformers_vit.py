@@ -15,6 +15,7 @@ from torch.func import functional_call
 
 from vit.modules import layer_list, numbered_layers, project_output, qkv_projections, self_attention
 from vit.patches import patch
+from vit.system import why_no_compiler
 
 
 @patch
@@ -57,6 +58,29 @@ def cpu_attention(model: nn.Module, precision: str) -> None:
     if not torch.cuda.is_available() and precision == "bf16" and tokens <= 256:
         for layer in numbered_layers(model).values():
             self_attention(layer).attention_function = _attention_by_products
+
+
+@patch
+def attention_kernel(model: nn.Module) -> None:
+    """Compute attention in 16 bit by `vit/attention_kernel.py` on a Hopper GPU. Call `fuse_qkv` before.
+
+    Why: the libraries' kernels need copies of queries, keys and values, and of their gradients. Forward and
+    backward of 256 images of 12 heads and 197 tokens: XXX us, cuDNN's 999 (H100, torch 2.11). For steps that
+    are compiled or recorded; the host is too slow for others to gain. Measured with heads of 64, on H100s,
+    for up to 577 tokens.
+    Library: torch/nn/functional.py, scaled_dot_product_attention. Can go when that takes one tensor and is
+    as fast.
+    """
+    config = model.config
+    tokens = (config.image_size // config.patch_size) ** 2 + 1
+    is_measured = config.hidden_size == 64 * config.num_attention_heads and tokens <= 577
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    if config.attention_probs_dropout_prob or not is_measured or not is_hopper or why_no_compiler():
+        return
+    from vit.attention_kernel import attention
+
+    for layer in numbered_layers(model).values():
+        self_attention(layer).attention_kernel = attention
 
 
 @patch
@@ -131,6 +155,9 @@ def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.T
     else:  # tensor parallelism's layer sums over the ranks in its backward pass: once now, not three times
         joined = functional_call(parts[0], {"weight": weight, "bias": bias}, hidden_states)
     head_size = self.config.hidden_size // self.config.num_attention_heads
+    kernel = getattr(self, "attention_kernel", None)
+    if kernel and joined.dtype != torch.float32:
+        return project_output(self, kernel(joined, joined.shape[2] // (3 * head_size))[0]), None
     # each (N, heads, tokens, head size); their gradients are put together in one copy, with unbind in two
     query, key, value = (part.unflatten(2, (-1, head_size)).transpose(1, 2) for part in joined.chunk(3, 2))
     dropout = self.config.attention_probs_dropout_prob if self.training else 0.0

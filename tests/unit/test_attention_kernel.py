@@ -1,0 +1,126 @@
+"""`vit/attention_kernel.py`: where it is used, and, where Triton can interpret it, what it computes.
+
+On a GPU its results are compared in tests/distributed/gpu_cases.py.
+"""
+
+import subprocess
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, tiny_vit
+
+from vit.modules import numbered_layers, self_attention
+from vit.patches.transformers_vit import attention_kernel, fuse_qkv
+
+HEADS_OF_64 = dict(hidden_size=128, num_attention_heads=2)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """A Hopper GPU, and in the place of the kernel PyTorch's attention, which notes what it was given."""
+    noted: list = []
+
+    def attention(joined: torch.Tensor, heads: int):
+        noted.append((joined.dtype, heads))
+        parts = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in joined.chunk(3, 2))
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2), None
+
+    kernel = ModuleType("vit.attention_kernel")
+    kernel.attention = attention  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vit.attention_kernel", kernel)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr("vit.patches.transformers_vit.why_no_compiler", lambda: "")
+    return noted
+
+
+def has_kernel(model) -> bool:
+    return any(
+        hasattr(self_attention(layer), "attention_kernel") for layer in numbered_layers(model).values()
+    )
+
+
+def test_kernel_computes_what_pytorch_does_in_16_bit(calls):
+    torch.manual_seed(0)
+    model = tiny_vit(**HEADS_OF_64).bfloat16()
+    fuse_qkv(model)
+    pixels = torch.randn(2, 3, 16, 16).bfloat16()
+    expected = model(pixel_values=pixels).logits
+    attention_kernel(model)
+    torch.testing.assert_close(model(pixel_values=pixels).logits, expected)
+    assert calls == [(torch.bfloat16, 2)] * 4  # of each layer
+    model.float()(pixel_values=pixels.float())
+    assert len(calls) == 4  # not in fp32
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        HEADS_OF_64 | dict(attention_probs_dropout_prob=0.1),
+        dict(hidden_size=128, num_attention_heads=4),
+        HEADS_OF_64 | dict(image_size=104),  # 26 x 26 patches and a class token
+    ],
+)
+def test_no_kernel_with_dropout_or_sizes_that_were_not_measured(calls, sizes):
+    model = tiny_vit(**sizes)
+    attention_kernel(model)
+    assert not has_kernel(model)
+
+
+def test_no_kernel_without_what_it_needs(calls, monkeypatch):
+    model = tiny_vit(**HEADS_OF_64)
+    for name, value in {
+        "torch.cuda.is_available": lambda: False,
+        "torch.cuda.get_device_capability": lambda: (8, 6),
+        "vit.patches.transformers_vit.why_no_compiler": lambda: "triton is not installed",
+    }.items():
+        with monkeypatch.context() as other:
+            other.setattr(name, value)
+            attention_kernel(model)
+            assert not has_kernel(model), name
+    monkeypatch.setenv("VIT_DISABLE_PATCHES", "attention_kernel")
+    attention_kernel(model)
+    assert not has_kernel(model)
+    monkeypatch.delenv("VIT_DISABLE_PATCHES")
+    attention_kernel(model)
+    assert has_kernel(model)
+
+
+def test_kernels_interpreted_on_the_cpu():
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("the interpreter of Triton 3.1 and 3.2 returns NaN for masked loads")
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env={"TRITON_INTERPRET": "1"}, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
+    """Compare context and gradients of random inputs with PyTorch's, in tensors that were NaN before."""
+    from vit import attention_kernel as kernels
+
+    torch.manual_seed(0)
+    joined = torch.randn(2, tokens, 3 * heads * size).half().requires_grad_()
+    gradient = torch.randn(2, tokens, heads * size).half()
+    parts = (part.unflatten(2, (heads, size)).transpose(1, 2) for part in joined.float().chunk(3, 2))
+    expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    (expected_gradients,) = torch.autograd.grad(expected, joined, gradient.float())
+    context, gradients = torch.full_like(gradient, torch.nan), torch.full_like(joined, torch.nan).detach()
+    sums, products = torch.full((2, 2, heads, tokens), torch.nan)
+    joined = joined.detach()
+    kernels._launch(kernels._forward, (joined, context, sums), heads, rows)
+    inputs = SimpleNamespace(queries=(joined, context, sums, gradient), keys=(joined, sums, gradient))
+    kernels._launch(kernels._backward_of_queries, (*inputs.queries, products, gradients), heads, rows)
+    kernels._launch(kernels._backward_of_keys, (*inputs.keys, products, gradients), heads, rows)
+    for found, wanted in ((context, expected), (gradients, expected_gradients)):
+        assert (found.float() - wanted.float()).norm() < 2e-3 * wanted.float().norm(), (tokens, rows)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    for case in ((65, 2, 64, 64), (64, 1, 32, 64), (13, 2, 16, 64), (197, 1, 64, 128)):
+        interpret(*case)

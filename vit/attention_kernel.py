@@ -1,0 +1,196 @@
+"""Attention of few tokens on a GPU: queries, keys and values in one tensor, their gradients in one.
+
+The libraries' kernels want the three apart, which costs copies of them and of their gradients. After
+FlashAttention-2 (Dao, 2023, arXiv:2307.08691): the weights of the attention never go through memory, the
+backward pass computes them again.
+
+It imports Triton, so only code for GPUs imports it: `vit/patches/transformers_vit.py`, where it is faster.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from triton.language import constexpr
+
+LOG2_E = constexpr(1.4426950408889634)  # the GPU computes powers of 2
+ROWS, STEP = (
+    constexpr(64),
+    constexpr(32),
+)  # tokens of a tile, and of one turn of its loop: the fastest of a dozen on an H100
+
+
+@torch.library.custom_op("vit::attention", mutates_args=(), device_types="cuda")
+def attention(joined: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention of every head, without mask or dropout.
+
+    Args:
+        joined: (N, tokens, 3 x hidden), contiguous, 16 bit: queries, keys, values, each head after head.
+
+    Returns:
+        (N, tokens, hidden), and what the backward pass needs: logarithms to base 2 of the sums of the
+        exponentials, (N, heads, tokens), fp32.
+    """
+    images, tokens, width = joined.shape
+    context = joined.new_empty(images, tokens, width // 3)
+    sums = joined.new_empty(images, heads, tokens, dtype=torch.float32)
+    _launch(_forward, (joined, context, sums), heads, 64)
+    return context, sums
+
+
+@torch.library.custom_op("vit::attention_backward", mutates_args=(), device_types="cuda")
+def attention_backward(
+    joined: torch.Tensor, context: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """The gradient of ``joined``. ``gradient``: of ``context``, (N, tokens, hidden), contiguous."""
+    gradients, products = torch.empty_like(joined), torch.empty_like(sums)
+    _launch(_backward_of_queries, (joined, context, sums, gradient, products, gradients), heads, 64)
+    rows = 64 if joined.shape[1] <= 128 else 128
+    _launch(_backward_of_keys, (joined, sums, gradient, products, gradients), heads, rows)
+    return gradients
+
+
+@attention.register_fake
+def _(joined, heads):
+    images, tokens, width = joined.shape
+    sums = joined.new_empty(images, heads, tokens, dtype=torch.float32)
+    return joined.new_empty(images, tokens, width // 3), sums
+
+
+@attention_backward.register_fake
+def _(joined, context, sums, gradient, heads):
+    return torch.empty_like(joined)
+
+
+def _save(ctx, inputs, output) -> None:
+    joined, ctx.heads = inputs
+    ctx.save_for_backward(joined, *output)
+
+
+def _differentiate(ctx, gradient, _):
+    return attention_backward(*ctx.saved_tensors, gradient.contiguous(), ctx.heads), None
+
+
+attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _launch(kernel, tensors: tuple, heads: int, rows: int) -> None:
+    """One program for each tile of ``rows`` tokens of each head of each image."""
+    images, tokens, width = tensors[0].shape
+    size = width // 3 // heads
+    grid = (triton.cdiv(tokens, rows), images * heads)
+    kernel[grid](*tensors, size**-0.5, tokens, heads, size, rows, num_warps=4, num_stages=3)
+
+
+# The kernels. Each takes pointers to tensors, and is compiled for the `scale` of the scores, the number of
+# `tokens` and `heads`, the `size` of a head, and the `rows` of a tile.
+
+
+@triton.jit
+def _forward(
+    joined,
+    context,
+    sums,
+    scale: constexpr,
+    tokens: constexpr,
+    heads: constexpr,
+    size: constexpr,
+    rows: constexpr,
+):
+    width: constexpr = heads * size
+    joined = _own_head(joined, 3, tokens, heads, size)
+    context = _own_head(context, 1, tokens, heads, size)
+    sums += tl.program_id(1) * tokens
+    queries = tl.program_id(0) * rows + tl.arange(0, rows)
+    query = _load(joined, queries, tokens, 3 * width, size)
+    largest = tl.full([rows], float("-inf"), tl.float32)
+    total = tl.zeros([rows], tl.float32)
+    result = tl.zeros([rows, size], tl.float32)
+    for start in range(0, tokens, STEP):
+        keys = start + tl.arange(0, STEP)
+        key = _load(joined + width, keys, tokens, 3 * width, size)
+        value = _load(joined + 2 * width, keys, tokens, 3 * width, size)
+        scores = tl.where(keys[None, :] < tokens, tl.dot(query, tl.trans(key)), float("-inf"))
+        new_largest = tl.maximum(largest, tl.max(scores, 1) * (scale * LOG2_E))
+        weights = tl.exp2(scores * (scale * LOG2_E) - new_largest[:, None])
+        shrink = tl.exp2(largest - new_largest)
+        total = total * shrink + tl.sum(weights, 1)
+        result = result * shrink[:, None] + tl.dot(weights.to(value.dtype), value)
+        largest = new_largest
+    _store(context, queries, result / total[:, None], tokens, width, size)
+    tl.store(sums + queries, largest + tl.log2(total), mask=queries < tokens)
+
+
+@triton.jit
+def _backward_of_queries(
+    joined, context, sums, gradient, products, gradients,
+    scale: constexpr, tokens: constexpr, heads: constexpr, size: constexpr, rows: constexpr,
+):  # fmt: skip
+    width: constexpr = heads * size
+    joined = _own_head(joined, 3, tokens, heads, size)
+    sums += tl.program_id(1) * tokens
+    queries = tl.program_id(0) * rows + tl.arange(0, rows)
+    query = _load(joined, queries, tokens, 3 * width, size)
+    outer = _load(_own_head(gradient, 1, tokens, heads, size), queries, tokens, width, size)
+    inner = _load(_own_head(context, 1, tokens, heads, size), queries, tokens, width, size)
+    product = tl.sum(outer.to(tl.float32) * inner.to(tl.float32), 1)
+    tl.store(products + tl.program_id(1) * tokens + queries, product, mask=queries < tokens)
+    total = tl.load(sums + queries, mask=queries < tokens, other=float("inf"))
+    result = tl.zeros([rows, size], tl.float32)
+    for start in range(0, tokens, STEP):
+        keys = start + tl.arange(0, STEP)
+        key = _load(joined + width, keys, tokens, 3 * width, size)
+        value = _load(joined + 2 * width, keys, tokens, 3 * width, size)
+        weights = tl.exp2(tl.dot(query, tl.trans(key)) * (scale * LOG2_E) - total[:, None])
+        of_scores = weights * (tl.dot(outer, tl.trans(value)) - product[:, None])
+        result += tl.dot(of_scores.to(key.dtype), key)  # keys beyond the last token are 0
+    _store(_own_head(gradients, 3, tokens, heads, size), queries, result * scale, tokens, 3 * width, size)
+
+
+@triton.jit
+def _backward_of_keys(
+    joined, sums, gradient, products, gradients,
+    scale: constexpr, tokens: constexpr, heads: constexpr, size: constexpr, rows: constexpr,
+):  # fmt: skip
+    width: constexpr = heads * size
+    joined = _own_head(joined, 3, tokens, heads, size)
+    gradients = _own_head(gradients, 3, tokens, heads, size)
+    gradient = _own_head(gradient, 1, tokens, heads, size)
+    sums += tl.program_id(1) * tokens
+    products += tl.program_id(1) * tokens
+    keys = tl.program_id(0) * rows + tl.arange(0, rows)
+    key = _load(joined + width, keys, tokens, 3 * width, size)
+    value = _load(joined + 2 * width, keys, tokens, 3 * width, size)
+    of_key = tl.zeros([rows, size], tl.float32)
+    of_value = tl.zeros([rows, size], tl.float32)
+    for start in range(0, tokens, STEP):
+        queries = start + tl.arange(0, STEP)
+        query = _load(joined, queries, tokens, 3 * width, size)
+        outer = _load(gradient, queries, tokens, width, size)
+        total = tl.load(sums + queries, mask=queries < tokens, other=float("inf"))
+        product = tl.load(products + queries, mask=queries < tokens, other=0.0)
+        weights = tl.exp2(tl.dot(key, tl.trans(query)) * (scale * LOG2_E) - total[None, :])
+        of_value += tl.dot(weights.to(outer.dtype), outer)
+        of_scores = weights * (tl.dot(value, tl.trans(outer)) - product[None, :])
+        of_key += tl.dot(of_scores.to(query.dtype), query)
+    _store(gradients + width, keys, of_key * scale, tokens, 3 * width, size)
+    _store(gradients + 2 * width, keys, of_value, tokens, 3 * width, size)
+
+
+@triton.jit
+def _own_head(tensor, parts: constexpr, tokens: constexpr, heads: constexpr, size: constexpr):
+    """Pointer to this program's head in a tensor (N, tokens, parts, heads, size)."""
+    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    return tensor + image.to(tl.int64) * (tokens * parts * heads * size) + head * size
+
+
+@triton.jit
+def _load(pointer, rows, tokens: constexpr, stride: constexpr, size: constexpr):
+    """(rows, size), 0 beyond the last token."""
+    at = pointer + rows[:, None] * stride + tl.arange(0, size)[None, :]
+    return tl.load(at, mask=rows[:, None] < tokens, other=0.0)
+
+
+@triton.jit
+def _store(pointer, rows, tile, tokens: constexpr, stride: constexpr, size: constexpr):
+    at = pointer + rows[:, None] * stride + tl.arange(0, size)[None, :]
+    tl.store(at, tile.to(pointer.dtype.element_ty), mask=rows[:, None] < tokens)
