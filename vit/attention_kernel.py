@@ -20,11 +20,15 @@ ROWS, STEP = (
 
 
 @torch.library.custom_op("vit::attention", mutates_args=(), device_types="cuda")
-def attention(joined: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+def attention(
+    joined: torch.Tensor, bias: torch.Tensor | None, heads: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax attention of every head, without mask or dropout.
 
     Args:
         joined: (N, tokens, 3 x hidden), contiguous, 16 bit: queries, keys, values, each head after head.
+        bias: (3 x hidden), that of ``joined``, which includes it: for its gradient, which is added up here
+            while the gradients are at hand. It must be detached where ``joined`` is computed.
 
     Returns:
         (N, tokens, hidden), and what the backward pass needs: logarithms to base 2 of the sums of the
@@ -40,17 +44,22 @@ def attention(joined: torch.Tensor, heads: int) -> tuple[torch.Tensor, torch.Ten
 @torch.library.custom_op("vit::attention_backward", mutates_args=(), device_types="cuda")
 def attention_backward(
     joined: torch.Tensor, context: torch.Tensor, sums: torch.Tensor, gradient: torch.Tensor, heads: int
-) -> torch.Tensor:
-    """The gradient of ``joined``. ``gradient``: of ``context``, (N, tokens, hidden), contiguous."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of ``joined``, and its sums over the tokens of each tile, (N, tiles, 3 x hidden), fp32.
+
+    ``gradient``: of ``context``, (N, tokens, hidden), contiguous.
+    """
+    images, tokens, width = joined.shape
+    rows = _rows_of_backward(tokens)
     gradients, products = torch.empty_like(joined), torch.empty_like(sums)
-    _launch(_backward_of_queries, (joined, context, sums, gradient, products, gradients), heads, 64)
-    rows = 64 if joined.shape[1] <= 128 else 128
-    _launch(_backward_of_keys, (joined, sums, gradient, products, gradients), heads, rows)
-    return gradients
+    tiles = joined.new_empty(images, triton.cdiv(tokens, rows), width, dtype=torch.float32)
+    _launch(_backward_of_queries, (joined, context, sums, gradient, products, gradients, tiles), heads, rows)
+    _launch(_backward_of_keys, (joined, sums, gradient, products, gradients, tiles), heads, rows)
+    return gradients, tiles
 
 
 @attention.register_fake
-def _(joined, heads):
+def _(joined, bias, heads):
     images, tokens, width = joined.shape
     sums = joined.new_empty(images, heads, tokens, dtype=torch.float32)
     return joined.new_empty(images, tokens, width // 3), sums
@@ -58,19 +67,28 @@ def _(joined, heads):
 
 @attention_backward.register_fake
 def _(joined, context, sums, gradient, heads):
-    return torch.empty_like(joined)
+    images, tokens, width = joined.shape
+    tiles = triton.cdiv(tokens, _rows_of_backward(tokens))
+    return torch.empty_like(joined), joined.new_empty(images, tiles, width, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output) -> None:
-    joined, ctx.heads = inputs
+    joined, bias, ctx.heads = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(joined, *output)
 
 
 def _differentiate(ctx, gradient, _):
-    return attention_backward(*ctx.saved_tensors, gradient.contiguous(), ctx.heads), None
+    gradients, tiles = attention_backward(*ctx.saved_tensors, gradient.contiguous(), ctx.heads)
+    of_bias = tiles.sum((0, 1)).to(ctx.bias_dtype) if ctx.bias_dtype else None
+    return gradients, of_bias, None
 
 
 attention.register_autograd(_differentiate, setup_context=_save)
+
+
+def _rows_of_backward(tokens: int) -> int:
+    return 64 if tokens <= 128 else 128
 
 
 def _launch(kernel, tensors: tuple, heads: int, rows: int) -> None:
@@ -122,7 +140,7 @@ def _forward(
 
 @triton.jit
 def _backward_of_queries(
-    joined, context, sums, gradient, products, gradients,
+    joined, context, sums, gradient, products, gradients, tiles,
     scale: constexpr, tokens: constexpr, heads: constexpr, size: constexpr, rows: constexpr,
 ):  # fmt: skip
     width: constexpr = heads * size
@@ -144,11 +162,12 @@ def _backward_of_queries(
         of_scores = weights * (tl.dot(outer, tl.trans(value)) - product[:, None])
         result += tl.dot(of_scores.to(key.dtype), key)  # keys beyond the last token are 0
     _store(_own_head(gradients, 3, tokens, heads, size), queries, result * scale, tokens, 3 * width, size)
+    tl.store(_own_sums(tiles, heads, size) + tl.arange(0, size), tl.sum(result, 0) * scale)
 
 
 @triton.jit
 def _backward_of_keys(
-    joined, sums, gradient, products, gradients,
+    joined, sums, gradient, products, gradients, tiles,
     scale: constexpr, tokens: constexpr, heads: constexpr, size: constexpr, rows: constexpr,
 ):  # fmt: skip
     width: constexpr = heads * size
@@ -174,6 +193,10 @@ def _backward_of_keys(
         of_key += tl.dot(of_scores.to(query.dtype), query)
     _store(gradients + width, keys, of_key * scale, tokens, 3 * width, size)
     _store(gradients + 2 * width, keys, of_value, tokens, 3 * width, size)
+    tiles = _own_sums(tiles, heads, size) + tl.arange(0, size)
+    is_token = keys[:, None] < tokens
+    tl.store(tiles + width, tl.sum(tl.where(is_token, of_key, 0.0), 0) * scale)
+    tl.store(tiles + 2 * width, tl.sum(tl.where(is_token, of_value, 0.0), 0))
 
 
 @triton.jit
@@ -181,6 +204,13 @@ def _own_head(tensor, parts: constexpr, tokens: constexpr, heads: constexpr, siz
     """Pointer to this program's head in a tensor (N, tokens, parts, heads, size)."""
     image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
     return tensor + image.to(tl.int64) * (tokens * parts * heads * size) + head * size
+
+
+@triton.jit
+def _own_sums(tiles, heads: constexpr, size: constexpr):
+    """Pointer to the sums of this program's head and tile in a tensor (N, tiles, 3, heads, size)."""
+    image, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    return tiles + (image * tl.num_programs(0) + tl.program_id(0)) * (3 * heads * size) + head * size
 
 
 @triton.jit

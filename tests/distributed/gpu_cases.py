@@ -171,9 +171,11 @@ def kernel_error(tokens: int, dtype: torch.dtype) -> float:
     parts = (part.unflatten(2, (4, 64)).transpose(1, 2) for part in joined.float().chunk(3, 2))
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
-    found, _ = attention(joined, 4)
-    gradients = [torch.autograd.grad(y, joined, outer.to(y.dtype))[0] for y in (found, expected)]
-    pairs = ((found, expected), gradients)
+    bias = torch.zeros(3 * 256, device=device()).requires_grad_()
+    found, _ = attention(joined, bias, 4)
+    (wanted,) = torch.autograd.grad(expected, joined, outer.float())
+    gradients, of_bias = torch.autograd.grad(found, (joined, bias), outer)
+    pairs = ((found, expected), (gradients, wanted), (of_bias, wanted.float().sum((0, 1))))
     return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in pairs)
 
 

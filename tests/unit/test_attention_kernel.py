@@ -23,8 +23,9 @@ def calls(monkeypatch) -> list:
     """A Hopper GPU, and in the place of the kernel PyTorch's attention, which notes what it was given."""
     noted: list = []
 
-    def attention(joined: torch.Tensor, heads: int):
+    def attention(joined: torch.Tensor, bias: torch.Tensor, heads: int):
         noted.append((joined.dtype, heads))
+        joined = joined + bias - bias.detach()  # whose gradient the kernel has, not the product
         parts = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in joined.chunk(3, 2))
         return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2), None
 
@@ -43,17 +44,26 @@ def has_kernel(model) -> bool:
     )
 
 
-def test_kernel_computes_what_pytorch_does_in_16_bit(calls):
+def test_kernel_has_the_part_of_attention_in_16_bit(calls):
     torch.manual_seed(0)
     model = tiny_vit(**HEADS_OF_64).bfloat16()
     fuse_qkv(model)
     pixels = torch.randn(2, 3, 16, 16).bfloat16()
-    expected = model(pixel_values=pixels).logits
+
+    def logits_and_gradients(pixels) -> tuple:
+        logits = model(pixel_values=pixels).logits
+        return logits, *torch.autograd.grad(logits.square().sum(), [*model.base_model.encoder.parameters()])
+
+    expected = logits_and_gradients(pixels)
     attention_kernel(model)
-    torch.testing.assert_close(model(pixel_values=pixels).logits, expected)
+    for found, wanted in zip(logits_and_gradients(pixels), expected, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-2, rtol=5e-2)
     assert calls == [(torch.bfloat16, 2)] * 4  # of each layer
     model.float()(pixel_values=pixels.float())
     assert len(calls) == 4  # not in fp32
+    with torch.autocast("cpu", torch.bfloat16):
+        model(pixel_values=pixels.float())
+    assert len(calls) == 8
 
 
 @pytest.mark.parametrize(
@@ -114,9 +124,11 @@ def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
     joined = joined.detach()
     kernels._launch(kernels._forward, (joined, context, sums), heads, rows)
     inputs = SimpleNamespace(queries=(joined, context, sums, gradient), keys=(joined, sums, gradient))
-    kernels._launch(kernels._backward_of_queries, (*inputs.queries, products, gradients), heads, rows)
-    kernels._launch(kernels._backward_of_keys, (*inputs.keys, products, gradients), heads, rows)
-    for found, wanted in ((context, expected), (gradients, expected_gradients)):
+    tiles = torch.full((2, -(-tokens // rows), 3 * heads * size), torch.nan)
+    kernels._launch(kernels._backward_of_queries, (*inputs.queries, products, gradients, tiles), heads, rows)
+    kernels._launch(kernels._backward_of_keys, (*inputs.keys, products, gradients, tiles), heads, rows)
+    of_bias = (tiles.sum((0, 1)), expected_gradients.float().sum((0, 1)))
+    for found, wanted in ((context, expected), (gradients, expected_gradients), of_bias):
         assert (found.float() - wanted.float()).norm() < 2e-3 * wanted.float().norm(), (tokens, rows)
 
 

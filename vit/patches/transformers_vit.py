@@ -150,14 +150,19 @@ def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.T
     parts = qkv_projections(self)
     weight = torch.cat([part.weight for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    is_16_bit = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
+    kernel = getattr(self, "attention_kernel", None) if is_16_bit else None
+    added = (
+        bias.detach() if kernel and bias is not None else bias
+    )  # the kernel computes the gradient of the bias
     if isinstance(parts[0], nn.Linear):
-        joined = F.linear(hidden_states, weight, bias)
+        joined = F.linear(hidden_states, weight, added)
     else:  # tensor parallelism's layer sums over the ranks in its backward pass: once now, not three times
-        joined = functional_call(parts[0], {"weight": weight, "bias": bias}, hidden_states)
+        joined = functional_call(parts[0], {"weight": weight, "bias": added}, hidden_states)
     head_size = self.config.hidden_size // self.config.num_attention_heads
-    kernel = getattr(self, "attention_kernel", None)
-    if kernel and joined.dtype != torch.float32:
-        return project_output(self, kernel(joined, joined.shape[2] // (3 * head_size))[0]), None
+    if kernel:
+        context, _ = kernel(joined, bias, joined.shape[2] // (3 * head_size))
+        return project_output(self, context), None
     # each (N, heads, tokens, head size); their gradients are put together in one copy, with unbind in two
     query, key, value = (part.unflatten(2, (-1, head_size)).transpose(1, 2) for part in joined.chunk(3, 2))
     dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
