@@ -15,8 +15,8 @@ export CUDA_VISIBLE_DEVICES=''
 environments=${ENVIRONMENTS:-$HERE/.environments}
 python=${PYTHON:-python3}
 LAST_4=transformers==4.57.6
-TESTS=(tests/unit/test_model.py tests/golden/test_golden.py -k
-  "test_model or losses or checkpoint_of_an_earlier_program")
+TESTS=(tests/unit/test_model.py tests/unit/test_attention_kernel.py tests/golden/test_golden.py -k
+  "test_model or test_attention_kernel or losses or checkpoint_of_an_earlier_program")
 
 install_set() { # NAME FOLDER
   [ -x "$2/bin/python" ] || "$python" -m venv "$2" || return

@@ -28,7 +28,7 @@ def attention(
     Args:
         joined: (N, tokens, 3 x hidden), contiguous, 16 bit: queries, keys, values, each head after head.
         bias: (3 x hidden), that of ``joined``, which includes it: for its gradient, which is added up here
-            while the gradients are at hand. It must be detached where ``joined`` is computed.
+            while the gradients are in registers. It must be detached where ``joined`` is computed.
 
     Returns:
         (N, tokens, hidden), and what the backward pass needs: logarithms to base 2 of the sums of the
@@ -140,9 +140,19 @@ def _forward(
 
 @triton.jit
 def _backward_of_queries(
-    joined, context, sums, gradient, products, gradients, tiles,
-    scale: constexpr, tokens: constexpr, heads: constexpr, size: constexpr, rows: constexpr,
-):  # fmt: skip
+    joined,
+    context,
+    sums,
+    gradient,
+    products,
+    gradients,
+    tiles,
+    scale: constexpr,
+    tokens: constexpr,
+    heads: constexpr,
+    size: constexpr,
+    rows: constexpr,
+):
     width: constexpr = heads * size
     joined = _own_head(joined, 3, tokens, heads, size)
     sums += tl.program_id(1) * tokens
@@ -167,9 +177,18 @@ def _backward_of_queries(
 
 @triton.jit
 def _backward_of_keys(
-    joined, sums, gradient, products, gradients, tiles,
-    scale: constexpr, tokens: constexpr, heads: constexpr, size: constexpr, rows: constexpr,
-):  # fmt: skip
+    joined,
+    sums,
+    gradient,
+    products,
+    gradients,
+    tiles,
+    scale: constexpr,
+    tokens: constexpr,
+    heads: constexpr,
+    size: constexpr,
+    rows: constexpr,
+):
     width: constexpr = heads * size
     joined = _own_head(joined, 3, tokens, heads, size)
     gradients = _own_head(gradients, 3, tokens, heads, size)
