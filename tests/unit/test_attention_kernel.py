@@ -12,8 +12,11 @@ import torch
 import torch.nn.functional as F
 from helpers import ROOT, tiny_vit
 
+from vit.layout import ParallelLayout
 from vit.modules import numbered_layers, self_attention
+from vit.parallel.boost import boost
 from vit.patches.transformers_vit import attention_kernel, fuse_qkv
+from vit.settings import Settings
 
 HEADS_OF_64 = dict(hidden_size=128, num_attention_heads=2)
 
@@ -97,6 +100,17 @@ def test_no_kernel_without_what_it_needs(calls, monkeypatch):
     monkeypatch.delenv("VIT_DISABLE_PATCHES")
     attention_kernel(model)
     assert has_kernel(model)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_kernel_is_for_steps_that_are_compiled(monkeypatch, compiles):
+    called: list = []
+    monkeypatch.setattr("vit.parallel.boost.attention_kernel", called.append)
+    monkeypatch.setattr("vit.parallel.boost.compile_model", lambda model, part: None)
+    chosen = dict(plugin="none", precision="fp32", batch_size=2, learning_rate=0.1, weight_decay=0.0)
+    rest = dict(zero_stage=0, num_microbatches=1, offload_optim_frac=0.0, grad_checkpoint=False)
+    boost(tiny_vit(), Settings(layout=ParallelLayout(1), **chosen, **rest, compile=compiles))
+    assert bool(called) == compiles
 
 
 def test_kernels_interpreted_on_the_cpu():

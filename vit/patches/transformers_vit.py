@@ -152,9 +152,8 @@ def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.T
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
     is_16_bit = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
     kernel = getattr(self, "attention_kernel", None) if is_16_bit else None
-    added = (
-        bias.detach() if kernel and bias is not None else bias
-    )  # the kernel computes the gradient of the bias
+    # the kernel computes the gradient of the bias
+    added = bias.detach() if kernel and bias is not None else bias
     if isinstance(parts[0], nn.Linear):
         joined = F.linear(hidden_states, weight, added)
     else:  # tensor parallelism's layer sums over the ranks in its backward pass: once now, not three times
