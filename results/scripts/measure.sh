@@ -98,6 +98,13 @@ cifar_optimizers() { # 60 epochs without CutMix
   for rate in 1e-3 2e-3 4e-3 8e-3; do scratch vit_lite_7_4_fast muon_$rate "$short LEARNING_RATE=$rate WEIGHT_DECAY=0.1" 42; done
   for rate in 2e-3 4e-3; do scratch vit_lite_7_4_fast muon_${rate}_decay_0.3 "$short LEARNING_RATE=$rate" 42; done
 }
+imagenet_forms() { # the forms of parallelism of the ImageNet configs, also on a CPU; dropout differs between forms, so there is none
+  local form
+  for form in vanilla:1 1d:2 2d:4 2p5d:4 3d:8; do
+    DATA=synthetic:64 CONFIG=configs/imagenet/vit_s_16_${form%:*}.py GPUNUM=${form#*:} bash run_accuracy.sh --output_path "$OUT/imagenet_forms/${form%:*}" \
+      --set fp16=None DROPOUT=0 TOTAL_BATCH_SIZE=16 NUM_EPOCHS=5 WARMUP_EPOCHS=1
+  done
+}
 
 [ $# -gt 0 ] || { grep -oE '^[a-z0-9_]+\(\)' "${BASH_SOURCE[0]}" | tr -d '()' | grep -vxE 'benchmark|report|finetune|scratch' | paste -sd' '; exit 2; }
 export MODELS=$MODEL

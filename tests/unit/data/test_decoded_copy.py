@@ -18,6 +18,7 @@ from vit.data.dataset import DataError, PixelRange
 from vit.data.decoded_copy import copies_folder
 from vit.data.pixels import open_image
 from vit.data.transforms import RandomResizedCrop, Resize
+from vit.distributed import destroy_distributed
 from vit.system import free_port
 
 
@@ -262,8 +263,7 @@ def test_processes_decode_a_part_each_and_share_the_copy(folder, tmp_path, cache
         seen.clear()
         decode_images(load_images(folder), *flags)
         assert not seen
-        dist.barrier()
-        dist.destroy_process_group()
+        destroy_distributed()
 
     children = [fork(lambda rank=rank: process(rank), tmp_path / "log") for rank in range(3)]
     assert [exit_status(child) for child in children] == [0] * 3, (tmp_path / "log").read_text()
@@ -287,8 +287,7 @@ def test_machines_that_have_not_the_same_room_read_in_the_same_way(folder, tmp_p
         kept, _ = decode_images(load_images(folder), "--data_memory", memory)
         assert (kept.train.cached_pixels is None) == (broken == "little memory")
         assert is_right(folder, kept.train)
-        dist.barrier()
-        dist.destroy_process_group()
+        destroy_distributed()
 
     children = [fork(lambda rank=rank: process(rank), tmp_path / "log") for rank in range(2)]
     assert [exit_status(child) for child in children] == [0] * 2, (tmp_path / "log").read_text()
