@@ -55,7 +55,8 @@ def test_kernel_has_the_part_of_attention_in_16_bit(calls):
 
     def logits_and_gradients(pixels) -> tuple:
         logits = model(pixel_values=pixels).logits
-        return logits, *torch.autograd.grad(logits.square().sum(), [*model.base_model.encoder.parameters()])
+        of_layers = [param for layer in numbered_layers(model).values() for param in layer.parameters()]
+        return logits, *torch.autograd.grad(logits.square().sum(), of_layers)
 
     expected = logits_and_gradients(pixels)
     attention_kernel(model)
@@ -117,8 +118,9 @@ def test_kernels_interpreted_on_the_cpu():
     triton = pytest.importorskip("triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
         pytest.skip("the interpreter of Triton 3.1 and 3.2 returns NaN for masked loads")
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env={"TRITON_INTERPRET": "1"}, timeout=120
+        [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=120
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
@@ -147,6 +149,5 @@ def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     for case in ((65, 2, 64, 64), (64, 1, 32, 64), (13, 2, 16, 64), (197, 1, 64, 128)):
         interpret(*case)
