@@ -33,9 +33,7 @@ def attention(
         (N, tokens, hidden), and what the backward pass needs: logarithms to base 2 of the sums of the
         exponentials, (N, heads, tokens), fp32.
     """
-    images, tokens, width = joined.shape
-    context = joined.new_empty(images, tokens, width // 3)
-    sums = joined.new_empty(images, heads, tokens, dtype=torch.float32)
+    context, sums = _empty_results(joined, bias, heads)
     _launch(_forward, (joined, context, sums), heads, 64)
     return context, sums
 
@@ -48,24 +46,22 @@ def attention_backward(
 
     ``gradient``: of ``context``, (N, tokens, hidden), contiguous.
     """
-    images, tokens, width = joined.shape
-    rows = _rows_of_backward(tokens)
-    gradients, products = torch.empty_like(joined), torch.empty_like(sums)
-    tiles = joined.new_empty(images, triton.cdiv(tokens, rows), width, dtype=torch.float32)
+    gradients, tiles = _empty_gradients(joined, context, sums, gradient, heads)
+    products, rows = torch.empty_like(sums), _rows_of_backward(joined.shape[1])
     _launch(_backward_of_queries, (joined, context, sums, gradient, products, gradients, tiles), heads, rows)
     _launch(_backward_of_keys, (joined, sums, gradient, products, gradients, tiles), heads, rows)
     return gradients, tiles
 
 
 @attention.register_fake
-def _(joined, bias, heads):
+def _empty_results(joined, bias, heads):
     images, tokens, width = joined.shape
     sums = joined.new_empty(images, heads, tokens, dtype=torch.float32)
     return joined.new_empty(images, tokens, width // 3), sums
 
 
 @attention_backward.register_fake
-def _(joined, context, sums, gradient, heads):
+def _empty_gradients(joined, context, sums, gradient, heads):
     images, tokens, width = joined.shape
     tiles = triton.cdiv(tokens, _rows_of_backward(tokens))
     return torch.empty_like(joined), joined.new_empty(images, tiles, width, dtype=torch.float32)

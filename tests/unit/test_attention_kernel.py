@@ -5,7 +5,7 @@ On a GPU its results are compared in tests/distributed/gpu_cases.py.
 
 import subprocess
 import sys
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
@@ -117,7 +117,7 @@ def test_kernel_is_for_steps_that_are_compiled(monkeypatch, compiles):
 def test_kernels_interpreted_on_the_cpu():
     triton = pytest.importorskip("triton")
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("the interpreter of Triton 3.1 and 3.2 returns NaN for masked loads")
+        pytest.skip("the interpreter of Triton 3.1 is wrong for masked loads, that of 3.2 was not tried")
     environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=120
@@ -139,10 +139,10 @@ def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
     sums, products = torch.full((2, 2, heads, tokens), torch.nan)
     joined = joined.detach()
     kernels._launch(kernels._forward, (joined, context, sums), heads, rows)
-    inputs = SimpleNamespace(queries=(joined, context, sums, gradient), keys=(joined, sums, gradient))
     tiles = torch.full((2, -(-tokens // rows), 3 * heads * size), torch.nan)
-    kernels._launch(kernels._backward_of_queries, (*inputs.queries, products, gradients, tiles), heads, rows)
-    kernels._launch(kernels._backward_of_keys, (*inputs.keys, products, gradients, tiles), heads, rows)
+    results = (products, gradients, tiles)
+    kernels._launch(kernels._backward_of_queries, (joined, context, sums, gradient, *results), heads, rows)
+    kernels._launch(kernels._backward_of_keys, (joined, sums, gradient, *results), heads, rows)
     of_bias = (tiles.sum((0, 1)), expected_gradients.float().sum((0, 1)))
     for found, wanted in ((context, expected), (gradients, expected_gradients), of_bias):
         assert (found.float() - wanted.float()).norm() < 2e-3 * wanted.float().norm(), (tokens, rows)
