@@ -11,6 +11,7 @@ import helpers
 import torch
 from colossalai.tensor.d_tensor.api import layout_converter
 from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, WEIGHT_DECAY, in_memory_images
+from torch import nn
 
 from data import load_dataset
 from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
@@ -109,7 +110,8 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
         evaluations.append(evaluate_step(step, batches, 13))
         if save and epoch == 0:
             CheckpointFolder(save, 1).save(step.boosted, meta_of(plan.steps_per_epoch, epoch=1))
-    result = {"losses": losses, "evaluations": evaluations}
+    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in step.model.modules())
+    result = {"losses": losses, "evaluations": evaluations, "wrapped": wrapped}
     if step.boosted.ema:
         state = step.boosted.gather_state_dict(FOLDER)
         result["exported"] = exported_loss(state, step, tp, held_out) if state else None

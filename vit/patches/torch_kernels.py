@@ -43,18 +43,23 @@ def eager_dropout() -> None:
 
 @patch
 def no_ddp_on_one_rank(model: torch.nn.Module) -> None:
-    """Take DistributedDataParallel out of a model of `TorchDDPPlugin`, where there is nothing to reduce.
+    """Take DistributedDataParallel out of a model of a plugin, where there is nothing to reduce.
 
     Why: it copies each gradient into the buckets of its reduction, and keeps these. ViT-B/16 at batch 8 as a
     CUDA graph (H100): 5.8 ms and 2.4 GiB with it, 5.3 ms and 2.2 GiB without (results/benchmark_h100).
-    Library: torch/nn/parallel/distributed.py; booster/plugin/torch_ddp_plugin.py, TorchDDPModel, colossalai
-    0.5.0. Can go when either leaves it out.
+    Library: torch/nn/parallel/distributed.py; booster/plugin/torch_ddp_plugin.py, TorchDDPModel, and
+    hybrid_parallel_plugin.py, HybridParallelModule, colossalai 0.5.0. Can go when they leave it out.
     """
+    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
     from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPModel
 
-    for wrapper in model.modules():
-        ddp = wrapper.module if isinstance(wrapper, TorchDDPModel) else None
-        if isinstance(ddp, torch.nn.parallel.DistributedDataParallel) and ddp.process_group.size() == 1:
+    for wrapper in list(model.modules()):
+        ddp = wrapper.module if isinstance(wrapper, (TorchDDPModel, HybridParallelModule)) else None
+        if not isinstance(ddp, torch.nn.parallel.DistributedDataParallel) or ddp.process_group.size() > 1:
+            continue
+        if isinstance(wrapper, HybridParallelModule):
+            wrapper.module, wrapper.use_ddp = ddp.module, False
+        else:
             wrapper.module = NotParallel(ddp.module)
 
 
