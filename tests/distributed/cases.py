@@ -72,6 +72,10 @@ PATCHED = {
 }
 
 
+# Whether DistributedDataParallel is around the model: where there are gradients to reduce
+WRAPPED = {1: {"ddp": False, "hybrid": False}, 2: {"tp2": False, "ddp": True, "hybrid dp2": True}}
+
+
 def trainings(processes: int) -> dict[str, dict]:
     """Name -> arguments of `train`.
 

@@ -22,6 +22,7 @@ from cases import (
     PATCHED,
     RESUMES,
     SELECTIONS,
+    WRAPPED,
     options,
     trainings,
     zero,
@@ -42,7 +43,16 @@ from parallel_runs import (
     terminated,
     terminated_in_test,
 )
-from parallel_training import FOLDER, RANK, WORLD, as_the_library_steps, evaluate, steady_gemini, train
+from parallel_training import (
+    FOLDER,
+    RANK,
+    WORLD,
+    as_the_library_steps,
+    evaluate,
+    has_ddp,
+    steady_gemini,
+    train,
+)
 
 from vit import console, distributed
 
@@ -75,6 +85,8 @@ def all_cases() -> dict:
         for name in PATCHED[WORLD]:
             case = (EVERYWHERE | LAYOUTS[WORLD])[name] | dict(max_norm=MAX_NORM)
             cases[f"library {name}"] = (as_the_library_steps, case)
+        for name in WRAPPED[WORLD]:
+            cases[f"wrapped {name}"] = (has_ddp, (EVERYWHERE | LAYOUTS[WORLD])[name])
     by_f1 = (*RUN, "--learning_rate", 3e-5, "--no-scale_lr", "--selection_metric", "macro_f1")
     for name, flags in SELECTIONS[WORLD].items():
         words = (f"options/macro_f1_{name}_{WORLD}", *by_f1, *flags.split())

@@ -110,8 +110,7 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
         evaluations.append(evaluate_step(step, batches, 13))
         if save and epoch == 0:
             CheckpointFolder(save, 1).save(step.boosted, meta_of(plan.steps_per_epoch, epoch=1))
-    wrapped = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in step.model.modules())
-    result = {"losses": losses, "evaluations": evaluations, "wrapped": wrapped}
+    result = {"losses": losses, "evaluations": evaluations}
     if step.boosted.ema:
         state = step.boosted.gather_state_dict(FOLDER)
         result["exported"] = exported_loss(state, step, tp, held_out) if state else None
@@ -121,6 +120,12 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
         moments = torch.tensor(sum(state["exp_avg"].numel() for state in states))
         result["moments"] = all_reduce_sum(moments).item()
     return result
+
+
+def has_ddp(**case) -> bool:
+    """Whether a boosted model is inside DistributedDataParallel."""
+    step, _ = build(initial_model(), **case)
+    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in step.model.modules())
 
 
 def as_the_library_steps(**case) -> dict:

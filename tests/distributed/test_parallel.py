@@ -255,12 +255,9 @@ def test_patched_steps_of_the_optimizers_are_those_of_the_library(launched, proc
     assert patched["losses"] == pytest.approx(library["losses"], abs=1e-6 if "16" not in name else 1e-3)
 
 
-@pytest.mark.parametrize(
-    "processes, name, wrapped",
-    [(1, "ddp", False), (1, "hybrid", False), (2, "tp2", False), (2, "ddp", True), (2, "hybrid dp2", True)],
-)
-def test_ddp_wraps_a_model_only_where_there_are_gradients_to_reduce(launched, processes, name, wrapped):
-    assert launched(processes)[f"train {name}"]["wrapped"] == wrapped
+@pytest.mark.parametrize("processes, name", [(n, name) for n in (1, 2) for name in cases.WRAPPED[n]])
+def test_ddp_wraps_a_model_only_where_there_are_gradients_to_reduce(launched, processes, name):
+    assert launched(processes)[f"wrapped {name}"] is cases.WRAPPED[processes][name]
 
 
 @pytest.mark.parametrize("processes, kind", [(1, "WholeChunk"), (2, "SteadyShard")])
