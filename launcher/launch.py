@@ -16,6 +16,7 @@ The agent is torchrun, called by `launch.py agent`. It is stopped by closing its
 through ssh, and also if a process above it is killed.
 """
 
+import contextlib
 import logging
 import os
 import signal
@@ -169,9 +170,10 @@ def run_agent(argv):
 
 
 def leave(code):
-    """End this process at once: it has nothing left to do, and Python takes half a second to free torch."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    """End this process at once: its work is done, and Python takes half a second to free torch."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
     os._exit(code)
 
 

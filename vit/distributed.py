@@ -27,6 +27,8 @@ _peers: Peers | None = None
 def import_libraries(lora: bool = False) -> None:
     """Do the slow imports (4 to 10 s) at one point, so that the time after them is measured separately.
 
+    The process then ends without looking for garbage.
+
     ``lora``: PEFT is needed.
     """
     if lora:

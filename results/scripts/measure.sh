@@ -31,7 +31,7 @@ published() { PRESET=published BATCH_SIZES="8 32" benchmark; }
 eager() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$(printf '%s:auto:eager ' $ALL) none:bf16:eager" benchmark; }
 compiled() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$COMPILED" benchmark; }
 fast() { PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="$ALL none:bf16" benchmark; } # CUDA graphs, compiled, where it can be
-peers() { PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="$ALL none:bf16" benchmark --peers; }
+peers() { RESULTS=$OUT/benchmark_peers PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="low_level_zero hybrid_parallel gemini torch_ddp none:bf16" bash run_benchmark.sh --peers $FLAGS; }
 size384() { PRESET=fast MODEL=google/vit-base-patch16-384 BATCH_SIZES="32 128" PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
 vit_large() { PRESET=fast MODEL=google/vit-large-patch16-224 BATCH_SIZES=128 PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
 scaling() { # GPUS=2, GPUS=4

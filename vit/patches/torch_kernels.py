@@ -46,7 +46,7 @@ def no_ddp_on_one_rank(model: torch.nn.Module) -> None:
     """Take DistributedDataParallel out of a model of a plugin, where there is nothing to reduce.
 
     Why: it copies each gradient into the buckets of its reduction, and keeps these. ViT-B/16 at batch 8 as a
-    CUDA graph (H100): 5.8 ms and 2.4 GiB with it, 5.3 ms and 2.2 GiB without (results/benchmark_peers).
+    CUDA graph (H100): 5.8 ms with it, 5.3 ms without (results/benchmark_peers/steps.jsonl).
     Library: torch/nn/parallel/distributed.py; booster/plugin/torch_ddp_plugin.py, TorchDDPModel, and
     hybrid_parallel_plugin.py, HybridParallelModule, colossalai 0.5.0. Can go when they leave it out.
     """
