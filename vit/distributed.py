@@ -41,7 +41,7 @@ def import_libraries(lora: bool = False) -> None:
         import colossalai.booster.plugin  # noqa: F401
     import transformers.models.vit.modeling_vit  # noqa: F401
 
-    # Python looks for garbage among a million objects when it ends, for 0.8 s: let it look at none
+    # Python looks for garbage among 300,000 objects and more when it ends, for 0.8 s: let it look at none
     atexit.register(gc.freeze)
 
 

@@ -22,7 +22,7 @@ ALL="torch_ddp torch_ddp_fp16 low_level_zero gemini hybrid_parallel"
 TRIVIAL="--augment --auto_augment trivial --mixup 0.2" # TrivialAugment and mixup, of the fine-tuning recipes
 COMPILED="torch_ddp:bf16:compile low_level_zero:bf16:compile hybrid_parallel:bf16:compile none:bf16:compile"
 
-benchmark() { RESULTS=$OUT/benchmark_h200 bash run_benchmark.sh "$@" $FLAGS; }
+benchmark() { RESULTS=$OUT/${INTO:-benchmark_h200} bash run_benchmark.sh "$@" $FLAGS; }
 report() { "${PYTHON:-python}" report.py "$1" "$OUT/$2"; }
 finetune() { PARALLEL_RUNS=$SIDE WEIGHT_DECAY=${WEIGHT_DECAY:-0.05} bash run_finetuning.sh "$@"; }
 
@@ -31,7 +31,7 @@ published() { PRESET=published BATCH_SIZES="8 32" benchmark; }
 eager() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$(printf '%s:auto:eager ' $ALL) none:bf16:eager" benchmark; }
 compiled() { PRESET=fast BATCH_SIZES="8 32 64 128 256 1024" PLUGINS="$COMPILED" benchmark; }
 fast() { PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="$ALL none:bf16" benchmark; } # CUDA graphs, compiled, where it can be
-peers() { RESULTS=$OUT/benchmark_peers PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="low_level_zero hybrid_parallel gemini torch_ddp none:bf16" bash run_benchmark.sh --peers $FLAGS; }
+peers() { INTO=benchmark_peers PRESET=fast BATCH_SIZES="8 32 256" PLUGINS="low_level_zero hybrid_parallel gemini torch_ddp none:bf16" benchmark --peers; }
 size384() { PRESET=fast MODEL=google/vit-base-patch16-384 BATCH_SIZES="32 128" PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
 vit_large() { PRESET=fast MODEL=google/vit-large-patch16-224 BATCH_SIZES=128 PLUGINS="$ALL none:bf16 none:bf16:compile" benchmark; }
 scaling() { # GPUS=2, GPUS=4

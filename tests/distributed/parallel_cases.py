@@ -24,6 +24,7 @@ from cases import (
     SELECTIONS,
     WRAPPED,
     options,
+    plain_cases,
     trainings,
     zero,
 )
@@ -83,10 +84,10 @@ def all_cases() -> dict:
     if WORLD < 4:
         cases["steady gemini"] = (steady_gemini, ())
         for name in PATCHED[WORLD]:
-            case = (EVERYWHERE | LAYOUTS[WORLD])[name] | dict(max_norm=MAX_NORM)
+            case = plain_cases(WORLD)[name] | dict(max_norm=MAX_NORM)
             cases[f"library {name}"] = (as_the_library_steps, case)
         for name in WRAPPED[WORLD]:
-            cases[f"wrapped {name}"] = (has_ddp, (EVERYWHERE | LAYOUTS[WORLD])[name])
+            cases[f"wrapped {name}"] = (has_ddp, plain_cases(WORLD)[name])
     by_f1 = (*RUN, "--learning_rate", 3e-5, "--no-scale_lr", "--selection_metric", "macro_f1")
     for name, flags in SELECTIONS[WORLD].items():
         words = (f"options/macro_f1_{name}_{WORLD}", *by_f1, *flags.split())

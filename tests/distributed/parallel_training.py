@@ -11,7 +11,6 @@ import helpers
 import torch
 from colossalai.tensor.d_tensor.api import layout_converter
 from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, WEIGHT_DECAY, in_memory_images
-from torch import nn
 
 from data import load_dataset
 from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
@@ -125,7 +124,8 @@ def train(tp=1, pp=1, k=1, save=None, load=None, mixed=False, **changes) -> dict
 def has_ddp(**case) -> bool:
     """Whether a boosted model is inside DistributedDataParallel."""
     step, _ = build(initial_model(), **case)
-    return any(isinstance(module, nn.parallel.DistributedDataParallel) for module in step.model.modules())
+    wrapper = torch.nn.parallel.DistributedDataParallel
+    return any(isinstance(module, wrapper) for module in step.model.modules())
 
 
 def as_the_library_steps(**case) -> dict:

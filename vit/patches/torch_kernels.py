@@ -53,14 +53,13 @@ def no_ddp_on_one_rank(model: torch.nn.Module) -> None:
     from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule
     from colossalai.booster.plugin.torch_ddp_plugin import TorchDDPModel
 
-    for wrapper in list(model.modules()):
+    for wrapper in model.modules():
         ddp = wrapper.module if isinstance(wrapper, (TorchDDPModel, HybridParallelModule)) else None
-        if not isinstance(ddp, torch.nn.parallel.DistributedDataParallel) or ddp.process_group.size() > 1:
-            continue
-        if isinstance(wrapper, HybridParallelModule):
-            wrapper.module, wrapper.use_ddp = ddp.module, False
-        else:
-            wrapper.module = NotParallel(ddp.module)
+        if isinstance(ddp, torch.nn.parallel.DistributedDataParallel) and ddp.process_group.size() == 1:
+            if isinstance(wrapper, HybridParallelModule):
+                wrapper.module, wrapper.use_ddp = ddp.module, False
+            else:  # its `unwrap` expects one module around the model
+                wrapper.module = NotParallel(ddp.module)
 
 
 class NotParallel(torch.nn.Module):
