@@ -127,7 +127,7 @@ def test_kernels_interpreted_on_the_cpu():
 
 def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
     """Compare context and gradients of random inputs with PyTorch's, in tensors that were NaN before."""
-    from vit import attention_kernel as kernels
+    from vit import attention_kernel, attention_triton
 
     torch.manual_seed(0)
     joined = torch.randn(2, tokens, 3 * heads * size).half().requires_grad_()
@@ -138,11 +138,12 @@ def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
     context, gradients = torch.full_like(gradient, torch.nan), torch.full_like(joined, torch.nan).detach()
     sums, products = torch.full((2, 2, heads, tokens), torch.nan)
     joined = joined.detach()
-    kernels._launch(kernels._forward, (joined, context, sums), heads, rows)
+    launch = attention_kernel._launch
+    launch(attention_triton.forward, (joined, context, sums), heads, rows)
     tiles = torch.full((2, -(-tokens // rows), 3 * heads * size), torch.nan)
     results = (products, gradients, tiles)
-    kernels._launch(kernels._backward_of_queries, (joined, context, sums, gradient, *results), heads, rows)
-    kernels._launch(kernels._backward_of_keys, (joined, sums, gradient, *results), heads, rows)
+    launch(attention_triton.backward_of_queries, (joined, context, sums, gradient, *results), heads, rows)
+    launch(attention_triton.backward_of_keys, (joined, sums, gradient, *results), heads, rows)
     of_bias = (tiles.sum((0, 1)), expected_gradients.float().sum((0, 1)))
     for found, wanted in ((context, expected), (gradients, expected_gradients), of_bias):
         assert (found.float() - wanted.float()).norm() < 2e-3 * wanted.float().norm(), (tokens, rows)

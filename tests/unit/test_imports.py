@@ -11,8 +11,9 @@ import pytest
 from helpers import ROOT
 
 LEVELS = {
-    # L0: the standard library alone
-    0: "console files disk layout presets validate versions patches parallel.plugins report.tables",
+    # L0: the standard library alone, or Triton
+    0: "console files disk layout presets validate versions patches parallel.plugins report.tables "
+    "attention_triton",
     # L1: what the machine, a name or a setting is
     1: "settings config system hub environment modules muon attention_kernel data.dataset data.leaves "
     "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
