@@ -11,7 +11,15 @@ The kernels are in attention_triton.py. Both import Triton, so only code for GPU
 import torch
 import triton
 
-from vit.attention_triton import backward_of_keys, backward_of_queries, forward
+from vit.attention_triton import (
+    backward_of_head,
+    backward_of_keys,
+    backward_of_queries,
+    forward,
+    forward_of_head,
+)
+
+ROWS = 64  # tokens of a tile; a head of one more goes by one program, too
 
 
 @torch.library.custom_op("vit::attention", mutates_args=(), device_types="cuda")
@@ -30,7 +38,8 @@ def attention(
         exponentials, (N, heads, tokens), fp32.
     """
     context, sums = _empty_results(joined, bias, heads)
-    _launch(forward, (joined, context, sums), heads, 64)
+    kernel = forward_of_head if _fits_one_tile(joined.shape[1]) else forward
+    _launch(kernel, (joined, context, sums), heads, ROWS)
     return context, sums
 
 
@@ -43,6 +52,9 @@ def attention_backward(
     ``gradient``: of ``context``, (N, tokens, hidden), contiguous.
     """
     gradients, tiles = _empty_gradients(joined, context, sums, gradient, heads)
+    if _fits_one_tile(joined.shape[1]):
+        _launch(backward_of_head, (joined, context, sums, gradient, gradients, tiles), heads, ROWS)
+        return gradients, tiles
     products, rows = torch.empty_like(sums), _rows_of_backward(joined.shape[1])
     _launch(backward_of_queries, (joined, context, sums, gradient, products, gradients, tiles), heads, rows)
     _launch(backward_of_keys, (joined, sums, gradient, products, gradients, tiles), heads, rows)
@@ -59,7 +71,7 @@ def _empty_results(joined, bias, heads):
 @attention_backward.register_fake
 def _empty_gradients(joined, context, sums, gradient, heads):
     images, tokens, width = joined.shape
-    tiles = triton.cdiv(tokens, _rows_of_backward(tokens))
+    tiles = _tiles(tokens, _rows_of_backward(tokens))
     return torch.empty_like(joined), joined.new_empty(images, tiles, width, dtype=torch.float32)
 
 
@@ -78,13 +90,23 @@ def _differentiate(ctx, gradient, _):
 attention.register_autograd(_differentiate, setup_context=_save)
 
 
+def _fits_one_tile(tokens: int) -> bool:
+    return tokens <= ROWS + 1
+
+
 def _rows_of_backward(tokens: int) -> int:
-    return 64 if tokens <= 128 else 128
+    return ROWS if tokens <= 2 * ROWS else 2 * ROWS
+
+
+def _tiles(tokens: int, rows: int) -> int:
+    return 1 if _fits_one_tile(tokens) else triton.cdiv(tokens, rows)
 
 
 def _launch(kernel, tensors: tuple, heads: int, rows: int) -> None:
     """One program for each tile of ``rows`` tokens of each head of each image."""
     images, tokens, width = tensors[0].shape
     size = width // 3 // heads
-    grid = (triton.cdiv(tokens, rows), images * heads)
-    kernel[grid](*tensors, size**-0.5, tokens, heads, size, rows, num_warps=4, num_stages=3)
+    grid = (_tiles(tokens, rows), images * heads)
+    # three programs at a time on a multiprocessor of 65,536 registers, instead of two
+    limit = dict(maxnreg=168) if kernel is backward_of_head else {}
+    kernel[grid](*tensors, size**-0.5, tokens, heads, size, rows, num_warps=4, num_stages=3, **limit)

@@ -130,6 +130,164 @@ def backward_of_keys(
     tl.store(tiles + 2 * width, tl.sum(tl.where(is_token, of_value, 0.0), 0))
 
 
+# One program for a whole head: of up to `rows` tokens and one more, the class token where patches fill the
+# tile. It loads and stores everything once, and has no loop. The one more is computed by sums of vectors, for
+# a second tile would be empty but for one row. They come before the products of matrices, which leaves these
+# the registers.
+
+
+@triton.jit
+def forward_of_head(
+    joined,
+    context,
+    sums,
+    scale: constexpr,
+    tokens: constexpr,
+    heads: constexpr,
+    size: constexpr,
+    rows: constexpr,
+):
+    width: constexpr = heads * size
+    joined = _own_head(joined, 3, tokens, heads, size)
+    context = _own_head(context, 1, tokens, heads, size)
+    sums += tl.program_id(1) * tokens
+    at = tl.arange(0, rows)
+    query = _load(joined, at, tokens, 3 * width, size)
+    key = _load(joined + width, at, tokens, 3 * width, size)
+    value = _load(joined + 2 * width, at, tokens, 3 * width, size)
+    if tokens > rows:
+        last_query = _load_row(joined, rows, 3 * width, size)
+        last_key = _load_row(joined + width, rows, 3 * width, size)
+        last_value = _load_row(joined + 2 * width, rows, 3 * width, size)
+        # the last query with the other keys, and with its own
+        scores = tl.sum(key * last_query[None, :], 1) * (scale * LOG2_E)
+        score = tl.sum(last_query * last_key, 0) * (scale * LOG2_E)
+        largest = tl.maximum(tl.max(scores, 0), score)
+        weights, weight = tl.exp2(scores - largest), tl.exp2(score - largest)
+        total = tl.sum(weights, 0) + weight
+        result = (tl.sum(weights[:, None] * value, 0) + weight * last_value) / total
+        _store_row(context, rows, result, width, size)
+        tl.store(sums + rows, largest + tl.log2(total))
+        # the other queries with the last key
+        last_scores = tl.sum(query * last_key[None, :], 1) * (scale * LOG2_E)
+    scores = tl.dot(query, tl.trans(key)) * (scale * LOG2_E)
+    if tokens < rows:
+        scores = tl.where(at[None, :] < tokens, scores, float("-inf"))
+    largest = tl.max(scores, 1)
+    if tokens > rows:
+        largest = tl.maximum(largest, last_scores)
+    weights = tl.exp2(scores - largest[:, None])
+    total = tl.sum(weights, 1)
+    result = tl.dot(weights.to(value.dtype), value)
+    if tokens > rows:
+        last_weights = tl.exp2(last_scores - largest)
+        total += last_weights
+        result += last_weights[:, None] * last_value[None, :]
+    _store(context, at, result / total[:, None], tokens, width, size)
+    tl.store(sums + at, largest + tl.log2(total), mask=at < tokens)
+
+
+@triton.jit
+def backward_of_head(
+    joined,
+    context,
+    sums,
+    gradient,
+    gradients,
+    tiles,
+    scale: constexpr,
+    tokens: constexpr,
+    heads: constexpr,
+    size: constexpr,
+    rows: constexpr,
+):
+    width: constexpr = heads * size
+    joined = _own_head(joined, 3, tokens, heads, size)
+    context = _own_head(context, 1, tokens, heads, size)
+    gradient = _own_head(gradient, 1, tokens, heads, size)
+    gradients = _own_head(gradients, 3, tokens, heads, size)
+    tiles = _own_sums(tiles, heads, size) + tl.arange(0, size)
+    sums += tl.program_id(1) * tokens
+    at = tl.arange(0, rows)
+    query = _load(joined, at, tokens, 3 * width, size)
+    key = _load(joined + width, at, tokens, 3 * width, size)
+    value = _load(joined + 2 * width, at, tokens, 3 * width, size)
+    of_context = _load(gradient, at, tokens, width, size)
+    own_context = _load(context, at, tokens, width, size)
+    product = tl.sum(of_context.to(tl.float32) * own_context.to(tl.float32), 1)
+    total = tl.load(sums + at, mask=at < tokens, other=float("inf"))
+    no_sums = tl.zeros([size], tl.float32)
+    of_last_query, of_last_key, of_last_value = no_sums, no_sums, no_sums
+    if tokens > rows:
+        of_column, row, of_row, of_last_query, of_last_key, of_last_value = _last_token(
+            joined, context, sums, gradient, query, key, value, of_context, total, product, scale, width
+        )
+        _store_row(gradients, rows, of_last_query, 3 * width, size)
+        _store_row(gradients + width, rows, of_last_key, 3 * width, size)
+        _store_row(gradients + 2 * width, rows, of_last_value, 3 * width, size)
+    weights = tl.exp2(tl.dot(query, tl.trans(key)) * (scale * LOG2_E) - total[:, None])
+    if tokens < rows:
+        weights = tl.where(at[None, :] < tokens, weights, 0.0)
+    of_scores = (weights * (tl.dot(of_context, tl.trans(value)) - product[:, None])).to(key.dtype)
+    of_value = tl.dot(tl.trans(weights.to(value.dtype)), of_context)
+    if tokens > rows:
+        of_value += row[:, None] * _load_row(gradient, rows, width, size)[None, :]
+    tl.store(tiles + 2 * width, tl.sum(of_value, 0) + of_last_value)
+    _store(gradients + 2 * width, at, of_value, tokens, 3 * width, size)
+    of_key = tl.dot(tl.trans(of_scores), query) * scale
+    if tokens > rows:
+        of_key += of_row[:, None] * _load_row(joined, rows, 3 * width, size)[None, :]
+    tl.store(tiles + width, tl.sum(of_key, 0) + of_last_key)
+    _store(gradients + width, at, of_key, tokens, 3 * width, size)
+    of_query = tl.dot(of_scores, key) * scale
+    if tokens > rows:
+        of_query += of_column[:, None] * _load_row(joined + width, rows, 3 * width, size)[None, :]
+    tl.store(tiles, tl.sum(of_query, 0) + of_last_query)
+    _store(gradients, at, of_query, tokens, 3 * width, size)
+
+
+@triton.jit
+def _last_token(
+    joined,
+    context,
+    sums,
+    gradient,
+    query,
+    key,
+    value,
+    of_context,
+    total,
+    product,
+    scale: constexpr,
+    width: constexpr,
+):
+    """What the token behind the tile gives to the backward pass.
+
+    Returns:
+        For the tokens of the tile, each (rows): gradients of their queries' scores with the last key, weights
+        of the last query with their keys, and gradients of those scores. Then the gradients of the last
+        query, key and value, each (size).
+    """
+    rows: constexpr = query.shape[0]
+    size: constexpr = query.shape[1]
+    last_query = _load_row(joined, rows, 3 * width, size)
+    last_key = _load_row(joined + width, rows, 3 * width, size)
+    last_value = _load_row(joined + 2 * width, rows, 3 * width, size)
+    of_last = _load_row(gradient, rows, width, size)
+    last_product = tl.sum(of_last * _load_row(context, rows, width, size), 0)
+    last_total = tl.load(sums + rows)
+    column = tl.exp2(tl.sum(query * last_key[None, :], 1) * (scale * LOG2_E) - total)
+    of_column = column * (tl.sum(of_context * last_value[None, :], 1) - product) * scale
+    row = tl.exp2(tl.sum(key * last_query[None, :], 1) * (scale * LOG2_E) - last_total)
+    of_row = row * (tl.sum(value * of_last[None, :], 1) - last_product) * scale
+    corner = tl.exp2(tl.sum(last_query * last_key, 0) * (scale * LOG2_E) - last_total)
+    of_corner = corner * (tl.sum(of_last * last_value, 0) - last_product) * scale
+    of_last_query = tl.sum(of_row[:, None] * key, 0) + of_corner * last_key
+    of_last_key = tl.sum(of_column[:, None] * query, 0) + of_corner * last_query
+    of_last_value = tl.sum(column[:, None] * of_context, 0) + corner * of_last
+    return of_column, row, of_row, of_last_query, of_last_key, of_last_value
+
+
 @triton.jit
 def _own_head(tensor, parts: constexpr, tokens: constexpr, heads: constexpr, size: constexpr):
     """Pointer to this program's head in a tensor (N, tokens, parts, heads, size)."""
@@ -149,6 +307,17 @@ def _load(pointer, rows, tokens: constexpr, stride: constexpr, size: constexpr):
     """(rows, size), 0 beyond the last token."""
     at = pointer + rows[:, None] * stride + tl.arange(0, size)[None, :]
     return tl.load(at, mask=rows[:, None] < tokens, other=0.0)
+
+
+@triton.jit
+def _load_row(pointer, row: constexpr, stride: constexpr, size: constexpr):
+    """(size), fp32"""
+    return tl.load(pointer + row * stride + tl.arange(0, size)).to(tl.float32)
+
+
+@triton.jit
+def _store_row(pointer, row: constexpr, values, stride: constexpr, size: constexpr):
+    tl.store(pointer + row * stride + tl.arange(0, size), values.to(pointer.dtype.element_ty))
 
 
 @triton.jit
