@@ -137,6 +137,8 @@ FIELDS: dict[str, tuple] = {
         Number(int, low=0, high=256, optional=True).problem,
     ),  # of each process; None: by cores
     # parallelism
+    # of data parallelism; hybrid_parallel: weights of 16 bit, with fp32 ones in the optimizer
+    "PLUGIN": ("torch_ddp", _choice("torch_ddp", "hybrid_parallel")),
     "TENSOR_PARALLEL_SIZE": (None, _count),
     "TENSOR_PARALLEL_MODE": (None, _choice(None, "vanilla", "1d", "2d", "2.5d", "3d")),
     "TENSOR_PARALLEL_DEPTH": (None, _count),  # 2.5d only

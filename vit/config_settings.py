@@ -252,7 +252,7 @@ def plugin_of(config: dict) -> str:
     """The plugin that trains in the config's form of parallelism."""
     if config["mode"] in MESH_MODES:
         return config["mode"]
-    if config["tp"] * config["pp"] > 1:
+    if config["tp"] * config["pp"] > 1 or config["PLUGIN"] == "hybrid_parallel":
         return "hybrid_parallel"
     return "torch_ddp_fp16" if config["precision"] == "fp16" else "torch_ddp"
 

@@ -274,6 +274,11 @@ def evaluate(
 def _evaluation_logits(step: TrainStep, batch: dict) -> torch.Tensor:
     """Logits (N, C) of a batch; on ranks of a pipeline that do not have them, an empty tensor."""
     if step.layout.pipeline_size == 1:
+        # gemini gathers its chunks in each forward pass, and moves them
+        if step.graph and not step.boosted.plugin.shards_weights:
+            return step.graph.evaluate(
+                lambda pixels: step.model(pixel_values=pixels).logits, batch["pixel_values"]
+            )
         return step.model(pixel_values=batch["pixel_values"]).logits
 
     def no_loss(outputs, _):  # the schedule calls a criterion even if its value is not used

@@ -1,6 +1,7 @@
 """Records a complete train step as a CUDA graph and replays it: one launch, not hundreds of kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -8,7 +9,8 @@ from vit.distributed import device
 
 
 class StepGraph:
-    """Replays a train step: forward, backward, gradient reduction, clipping and the optimizer step.
+    """Replays a train step: forward, backward, gradient reduction, clipping and the optimizer step. And the
+    forward pass of an evaluation.
 
     After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Each
     combination of shapes and types has its own graph; all use the same memory, one after the other.
@@ -24,10 +26,12 @@ class StepGraph:
     # Steps before the first recording: the first ones initialise buffers, and DistributedDataParallel runs
     # its timers in the first ten.
     WARM_UP = 11
+    # Batches of evaluations before: a recording takes half a second, as long as a hundred small batches.
+    WARM_UP_EVALUATION = 100
 
     def __init__(self, optimizer, stream: torch.cuda.Stream):
         self.optimizer, self.stream = optimizer, stream
-        self.steps = 0
+        self.steps = self.evaluated = 0
         self.recorded = {}  # shapes and types -> (graph, its inputs, its result)
         self.pool = None  # the graphs' memory
         # what a recorded step reads beside the batch: the scale, and the learning rate of each group
@@ -47,14 +51,22 @@ class StepGraph:
             return self._aside(lambda: update([batch], scale))
         kind = tuple((tensor.shape, tensor.dtype) for tensor in batch.values())
         if kind not in self.recorded:
-            self.recorded[kind] = self._record(update, batch)
-        graph, inputs, result = self.recorded[kind]
-        torch._foreach_copy_(list(inputs.values()), list(batch.values()))
+            with self._rates_on_device():
+                self.recorded[kind] = self._record(lambda copies: update([copies], self.scale), batch)
         self.scale.fill_(scale)
         for rate, group in zip(self.rates, self.optimizer.param_groups):
             rate.fill_(group["lr"])
-        graph.replay()
-        return result.clone()  # the next replay overwrites it
+        return self._replay(kind, batch)
+
+    def evaluate(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
+        """``forward`` (pixels -> logits) of one batch; the same in every call."""
+        self.evaluated += 1
+        if self.evaluated <= self.WARM_UP_EVALUATION:
+            return self._aside(lambda: forward(pixels))
+        batch, kind = {"pixels": pixels}, ("evaluation", pixels.shape, pixels.dtype)
+        if kind not in self.recorded:
+            self.recorded[kind] = self._record(lambda copies: forward(copies["pixels"]), batch)
+        return self._replay(kind, batch)
 
     def _aside(self, work: Callable) -> torch.Tensor:
         self.stream.wait_stream(torch.cuda.current_stream())
@@ -63,22 +75,33 @@ class StepGraph:
         torch.cuda.current_stream().wait_stream(self.stream)
         return result
 
-    def _record(
-        self, update: Callable, batch: dict[str, torch.Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
-        inputs = {name: tensor.clone() for name, tensor in batch.items()}
-        graph, groups = torch.cuda.CUDAGraph(), self.optimizer.param_groups
+    @contextmanager
+    def _rates_on_device(self) -> Iterator[None]:
+        """The optimizer reads its learning rates from ``self.rates``, where later steps change them."""
+        groups = self.optimizer.param_groups
         usual = [dict(group) for group in groups]
         for group, rate in zip(groups, self.rates):
             group.update(lr=rate, capturable=True)
         try:
-            # thread_local: NCCL's threads query CUDA events during the capture
-            capture = dict(stream=self.stream, capture_error_mode="thread_local", pool=self.pool)
-            with torch.cuda.graph(graph, **capture):
-                result = update([dict(inputs)], self.scale)
+            yield
         finally:
             for group, values in zip(groups, usual):
                 group.clear()
                 group.update(values)
+
+    def _record(self, work: Callable, batch: dict) -> tuple[torch.cuda.CUDAGraph, dict, torch.Tensor]:
+        """-> graph of ``work`` on copies of the batch's tensors, the copies, its result"""
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: NCCL's threads query CUDA events during the capture
+        capture = dict(stream=self.stream, capture_error_mode="thread_local", pool=self.pool)
+        with torch.cuda.graph(graph, **capture):
+            result = work(dict(inputs))
         self.pool = graph.pool()
         return graph, inputs, result
+
+    def _replay(self, kind: tuple, batch: dict) -> torch.Tensor:
+        graph, inputs, result = self.recorded[kind]
+        torch._foreach_copy_(list(inputs.values()), list(batch.values()))
+        graph.replay()
+        return result.clone()  # the next replay overwrites it

@@ -17,6 +17,7 @@ from vit_lite_7_4_vanilla import *
 POOLING = "mean"
 POSITIONS = "sincos"
 
+PLUGIN = "torch_ddp"
 OPTIMIZER = "muon"
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.3

@@ -42,6 +42,7 @@ SEED = 42
 gradient_accumulation = 1
 BATCH_SIZE = TOTAL_BATCH_SIZE // gradient_accumulation
 
+PLUGIN = "hybrid_parallel"  # weights of 16 bit, with fp32 ones in the optimizer
 bf16 = "auto"  # on a GPU with bf16
 CUDA_GRAPHS = "auto"  # on a GPU, and the layers compiled
 

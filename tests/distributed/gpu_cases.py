@@ -109,13 +109,15 @@ def cases(world: int) -> dict[str, dict]:
 
 
 def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
-    """Losses of the steps, and of an evaluation. ``recipe``: layer decay, EMA, label smoothing."""
+    """Losses of the steps, and of four evaluations. ``recipe``: layer decay, EMA, label smoothing."""
     torch.manual_seed(0)
     model = tiny_vit(LABELS, **MODEL)
     layout = ParallelLayout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
     settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **BASE | (RECIPE if recipe else {}) | changes)
     boosted = boost(model, settings)
     step = TrainStep(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), settings.label_smoothing)
+    if step.graph:
+        step.graph.WARM_UP_EVALUATION = 1
     step.model.train()
     generator = torch.Generator().manual_seed(1)
     pixels = torch.randint(0, 256, (BATCH, 3, 32, 32), generator=generator, dtype=torch.uint8)
@@ -128,9 +130,13 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     losses = []
     # a graph is recorded after eleven steps; the learning rate changes, and one step has padding
     for number in range(STEPS):
+        if number == STEPS - 3:  # the second evaluation is recorded, and replayed with later weights
+            losses += [evaluate(step, [batch], BATCH)["average_loss"] for _ in range(2)]
+            step.model.train()
         last = number == STEPS - 2
         share = step([padded if last else batch], BATCH - last, 1e-3 if number % 2 else 5e-4, number)
         losses.append(all_reduce_sum(share).item())
+    losses.append(evaluate(step, [batch], BATCH)["average_loss"])
     step.free_graphs()
     return [*losses, evaluate(step, [batch], BATCH)["average_loss"]]
 

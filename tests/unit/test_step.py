@@ -102,7 +102,7 @@ class Replayed(StepGraph):
         self.done.append("eager")
         return work()
 
-    def _record(self, update, batch):
+    def _record(self, work, batch):
         inputs, outer = {name: tensor.clone() for name, tensor in batch.items()}, self
         result = torch.zeros(())
 
@@ -112,7 +112,8 @@ class Replayed(StepGraph):
                 kept = [group["lr"] for group in outer.optimizer.param_groups]
                 for group, rate in zip(outer.optimizer.param_groups, outer.rates):
                     group["lr"] = rate.item()
-                result.copy_(update([dict(inputs)], outer.scale))
+                value = work(dict(inputs))
+                result.resize_(value.shape).copy_(value)
                 for group, rate in zip(outer.optimizer.param_groups, kept):
                     group["lr"] = rate
 
@@ -147,6 +148,14 @@ def test_recorded_steps_take_each_batch_scale_and_learning_rate():
     eager = StepGraph.WARM_UP
     counts = [graph.done.count(kind) for kind in ("eager", "record", "replay")]
     assert counts == [eager, 2, 30 - eager]  # mixed labels are of another kind
+
+
+def test_recorded_evaluations_take_each_batch():
+    graph = Replayed(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    for i in range(graph.WARM_UP_EVALUATION + 3):
+        pixels = torch.full((2, 3), float(i))
+        assert torch.equal(graph.evaluate(lambda pixels: pixels.sum(1), pixels), pixels.sum(1))
+    assert graph.done[-4:] == ["record", "replay", "replay", "replay"] and graph.steps == 0
 
 
 # ---- mixing
