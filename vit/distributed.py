@@ -35,8 +35,8 @@ def import_libraries(lora: bool = False, compiles: bool = False) -> None:
     """
     if lora:
         import peft  # noqa: F401 - first, for Colossal-AI would get an empty one: `lean_imports`
-    # By default torch's compiler starts a process per core at import, also where nothing is compiled. These
-    # take the cores from the first seconds of training (a step of batch 8 on two cores: 128 ms instead of 16).
+    # By default torch's compiler starts a process per core at import, also where nothing is compiled. They
+    # take the cores from the first seconds of training (batch 8 on two cores: 128 ms a step instead of 16).
     os.environ.setdefault("TORCH_WARM_POOL", "1" if compiles else "0")
     with lean_imports():
         import colossalai.booster.plugin  # noqa: F401

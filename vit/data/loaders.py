@@ -268,15 +268,30 @@ class DeviceLoader:
         return {"pixel_values": pixels, "labels": labels.masked_fill(on_device < 0, IGNORE_INDEX)}
 
     def batches(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[dict]:
-        """The batches in ``order``. Small ones are augmented several at a time, to start fewer kernels."""
+        """The batches in ``order``. The next ones are made while the GPU has work left: to augment them takes
+        the CPU longer than a small step takes the GPU.
+        """
+        groups = self._groups(order)
+        ahead = next(groups, None)
+        while ahead is not None:
+            group, ahead = ahead, None
+            for i, batch in enumerate(group):
+                if i == len(group) // 2:
+                    ahead = next(groups, None)
+                yield batch
+
+    def _groups(self, order: Iterable[list[tuple[int, int]]]) -> Iterator[list[dict]]:
+        """The batches in ``order``, small ones several at a time: augmented together, they start fewer
+        kernels.
+        """
         for _, epoch in itertools.groupby(order, key=lambda pairs: pairs[0][0]):
             for first in epoch:
                 together = AUGMENT_BYTES // (len(first) * self.image_bytes) if self.augment else 0
                 more = itertools.islice(epoch, max(0, together - 1))  # noqa: B031 - once for each ``first``
                 taken = [first, *more]
                 joined = self.batch(list(itertools.chain(*taken)))
-                for parts in zip(*(joined[name].split(len(first)) for name in joined), strict=True):
-                    yield dict(zip(joined, parts, strict=True))
+                parts = zip(*(joined[name].split(len(first)) for name in joined), strict=True)
+                yield [dict(zip(joined, part, strict=True)) for part in parts]
 
 
 class SyntheticLoader(DeviceLoader):
