@@ -60,7 +60,7 @@ DRAWN = [
 ]  # each process draws, and must go on drawing alike after a resume
 RUNS = {  # name -> config, processes, overrides
     "vanilla": ("vanilla", 1, PLAIN),
-    "vanilla, accumulated": ("vanilla", 2, [*PLAIN, "gradient_accumulation=2"]),
+    "vanilla, accumulated": ("vanilla", 2, [*PLAIN, "gradient_accumulation=2", "PLUGIN=torch_ddp"]),
     "1d": ("1d", 2, [*PLAIN, TWO]),
     "pipeline": ("vanilla", 2, [*PLAIN, "parallel={'pipeline': 2}"]),
     "2d": ("2d", 4, PLAIN),
@@ -103,7 +103,8 @@ def run_cases(root: Path) -> None:
 
 def golden(root: Path) -> None:
     """A run from the golden checkpoint of train.py on; while recording, before it those that make it."""
-    config, overrides = "cifar10/vit_lite_7_4_vanilla.py", [*TINY, MIMETIC, *DRAWN]
+    # torch_ddp: that of the config when the checkpoint was made
+    config, overrides = "cifar10/vit_lite_7_4_vanilla.py", [*TINY, MIMETIC, *DRAWN, "PLUGIN=torch_ddp"]
     (root / "golden").mkdir()
     os.chdir(root)  # its settings name the images from here
     cases, data = Cases(root / "golden"), Path(CIFAR10_FOLDER)
