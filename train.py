@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
     from vit.signals import SignalHandler
 
     with SignalHandler() as stop, RunLock(settings.output_path) as lock:
-        import_libraries(compiles=settings.compile)
+        import_libraries()
         started = time.perf_counter()
         init_distributed(settings.seed)
         lock.acquire()

@@ -28,7 +28,7 @@ def main() -> None:
 
     writes = not (settings.eval_only or settings.dry_run)
     with SignalHandler() as stop, RunLock(settings.output_path) as lock:
-        import_libraries(lora=settings.lora_rank > 0, compiles=bool(settings.compile))
+        import_libraries(lora=settings.lora_rank > 0)
         started = time.perf_counter()
         init_distributed(settings.seed)
         if writes:

@@ -81,8 +81,10 @@ def backward_of_queries(
         key = _load(joined + width, keys, tokens, 3 * width, size)
         value = _load(joined + 2 * width, keys, tokens, 3 * width, size)
         weights = tl.exp2(tl.dot(query, tl.trans(key)) * (scale * LOG2_E) - total[:, None])
+        # beyond the last token scores are 0: infinite weights, where all products are far below zero
+        weights = tl.where(keys[None, :] < tokens, weights, 0.0)
         of_scores = weights * (tl.dot(of_context, tl.trans(value)) - product[:, None])
-        result += tl.dot(of_scores.to(key.dtype), key)  # keys beyond the last token are 0
+        result += tl.dot(of_scores.to(key.dtype), key)
     _store(_own_head(gradients, 3, tokens, heads, size), queries, result * scale, tokens, 3 * width, size)
     tl.store(_own_sums(tiles, heads, size) + tl.arange(0, size), tl.sum(result, 0) * scale)
 
@@ -130,10 +132,11 @@ def backward_of_keys(
     tl.store(tiles + 2 * width, tl.sum(tl.where(is_token, of_value, 0.0), 0))
 
 
-# One program for a whole head: of up to `rows` tokens and one more, the class token where patches fill the
-# tile. It loads and stores everything once, and has no loop. The one more is computed by sums of vectors, for
-# a second tile would be empty but for one row. They come before the products of matrices, which leaves these
-# the registers.
+# One program for a whole head of up to `rows` tokens, and of one more: the class token, where patches fill
+# the tile. It has no loop, and loads no tile twice. The last token is computed by sums of vectors, because a
+# second tile would be empty but for its row: `column` has the weights of the tile's queries for the last key,
+# `row` those of the last query for the tile's keys, `corner` that of the last query for its own key. These
+# sums come before the products of matrices, which leaves the products more registers.
 
 
 @triton.jit

@@ -40,6 +40,8 @@ def resolve(config: dict) -> list[str]:
         config[name] = config[name] and tuple(config[name])
     if config["RAND_AUGMENT"] and len(config["RAND_AUGMENT"]) == 2:
         config["RAND_AUGMENT"] = (*config["RAND_AUGMENT"], 31)
+    if config["tp"] * config["pp"] > 1:  # inherited from a config of data parallelism
+        config["PLUGIN"] = DEFAULTS["PLUGIN"]
     config["precision"] = "bf16" if config["bf16"] else "fp16" if fp16 is not None else "fp32"
     return problems
 
@@ -171,6 +173,10 @@ def _value_problems(config: dict, machine: Machine) -> list[str]:
         (
             config["MIX_EPOCHS"] is not None and not (config["MIXUP"] or config["CUTMIX"]),
             f"MIX_EPOCHS {config['MIX_EPOCHS']}: nothing is mixed; set MIXUP or CUTMIX, or leave it out",
+        ),
+        (
+            config["OPTIMIZER"] == "muon" and config["PLUGIN"] != DEFAULTS["PLUGIN"],
+            f"OPTIMIZER 'muon': only goes with PLUGIN 'torch_ddp', not with {config['PLUGIN']!r}",
         ),
         (
             config["AUTO_AUGMENT"] and config["RAND_AUGMENT"],

@@ -24,20 +24,19 @@ from vit.watch import Peers
 _peers: Peers | None = None
 
 
-def import_libraries(lora: bool = False, compiles: bool = False) -> None:
+def import_libraries(lora: bool = False) -> None:
     """Do the slow imports (4 to 10 s) at one point, so that the time after them is measured separately.
 
     The process then ends without looking for garbage.
 
-    Args:
-        lora: PEFT is needed.
-        compiles: something is compiled; the compiler's processes start beside the imports.
+    ``lora``: PEFT is needed.
     """
     if lora:
         import peft  # noqa: F401 - first, for Colossal-AI would get an empty one: `lean_imports`
-    # By default torch's compiler starts a process per core at import, also where nothing is compiled. They
-    # take the cores from the first seconds of training (batch 8 on two cores: 128 ms a step instead of 16).
-    os.environ.setdefault("TORCH_WARM_POOL", "1" if compiles else "0")
+    # By default torch's compiler starts a process per core at import. These take the cores from the first
+    # seconds of training (a step of batch 8 on two cores: 128 ms instead of 16). 0: start them when something
+    # is compiled.
+    os.environ.setdefault("TORCH_WARM_POOL", "0")
     with lean_imports():
         import colossalai.booster.plugin  # noqa: F401
     import transformers.models.vit.modeling_vit  # noqa: F401

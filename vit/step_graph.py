@@ -1,4 +1,6 @@
-"""Records a complete train step as a CUDA graph and replays it: one launch, not hundreds of kernels."""
+"""Records complete train steps and evaluations as CUDA graphs and replays them: one launch, not hundreds of
+kernels.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +11,7 @@ from vit.distributed import device
 
 
 class StepGraph:
-    """Replays a train step: forward, backward, gradient reduction, clipping and the optimizer step. And the
+    """Replays a train step: forward, backward, gradient reduction, clipping and the optimizer step; and the
     forward pass of an evaluation.
 
     After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Each
@@ -26,8 +28,8 @@ class StepGraph:
     # Steps before the first recording: the first ones initialise buffers, and DistributedDataParallel runs
     # its timers in the first ten.
     WARM_UP = 11
-    # Batches of evaluations before: a recording takes half a second, as long as a hundred small batches.
-    WARM_UP_EVALUATION = 100
+    # Batches of evaluations before: the first one compiles. All have one shape.
+    WARM_UP_EVALUATION = 11
 
     def __init__(self, optimizer, stream: torch.cuda.Stream):
         self.optimizer, self.stream = optimizer, stream
@@ -59,9 +61,12 @@ class StepGraph:
         return self._replay(kind, batch)
 
     def evaluate(self, forward: Callable, pixels: torch.Tensor) -> torch.Tensor:
-        """``forward`` (pixels -> logits) of one batch; the same in every call."""
+        """``forward``, pixels (N, 3, H, W) -> logits (N, C), of one batch; the same in every call.
+
+        Recorded only where train steps are: who does not train frees no graphs.
+        """
         self.evaluated += 1
-        if self.evaluated <= self.WARM_UP_EVALUATION:
+        if self.steps <= self.WARM_UP or self.evaluated <= self.WARM_UP_EVALUATION:
             return self._aside(lambda: forward(pixels))
         batch, kind = {"pixels": pixels}, ("evaluation", pixels.shape, pixels.dtype)
         if kind not in self.recorded:

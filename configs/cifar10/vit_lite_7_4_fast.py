@@ -17,7 +17,7 @@ from vit_lite_7_4_vanilla import *
 POOLING = "mean"
 POSITIONS = "sincos"
 
-PLUGIN = "torch_ddp"
+PLUGIN = "torch_ddp"  # Muon goes with it alone
 OPTIMIZER = "muon"
 LEARNING_RATE = 3e-3
 WEIGHT_DECAY = 0.3

@@ -46,4 +46,4 @@ PLUGIN = "hybrid_parallel"  # weights of 16 bit, with fp32 ones in the optimizer
 bf16 = "auto"  # on a GPU with bf16
 CUDA_GRAPHS = "auto"  # on a GPU, and the layers compiled
 
-CHECKPOINT_EPOCHS = 20  # an epoch takes about a second on a GPU
+CHECKPOINT_EPOCHS = 20  # an epoch takes half a second on a GPU

@@ -131,7 +131,10 @@ def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
     from vit import attention_triton as kernels
 
     torch.manual_seed(0)
-    joined = torch.randn(2, tokens, 3 * heads * size).half().requires_grad_()
+    joined = torch.randn(2, tokens, 3 * heads * size)
+    # the products of one query with all keys are far below zero, where those with padding would be larger
+    joined[0, 1, :size], joined[0, :, heads * size : (heads + 1) * size] = -120.0, 1.0
+    joined = joined.half().requires_grad_()
     gradient = torch.randn(2, tokens, heads * size).half()
     parts = (part.unflatten(2, (heads, size)).transpose(1, 2) for part in joined.float().chunk(3, 2))
     expected = F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)

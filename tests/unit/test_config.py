@@ -107,6 +107,24 @@ def test_auto_is_what_the_machine_and_the_form_can_do(
     assert not settings.notes
 
 
+@pytest.mark.parametrize(
+    "overrides, processes, plugin, recorded",
+    [
+        ([], 1, "hybrid_parallel", "hybrid_parallel"),
+        (["PLUGIN=torch_ddp"], 1, "torch_ddp", "torch_ddp"),
+        (["PLUGIN=torch_ddp", "bf16=False", "fp16={'mode': 'torch'}"], 1, "torch_ddp_fp16", "torch_ddp"),
+        (["parallel={'pipeline': 2}"], 2, "hybrid_parallel", "torch_ddp"),
+        (["TENSOR_PARALLEL_MODE=2d", "TENSOR_PARALLEL_SIZE=4"], 4, "2d", "torch_ddp"),
+    ],
+)
+def test_plugin_of_a_config_is_of_data_parallelism_alone(overrides, processes, plugin, recorded):
+    config, problems = load_config(str(VANILLA), overrides)
+    assert problems + config_problems(config, processes, Machine()) == []
+    settings = to_settings(config, str(VANILLA), ParallelLayout(1), dataset="synthetic")
+    # another form inherits it, but its runs of before it came go on
+    assert (settings.plugin, settings.config["record"]["PLUGIN"]) == (plugin, recorded)
+
+
 def test_without_a_compiler_auto_records_what_is_not_compiled_and_says_why(monkeypatch):
     monkeypatch.setattr("vit.config_settings.why_no_compiler", lambda: "triton is not installed")
     config, _ = load_config(str(VANILLA))
@@ -240,6 +258,12 @@ def test_values_on_the_command_line_are_expressions_as_in_a_config():
         (["CUDA_GRAPHS=yes"], 4, "CUDA_GRAPHS = 'yes': must be True, False or \"auto\""),
         (["bf16=1"], 4, "bf16 = 1: must be True, False"),
         (["OPTIMIZER=sgd"], 4, "OPTIMIZER = 'sgd': must be one of 'adamw', 'muon'"),
+        (["PLUGIN=gemini"], 4, "PLUGIN = 'gemini': must be one of 'torch_ddp', 'hybrid_parallel'"),
+        (
+            ["OPTIMIZER=muon", "PLUGIN=hybrid_parallel"],
+            4,
+            "OPTIMIZER 'muon': only goes with PLUGIN 'torch_ddp'",
+        ),
         (
             ["OPTIMIZER=muon", "TENSOR_PARALLEL_MODE=1d", "TENSOR_PARALLEL_SIZE=2"],
             4,
