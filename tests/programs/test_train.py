@@ -198,7 +198,10 @@ def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
         and found["1d resumed"][header[-1]] == ""
     )
     assert found["mixed"]["accuracy"] == f"{rows(runs / 'mixed')[-1]['accuracy']:.4f}"
-    assert "CUTMIX 1.0, MIX_EPOCHS 1, mode vanilla" in found["mixed at first"][header[-1]]
+    assert (
+        "CUTMIX 1.0, MIX_EPOCHS 1, PLUGIN hybrid_parallel, mode vanilla"
+        in found["mixed at first"][header[-1]]
+    )
     accuracies = [float(line["accuracy"].split(" ")[0]) for line in found.values()]
     assert accuracies == sorted(accuracies, reverse=True)
     assert (runs / "epochs.png").stat().st_size > 10_000
