@@ -155,13 +155,9 @@ def forward_of_head(
     context = _own_head(context, 1, tokens, heads, size)
     sums += tl.program_id(1) * tokens
     at = tl.arange(0, rows)
-    query = _load(joined, at, tokens, 3 * width, size)
-    key = _load(joined + width, at, tokens, 3 * width, size)
-    value = _load(joined + 2 * width, at, tokens, 3 * width, size)
+    query, key, value = _load_tiles(joined, at, tokens, width, size)
     if tokens > rows:
-        last_query = _load_row(joined, rows, 3 * width, size)
-        last_key = _load_row(joined + width, rows, 3 * width, size)
-        last_value = _load_row(joined + 2 * width, rows, 3 * width, size)
+        last_query, last_key, last_value = _load_rows(joined, rows, width, size)
         # the last query with the other keys, and with its own
         scores = tl.sum(key * last_query[None, :], 1) * (scale * LOG2_E)
         score = tl.sum(last_query * last_key, 0) * (scale * LOG2_E)
@@ -212,9 +208,7 @@ def backward_of_head(
     tiles = _own_sums(tiles, heads, size) + tl.arange(0, size)
     sums += tl.program_id(1) * tokens
     at = tl.arange(0, rows)
-    query = _load(joined, at, tokens, 3 * width, size)
-    key = _load(joined + width, at, tokens, 3 * width, size)
-    value = _load(joined + 2 * width, at, tokens, 3 * width, size)
+    query, key, value = _load_tiles(joined, at, tokens, width, size)
     of_context = _load(gradient, at, tokens, width, size)
     own_context = _load(context, at, tokens, width, size)
     product = tl.sum(of_context.to(tl.float32) * own_context.to(tl.float32), 1)
@@ -273,9 +267,7 @@ def _last_token(
     """
     rows: constexpr = query.shape[0]
     size: constexpr = query.shape[1]
-    last_query = _load_row(joined, rows, 3 * width, size)
-    last_key = _load_row(joined + width, rows, 3 * width, size)
-    last_value = _load_row(joined + 2 * width, rows, 3 * width, size)
+    last_query, last_key, last_value = _load_rows(joined, rows, width, size)
     of_last = _load_row(gradient, rows, width, size)
     last_product = tl.sum(of_last * _load_row(context, rows, width, size), 0)
     last_total = tl.load(sums + rows)
@@ -310,6 +302,22 @@ def _load(pointer, rows, tokens: constexpr, stride: constexpr, size: constexpr):
     """(rows, size), 0 beyond the last token."""
     at = pointer + rows[:, None] * stride + tl.arange(0, size)[None, :]
     return tl.load(at, mask=rows[:, None] < tokens, other=0.0)
+
+
+@triton.jit
+def _load_tiles(joined, rows, tokens: constexpr, width: constexpr, size: constexpr):
+    """Queries, keys and values of a head, each (rows, size)."""
+    query = _load(joined, rows, tokens, 3 * width, size)
+    key = _load(joined + width, rows, tokens, 3 * width, size)
+    return query, key, _load(joined + 2 * width, rows, tokens, 3 * width, size)
+
+
+@triton.jit
+def _load_rows(joined, row: constexpr, width: constexpr, size: constexpr):
+    """Query, key and value of one token of a head, each (size), fp32."""
+    query = _load_row(joined, row, 3 * width, size)
+    key = _load_row(joined + width, row, 3 * width, size)
+    return query, key, _load_row(joined + 2 * width, row, 3 * width, size)
 
 
 @triton.jit

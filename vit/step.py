@@ -273,13 +273,15 @@ def evaluate(
 
 def _evaluation_logits(step: TrainStep, batch: dict) -> torch.Tensor:
     """Logits (N, C) of a batch; on ranks of a pipeline that do not have them, an empty tensor."""
+
+    def forward(pixels: torch.Tensor) -> torch.Tensor:
+        return step.model(pixel_values=pixels).logits
+
     if step.layout.pipeline_size == 1:
         # gemini gathers its chunks in each forward pass, and moves them
         if step.graph and not step.boosted.plugin.shards_weights:
-            return step.graph.evaluate(
-                lambda pixels: step.model(pixel_values=pixels).logits, batch["pixel_values"]
-            )
-        return step.model(pixel_values=batch["pixel_values"]).logits
+            return step.graph.evaluate(forward, batch["pixel_values"])
+        return forward(batch["pixel_values"])
 
     def no_loss(outputs, _):  # the schedule calls a criterion even if its value is not used
         return torch.zeros((), device=device())

@@ -147,7 +147,7 @@ def interpret(tokens: int, heads: int, size: int, rows: int) -> None:
     def launch(kernel, *tensors: torch.Tensor) -> None:
         attention_kernel._launch(kernel, tensors, heads, rows)
 
-    if tokens <= rows + 1:
+    if attention_kernel._fits_one_tile(tokens):
         launch(kernels.forward_of_head, joined, context, sums)
         launch(kernels.backward_of_head, joined, context, sums, gradient, gradients, tiles)
     else:
