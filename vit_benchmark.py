@@ -105,12 +105,14 @@ def build_step(case: Case) -> tuple:
 def speed_figures(case: Case, images: int, windows: list[float], config) -> dict:
     """The row's figures of speed, from the images of a step and the seconds per step of each window."""
     from vit.flops import device_peak_tflops, training_flops
+    from vit.parallel.plugins import PEERS
 
     settings, world_size = case.settings, case.settings.layout.world_size
     seconds = statistics.median(windows)
     speed = images / seconds
     peak, source = device_peak_tflops(settings.precision)
-    tflops = training_flops(config, case.num_labels) * speed / world_size / 1e12
+    flops = training_flops(config, case.num_labels, every_token=settings.plugin in PEERS)
+    tflops = flops * speed / world_size / 1e12
     return {
         "step_ms": 1e3 * seconds,
         "step_ms_min": 1e3 * min(windows),

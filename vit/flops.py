@@ -22,7 +22,7 @@ PEAK_TFLOPS = {
 }
 
 
-def training_flops(config, labels: int) -> float:
+def training_flops(config, labels: int, every_token: bool = False) -> float:
     """Floating-point operations to train a ViT on one image: forward, and twice that backward.
 
     Counts matrix products (2 per multiply-add), not recomputation: gradient checkpointing adds no useful
@@ -33,14 +33,22 @@ def training_flops(config, labels: int) -> float:
     Args:
         config: HuggingFace config of the model.
         labels: number of classes.
+        every_token: the last layer computes all of its tokens, as other libraries do, not the class token
+            alone (`class_token_alone` in vit/patches).
     """
     patch, hidden, mlp = config.patch_size, config.hidden_size, config.intermediate_size
     patches = (config.image_size // patch) ** 2
     tokens = patches + 1
     embed = 2 * patches * (3 * patch * patch) * hidden
-    attention = 2 * tokens * hidden * (4 * hidden) + 2 * (2 * tokens * tokens * hidden)
-    layer = attention + 2 * tokens * hidden * (2 * mlp)
-    return 3.0 * (embed + config.num_hidden_layers * layer + 2 * hidden * labels)
+
+    def layer(results: int) -> int:
+        """Keys and values of all tokens; of each result its query, attention, output projection and MLP."""
+        keys_and_values = 2 * tokens * hidden * (2 * hidden)
+        attention = 2 * hidden * (2 * hidden) + 2 * (2 * tokens * hidden)
+        return keys_and_values + results * (attention + 2 * hidden * (2 * mlp))
+
+    last = layer(tokens if every_token else 1)
+    return 3.0 * (embed + (config.num_hidden_layers - 1) * layer(tokens) + last + 2 * hidden * labels)
 
 
 def device_peak_tflops(precision: str) -> tuple[float, str]:

@@ -18,20 +18,27 @@ def test_speed_counts_data_parallel_groups_not_processes(world, tp, pp, images):
 
 
 def test_flops_equal_a_hand_count():
-    # 2 x 2 patches of 4 px, hidden 8, one layer, MLP 16, 3 labels: 5 tokens
+    # 2 x 2 patches of 4 px, hidden 8, two layers, MLP 16, 3 labels: 5 tokens
     embed = 4 * (3 * 4 * 4) * 8
     qkv_and_output = 4 * (5 * 8 * 8)
     scores_and_mix = 2 * (5 * 5 * 8)
     mlp = 2 * (5 * 8 * 16)
     head = 8 * 3
-    multiply_adds = embed + qkv_and_output + scores_and_mix + mlp + head
-    assert training_flops(VitPreset(8, 4, 8, 1, 2, 16).config(3), 3) == 3 * 2 * multiply_adds
+    layer = qkv_and_output + scores_and_mix + mlp
+    config = VitPreset(8, 4, 8, 2, 2, 16).config(3)
+    assert training_flops(config, 3, every_token=True) == 3 * 2 * (embed + 2 * layer + head)
+    # of the last layer the keys and values of 5 tokens, and the rest of one
+    last = 2 * (5 * 8 * 8) + qkv_and_output // 5 // 2 + scores_and_mix // 5 + mlp // 5
+    assert training_flops(config, 3) == 3 * 2 * (embed + layer + last + head)
 
 
 def test_flops_of_vit_base_are_the_known_ones():
     # 17.56 G multiply-adds forward at 224 px (timm's and the paper's tables: 17.6)
-    forward = training_flops(VitPreset(224, 16, 768, 12, 12, 3072).config(1000), 1000) / 3 / 2
+    config = VitPreset(224, 16, 768, 12, 12, 3072).config(1000)
+    forward = training_flops(config, 1000, every_token=True) / 3 / 2
     assert forward == pytest.approx(17.56e9, rel=0.005)
+    # the MLP and half of the projections of the last layer of twelve: 6.9 %
+    assert training_flops(config, 1000) / 6 == pytest.approx(0.931 * forward, rel=0.001)
 
 
 @pytest.mark.parametrize(

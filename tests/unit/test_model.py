@@ -19,7 +19,7 @@ from vit.modules import (
     with_first_names,
     with_names_of,
 )
-from vit.patches.transformers_vit import direct_forward, fuse_qkv, linear_patch_embedding
+from vit.patches.transformers_vit import class_token_alone, direct_forward, fuse_qkv, linear_patch_embedding
 from vit.presets import PRESETS, known_architecture, mean_pooled_config
 
 LABELS = ["a", "b", "c"]
@@ -273,6 +273,7 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
     faster = deepcopy(plain)
     linear_patch_embedding(faster)
     fuse_qkv(faster)
+    class_token_alone(faster)
     direct_forward(faster)
     shape = (3, 3, config.image_size, config.image_size)
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(1))
@@ -284,11 +285,15 @@ def test_larger_products_change_neither_logits_nor_gradients(pooling):
     for name, param in plain.named_parameters():
         torch.testing.assert_close(gradients[name], param.grad, atol=1e-6, rtol=1e-4)
 
-    calls = []
-    attention = self_attention(numbered_layers(faster)[0])
+    calls, tokens = [], []
+    layers = numbered_layers(faster)
+    attention = self_attention(layers[0])
     qkv_projections(attention)[0].register_forward_hook(lambda *_: calls.append(1))
+    for number in (0, len(layers) - 1):
+        layers[number].layernorm_after.register_forward_hook(lambda *given: tokens.append(given[2].shape[1]))
     faster(pixel_values=pixels)
     assert not calls  # it is really another way
+    assert tokens == [16, 16] if pooling == "mean" else [17, 1]  # the classifier reads the class token alone
     if not hasattr(attention, "o_proj"):  # since 5.9 no argument says that attention weights are needed
         asked = [model(pixel_values=pixels, output_attentions=True).attentions for model in (plain, faster)]
         torch.testing.assert_close(asked[1], asked[0])

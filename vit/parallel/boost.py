@@ -23,6 +23,7 @@ from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_attention_kernels
 from vit.patches.transformers_vit import (
     attention_kernel,
+    class_token_alone,
     cpu_attention,
     direct_forward,
     fuse_qkv,
@@ -75,6 +76,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         cpu_attention(model, settings.precision)
         if compiled_part(settings) or records_steps(settings):
             attention_kernel(model)
+        class_token_alone(model)
     direct_forward(model)
     if settings.grad_checkpoint:
         # the re-entrant form gives no gradients to a layer whose input has none: the first above frozen ones

@@ -120,14 +120,18 @@ class _Block(nn.Module):
         self.fc1 = linear(width, config.intermediate_size)
         self.fc2 = linear(config.intermediate_size, width)
 
-    def forward(self, x: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        """``kept`` (2, images, 1, 1): factors of the images' attention and MLP branches; None: all are 1."""
+    def forward(self, x: torch.Tensor, kept: torch.Tensor | None, tokens: int | None) -> torch.Tensor:
+        """(images, all tokens, hidden / q) -> (images, the first ``tokens``, hidden / q); None: all
+
+        ``kept`` (2, images, 1, 1): factors of the images' attention and MLP branches; None: all are 1.
+        """
         attention, mlp = (1, 1) if kept is None else kept
         qkv = self.qkv(_in_fp32(self.layernorm_before, x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (images, heads, tokens, head size)
         p = self.attention_dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(q, k, v, dropout_p=p).transpose(1, 2).flatten(2)
-        x = x + attention * F.dropout(self.projection(attended), self.dropout, self.training)
+        attended = F.scaled_dot_product_attention(q[:, :, :tokens], k, v, dropout_p=p)
+        attended = attended.transpose(1, 2).flatten(2)
+        x = x[:, :tokens] + attention * F.dropout(self.projection(attended), self.dropout, self.training)
         hidden = F.gelu(self.fc1(_in_fp32(self.layernorm_after, x)))
         return x + mlp * F.dropout(self.fc2(hidden), self.dropout, self.training)
 
@@ -187,9 +191,10 @@ class MeshViT(nn.Module):
         x = F.dropout(self.embeddings(pixel_values), self.dropout, self.training)
         drops = self.drop_path and self.training
         kept = self.draw_kept_branches(x) if drops else [None] * len(self.blocks)
-        for block, branches in zip(self.blocks, kept):
-            x = block(x, branches)
-        logits = self.classifier(_in_fp32(self.layernorm, x[:, 0]))  # the cls token
+        for number, (block, branches) in enumerate(zip(self.blocks, kept), start=1):
+            # the classifier reads the class token alone: see `class_token_alone` in vit/patches
+            x = block(x, branches, tokens=1 if number == len(self.blocks) else None)
+        logits = self.classifier(_in_fp32(self.layernorm, x[:, 0]))
         return ImageClassifierOutput(logits=GatherBatch.apply(logits, MESH_SHARDINGS[self.mesh.mode].batch))
 
     @torch.no_grad()

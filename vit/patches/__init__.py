@@ -35,6 +35,7 @@ PATCHES = (
     "fuse_qkv",
     "cpu_attention",
     "attention_kernel",
+    "class_token_alone",
     "direct_forward",
     "linear_patch_embedding",
     "safe_attention_kernels",
