@@ -27,11 +27,11 @@ LEVELS = {
     # L3: models, sources, schedules, and the forms of parallelism
     3: "signals step_graph patches.colossalai_zero schedule flops data.gpu_augment data.pixels "
     "data.folders data.processor data.decoded_copy data.duplicates parallel.plain parallel.boosted "
-    "parallel.mesh parallel.policy predictions report.class_charts report.benchmark_charts "
+    "parallel.mesh patches.transformers_layers predictions report.class_charts report.benchmark_charts "
     "report.accuracy report.sweep checkpoint_files run_lock flags calibration",
     # L4: batches, a train step, a checkpoint
     4: "model step classify checkpoint sweep data.loaders data.decode data.image_tables parallel.fsdp "
-    "parallel.mesh_train report.benchmark report.page peers",
+    "parallel.mesh_train parallel.policy report.benchmark report.page peers",
     # L5: a boosted model, the folder of a run
     5: "run_folder benchmark parallel.boost data.sources explain onnx_export serve",
     # L6: the training loop, and all checks of settings

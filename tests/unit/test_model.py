@@ -19,7 +19,8 @@ from vit.modules import (
     with_first_names,
     with_names_of,
 )
-from vit.patches.transformers_vit import class_token_alone, direct_forward, fuse_qkv, linear_patch_embedding
+from vit.patches.transformers_layers import class_token_alone, direct_forward
+from vit.patches.transformers_vit import fuse_qkv, linear_patch_embedding
 from vit.presets import PRESETS, known_architecture, mean_pooled_config
 
 LABELS = ["a", "b", "c"]

@@ -21,14 +21,8 @@ from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
 from vit.patches.colossalai_gemini import steady_chunks
 from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_attention_kernels
-from vit.patches.transformers_vit import (
-    attention_kernel,
-    class_token_alone,
-    cpu_attention,
-    direct_forward,
-    fuse_qkv,
-    linear_patch_embedding,
-)
+from vit.patches.transformers_layers import class_token_alone, direct_forward
+from vit.patches.transformers_vit import attention_kernel, cpu_attention, fuse_qkv, linear_patch_embedding
 from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.system import why_no_compiler

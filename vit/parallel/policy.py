@@ -18,7 +18,7 @@ from colossalai.shardformer.policies.base_policy import (
 from torch import nn
 
 from vit.modules import RENAMED, has_new_names, numbered_layers
-from vit.patches.transformers_vit import embed, run_layer
+from vit.patches.transformers_layers import embed, run_layer
 
 OUTPUTS = ("attention.output.dense", "output.dense")  # their inputs are sharded: Linear1D_Row
 

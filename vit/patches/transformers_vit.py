@@ -13,14 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from vit.modules import (
-    has_new_names,
-    layer_list,
-    numbered_layers,
-    project_output,
-    qkv_projections,
-    self_attention,
-)
+from vit.modules import numbered_layers, project_output, qkv_projections, self_attention
 from vit.patches import patch
 from vit.system import why_no_compiler
 
@@ -89,74 +82,12 @@ def attention_kernel(model: nn.Module) -> None:
         self_attention(layer).attention_kernel = attention
 
 
-@patch
-def class_token_alone(model: nn.Module) -> None:
-    """Let the last layer compute its class token alone: all that the classifier reads.
-
-    Why: what becomes of the other tokens goes nowhere. The class token needs their keys and values, but no
-    query of theirs, and no MLP. Logits and gradients are the same up to rounding; 7 % of the matrix products
-    of a ViT-B are left out, 11 % of a ViT-Lite-7/4's.
-    Library: transformers/models/vit/modeling_vit.py, ViTLayer.forward. Can go when that does it.
-    """
-    if not hasattr(model.base_model.embeddings, "cls_token"):  # the mean of all tokens is read
-        return
-    *_, last = numbered_layers(model).values()
-    last.forward = MethodType(_run_for_class_token, last)  # type: ignore[method-assign]
-
-
-@patch
-def direct_forward(model: nn.Module) -> None:
-    """Run embeddings, layers and classifier, and nothing of what transformers does around them.
-
-    Why: since 5.0 each call builds attention masks, which a CUDA graph cannot record, and looks for outputs
-    to collect.
-    Library: transformers/models/vit/modeling_vit.py, ViTForImageClassification.forward and ViTModel.forward.
-    Can go when these can be recorded.
-    """
-    from transformers.modeling_outputs import ImageClassifierOutput
-
-    def classify(self, pixel_values: torch.Tensor, *args, **kwargs):
-        """(N, C, H, W) -> an output whose ``logits`` are (N, labels)"""
-        if _any_given(args, kwargs):
-            return type(self).forward(self, pixel_values, *args, **kwargs)
-        base = self.base_model
-        hidden_states = embed(base, pixel_values)
-        for layer in layer_list(base):
-            hidden_states = run_layer(base, layer, hidden_states)
-        if hasattr(base.embeddings, "cls_token"):
-            pooled = base.layernorm(hidden_states[:, 0])  # of the class token alone, not of every token
-        else:
-            pooled = base.layernorm(hidden_states).mean(dim=1)
-        return ImageClassifierOutput(logits=self.classifier(pooled))
-
-    model.forward = MethodType(classify, model)  # type: ignore[method-assign]
-
-
-def embed(base: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(N, C, H, W) -> (N, tokens, hidden), in the precision of the weights"""
-    return base.embeddings(pixel_values.to(base.embeddings.patch_embeddings.projection.weight.dtype))
-
-
-def run_layer(base: nn.Module, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """One layer, whose activations are computed again in the backward pass under gradient checkpointing.
-
-    Until transformers 4.52 the encoder does that, later each layer by itself.
-    """
-    encoder = getattr(base, "encoder", None)
-    by_encoder = getattr(encoder, "gradient_checkpointing", False) and base.training
-    if by_encoder and not hasattr(layer, "gradient_checkpointing"):
-        output = encoder._gradient_checkpointing_func(layer.__call__, hidden_states)
-    else:
-        output = layer(hidden_states)
-    return output[0] if isinstance(output, tuple) else output  # a tuple until 4.55
-
-
 def _embed_patches(self, pixel_values: torch.Tensor, *args, **kwargs) -> torch.Tensor:
     """(N, C, H, W) -> (N, patches, hidden)"""
     _, channels, *size = pixel_values.shape
     height, width = self.patch_size
     expected = channels == self.num_channels and tuple(size) == tuple(self.image_size)
-    if _any_given(args, kwargs) or not expected or size[0] % height or size[1] % width:
+    if any_given(args, kwargs) or not expected or size[0] % height or size[1] % width:
         return type(self).forward(self, pixel_values, *args, **kwargs)
     pixels = pixel_values.unflatten(3, (-1, width)).unflatten(2, (-1, height))
     patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
@@ -170,20 +101,7 @@ def _runs_kernels() -> bool:
     return is_hopper and not why_no_compiler()
 
 
-def _run_for_class_token(self, hidden_states: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-    """A layer: (N, tokens, hidden) -> (N, 1, hidden)"""
-    if args or kwargs:  # from the loops of transformers, some of which expect a tuple
-        return type(self).forward(self, hidden_states, *args, **kwargs)
-    context = _attend_from_class_token(self_attention(self), self.layernorm_before(hidden_states))
-    token = hidden_states[:, :1]
-    if has_new_names(self):
-        token = token + self.dropout(context)
-        return token + self.dropout(self.mlp(self.layernorm_after(token)))
-    token = token + self.attention.output(context, token)
-    return self.output(self.intermediate(self.layernorm_after(token)), token)
-
-
-def _attend_from_class_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
+def attend_from_class_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
     """(N, tokens, hidden) -> (N, 1, hidden of this rank's heads)"""
     query, *others = qkv_projections(self)
     joined = _project(hidden_states, *_join(others))
@@ -192,7 +110,7 @@ def _attend_from_class_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
 
 def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
     """(N, tokens, hidden) -> ((N, tokens, hidden of this rank's heads), no attention weights)"""
-    if _any_given(args, kwargs):  # a mask, or attention weights are wanted
+    if any_given(args, kwargs):  # a mask, or attention weights are wanted
         return type(self).forward(self, hidden_states, *args, **kwargs)
     module, weight, bias = _join(qkv_projections(self))
     is_16_bit = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
@@ -241,5 +159,5 @@ def _attention_by_products(query, key, value, dropout_p: float) -> torch.Tensor:
     return F.dropout(weights, dropout_p) @ value
 
 
-def _any_given(args: tuple, kwargs: dict) -> bool:
+def any_given(args: tuple, kwargs: dict) -> bool:
     return any(value is not None and value is not False for value in (*args, *kwargs.values()))
