@@ -24,8 +24,11 @@ class DropPath(nn.Module):
         """(N, tokens, hidden) -> the same; what is kept is divided by its probability"""
         if not self.training:
             return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) < self.keep
-        return branch * (kept / self.keep).to(branch.dtype)
+        return branch * self.draw(len(branch))[:, None, None].to(branch.dtype)
+
+    def draw(self, images: int) -> torch.Tensor:
+        """Factors (images): 0 where the branch is left out"""
+        return (torch.rand(images, device=self.keep.device) < self.keep) / self.keep
 
 
 def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:

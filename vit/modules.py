@@ -82,6 +82,13 @@ def project_output(attention: nn.Module, context: torch.Tensor) -> torch.Tensor:
     return attention.o_proj(context) if hasattr(attention, "o_proj") else context
 
 
+def mlp_projections(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The two linear layers of the MLP."""
+    if has_new_names(layer):
+        return layer.mlp.fc1, layer.mlp.fc2
+    return layer.intermediate.dense, layer.output.dense
+
+
 def branch_dropouts(layer: nn.Module) -> list[nn.Module]:
     """The modules whose ``dropout`` is the last operation of the attention branch and of the MLP branch.
 

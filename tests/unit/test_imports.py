@@ -13,10 +13,10 @@ from helpers import ROOT
 LEVELS = {
     # L0: the standard library alone, or Triton
     0: "console files disk layout presets validate versions patches parallel.plugins report.tables "
-    "attention_triton",
+    "attention_triton layer_triton",
     # L1: what the machine, a name or a setting is
-    1: "settings config system hub environment modules muon attention_kernel data.dataset data.leaves "
-    "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
+    1: "settings config system hub environment modules muon attention_kernel layer_kernels data.dataset "
+    "data.leaves patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
     "patches.colossalai_imports patches.torch_kernels checksums watch "
     "report.reading pages tracking",
     # L2: process group, optimizer, and reading and transforming images

@@ -21,7 +21,7 @@ from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
 from vit.patches.colossalai_gemini import steady_chunks
 from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_attention_kernels
-from vit.patches.transformers_layers import class_token_alone, direct_forward
+from vit.patches.transformers_layers import class_token_alone, direct_forward, layer_kernels
 from vit.patches.transformers_vit import attention_kernel, cpu_attention, fuse_qkv, linear_patch_embedding
 from vit.schedule import BatchPlan
 from vit.settings import Settings
@@ -68,9 +68,12 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     if not settings.lora_rank:  # which replaces projections
         fuse_qkv(model)
         cpu_attention(model, settings.precision)
+        class_token_alone(model)
         if compiled_part(settings) or records_steps(settings):
             attention_kernel(model)
-        class_token_alone(model)
+            layout = settings.layout
+            if layout.data_parallel_size == layout.world_size and not settings.grad_checkpoint:
+                layer_kernels(model, settings.precision)
     direct_forward(model)
     if settings.grad_checkpoint:
         # the re-entrant form gives no gradients to a layer whose input has none: the first above frozen ones

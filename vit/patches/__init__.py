@@ -36,6 +36,7 @@ PATCHES = (
     "cpu_attention",
     "attention_kernel",
     "class_token_alone",
+    "layer_kernels",
     "direct_forward",
     "linear_patch_embedding",
     "safe_attention_kernels",

@@ -5,13 +5,25 @@ parameters. What happens within attention and the patch embedding is in transfor
 from __future__ import annotations
 
 from types import MethodType
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from vit.modules import has_new_names, layer_list, numbered_layers, self_attention
+from vit.model_variants import DropPath
+from vit.modules import (
+    branch_dropouts,
+    has_new_names,
+    layer_list,
+    mlp_projections,
+    numbered_layers,
+    output_projection,
+    project_output,
+    self_attention,
+)
 from vit.patches import patch
-from vit.patches.transformers_vit import any_given, attend_from_class_token
+from vit.patches.transformers_vit import any_given, attend, attend_from_class_token, runs_kernels
 
 
 @patch
@@ -27,6 +39,27 @@ def class_token_alone(model: nn.Module) -> None:
         return
     *_, last = numbered_layers(model).values()
     last.forward = MethodType(_run_for_class_token, last)  # type: ignore[method-assign]
+    last.for_class_token = True
+
+
+@patch
+def layer_kernels(model: nn.Module, precision: str) -> None:
+    """Compute GELU, and residual sums with the LayerNorms after them, by kernels of this project: in 16 bit,
+    on a Hopper GPU. Call after `class_token_alone`; not for tensor or pipeline parallelism or checkpointing.
+
+    Why: NN
+    Library: torch/_inductor, and torch/nn/functional.py, layer_norm and gelu. Can go when these are as fast.
+    """
+    config = model.config
+    fits = config.hidden_act == "gelu" and not config.hidden_dropout_prob and config.hidden_size <= 2048
+    if precision == "fp32" or not fits or not runs_kernels():
+        return
+    from vit.layer_kernels import add_norm, gelu
+
+    for layer in numbered_layers(model).values():
+        layer.kernels = add_norm, gelu
+        layer.forward = MethodType(_run_by_kernels, layer)  # type: ignore[method-assign]
+    model.base_model.runs_by_kernels = True
 
 
 @patch
@@ -45,9 +78,7 @@ def direct_forward(model: nn.Module) -> None:
         if any_given(args, kwargs):
             return type(self).forward(self, pixel_values, *args, **kwargs)
         base = self.base_model
-        hidden_states = embed(base, pixel_values)
-        for layer in layer_list(base):
-            hidden_states = run_layer(base, layer, hidden_states)
+        hidden_states = _run_layers(base, embed(base, pixel_values))
         if hasattr(base.embeddings, "cls_token"):
             pooled = base.layernorm(hidden_states[:, 0])  # of the class token alone, not of every token
         else:
@@ -60,6 +91,29 @@ def direct_forward(model: nn.Module) -> None:
 def embed(base: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
     """(N, C, H, W) -> (N, tokens, hidden), in the precision of the weights"""
     return base.embeddings(pixel_values.to(base.embeddings.patch_embeddings.projection.weight.dtype))
+
+
+class Branch(NamedTuple):
+    """What is to be added to hidden states: ``(product + bias) * factors``; at first nothing."""
+
+    product: torch.Tensor | None = None  # (N, tokens, hidden), of a linear layer without its bias
+    bias: torch.Tensor | None = None  # (hidden)
+    factors: torch.Tensor | None = None  # (N), of each image's drop path; None: 1
+
+
+def _run_layers(base: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """(N, tokens, hidden) -> (N, tokens, hidden), or (N, 1, hidden) after `class_token_alone`"""
+    if not hasattr(base, "runs_by_kernels"):
+        for layer in layer_list(base):
+            hidden_states = run_layer(base, layer, hidden_states)
+        return hidden_states
+    branch = Branch()
+    for layer in layer_list(base):
+        hidden_states, branch = layer(hidden_states, branch)
+    added = branch.product + branch.bias
+    if branch.factors is not None:
+        added = added * branch.factors[:, None, None].to(added.dtype)
+    return hidden_states + added
 
 
 def run_layer(base: nn.Module, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -80,10 +134,57 @@ def _run_for_class_token(self, hidden_states: torch.Tensor, *args, **kwargs) -> 
     """A layer: (N, tokens, hidden) -> (N, 1, hidden)"""
     if args or kwargs:  # from the loops of transformers, some of which expect a tuple
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    context = attend_from_class_token(self_attention(self), self.layernorm_before(hidden_states))
+    attention = self_attention(self)
+    context = attend_from_class_token(attention, self.layernorm_before(hidden_states))
+    context = project_output(attention, context)
     token = hidden_states[:, :1]
     if has_new_names(self):
         token = token + self.dropout(context)
         return token + self.dropout(self.mlp(self.layernorm_after(token)))
     token = token + self.attention.output(context, token)
     return self.output(self.intermediate(self.layernorm_after(token)), token)
+
+
+def _run_by_kernels(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, Branch]:
+    """A layer, but for its last sum, which is left to the kernel that computes the next layer's LayerNorm.
+
+    Args:
+        hidden_states: (N, tokens, hidden), without the branch of the layer before.
+        args: that `Branch`.
+
+    Returns:
+        Hidden states without the branch of this layer, and that.
+    """
+    if len(args) != 1 or not isinstance(args[0], Branch):  # from the loops of transformers
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    _, gelu = self.kernels
+    dropouts = [module.dropout for module in branch_dropouts(self)]
+    widen, narrow = mlp_projections(self)
+    hidden_states, normed = _add_norm(self, hidden_states, args[0], self.layernorm_before)
+    if hasattr(self, "for_class_token"):
+        context = attend_from_class_token(self_attention(self), normed)
+        hidden_states = hidden_states[:, :1].contiguous()
+    else:
+        context = attend(self_attention(self), normed)
+    branch = _branch(context, output_projection(self), dropouts[0])
+    hidden_states, normed = _add_norm(self, hidden_states, branch, self.layernorm_after)
+    activated = gelu(F.linear(normed, widen.weight), widen.bias)
+    return hidden_states, _branch(activated, narrow, dropouts[-1])
+
+
+def _add_norm(self, hidden_states: torch.Tensor, branch: Branch, norm: nn.LayerNorm):
+    """-> hidden states with the branch, and their LayerNorm"""
+    if branch.product is None:
+        return hidden_states, norm(hidden_states)
+    add_norm, _ = self.kernels
+    hidden_states, normed, _ = add_norm(hidden_states, *branch, norm.weight, norm.bias, norm.eps)
+    return hidden_states, normed
+
+
+def _branch(inputs: torch.Tensor, linear: nn.Module, dropout: nn.Module) -> Branch:
+    """``dropout`` of ``linear(inputs)``, which drops nothing but paths."""
+    product, factors = F.linear(inputs, linear.weight), None
+    for module in dropout.modules():
+        if isinstance(module, DropPath) and module.training:
+            factors = module.draw(len(inputs))
+    return Branch(product, linear.bias, factors)

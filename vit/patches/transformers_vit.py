@@ -101,40 +101,45 @@ def _runs_kernels() -> bool:
     return is_hopper and not why_no_compiler()
 
 
-def attend_from_class_token(self, hidden_states: torch.Tensor) -> torch.Tensor:
-    """(N, tokens, hidden) -> (N, 1, hidden of this rank's heads)"""
-    query, *others = qkv_projections(self)
-    joined = _project(hidden_states, *_join(others))
-    return _compute_attention(self, _project(hidden_states[:, :1], *_join([query])), *joined.chunk(2, 2))
-
-
 def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
     """(N, tokens, hidden) -> ((N, tokens, hidden of this rank's heads), no attention weights)"""
     if any_given(args, kwargs):  # a mask, or attention weights are wanted
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    module, weight, bias = _join(qkv_projections(self))
+    return project_output(self, attend(self, hidden_states)), None
+
+
+def attend(attention: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What the heads compute, before the output is projected: (N, tokens, hidden) -> the same"""
+    module, weight, bias = _join(qkv_projections(attention))
     is_16_bit = weight.dtype != torch.float32 or torch.is_autocast_enabled(weight.device.type)
-    kernel = getattr(self, "attention_kernel", None) if is_16_bit else None
+    kernel = getattr(attention, "attention_kernel", None) if is_16_bit else None
     if kernel is None:
         # the gradients of the parts are put together in one copy, with unbind in two
-        return _compute_attention(self, *_project(hidden_states, module, weight, bias).chunk(3, 2)), None
+        return _compute_heads(attention, *_project(hidden_states, module, weight, bias).chunk(3, 2))
     # the kernel computes the gradient of the bias
     joined = _project(hidden_states, module, weight, None if bias is None else bias.detach())
-    context, _ = kernel(joined, bias, joined.shape[2] // (3 * _head_size(self)))
-    return project_output(self, context), None
+    context, _ = kernel(joined, bias, joined.shape[2] // (3 * _head_size(attention)))
+    return context
 
 
-def _compute_attention(self, *parts: torch.Tensor) -> torch.Tensor:
+def attend_from_class_token(attention: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """`attend` of the first token alone: (N, tokens, hidden) -> (N, 1, hidden)"""
+    query, *others = qkv_projections(attention)
+    joined = _project(hidden_states, *_join(others))
+    return _compute_heads(attention, _project(hidden_states[:, :1], *_join([query])), *joined.chunk(2, 2))
+
+
+def _compute_heads(attention: nn.Module, *parts: torch.Tensor) -> torch.Tensor:
     """Queries, keys and values, each (N, tokens, hidden) -> (N, tokens of the queries, hidden)"""
-    query, key, value = (part.unflatten(2, (-1, _head_size(self))).transpose(1, 2) for part in parts)
-    dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
-    attention = getattr(self, "attention_function", F.scaled_dot_product_attention)
-    context = attention(query, key, value, dropout_p=dropout)  # (N, heads, tokens, head size)
-    return project_output(self, context.transpose(1, 2).flatten(2))
+    query, key, value = (part.unflatten(2, (-1, _head_size(attention))).transpose(1, 2) for part in parts)
+    dropout = attention.config.attention_probs_dropout_prob if attention.training else 0.0
+    compute = getattr(attention, "attention_function", F.scaled_dot_product_attention)
+    context = compute(query, key, value, dropout_p=dropout)  # (N, heads, tokens, head size)
+    return context.transpose(1, 2).flatten(2)
 
 
-def _head_size(self) -> int:
-    return self.config.hidden_size // self.config.num_attention_heads
+def _head_size(attention: nn.Module) -> int:
+    return attention.config.hidden_size // attention.config.num_attention_heads
 
 
 def _join(projections) -> tuple[nn.Module, torch.Tensor, torch.Tensor | None]:
@@ -157,6 +162,12 @@ def _attention_by_products(query, key, value, dropout_p: float) -> torch.Tensor:
     """Each (N, heads, tokens, head size) -> the same"""
     weights = F.softmax(query * query.shape[3] ** -0.5 @ key.transpose(2, 3), dim=3)
     return F.dropout(weights, dropout_p) @ value
+
+
+def runs_kernels() -> bool:
+    """Whether this project's kernels run here, on a GPU like those on which they were measured."""
+    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+    return is_hopper and not why_no_compiler()
 
 
 def any_given(args: tuple, kwargs: dict) -> bool:

@@ -1,0 +1,225 @@
+"""`vit/layer_kernels.py`: where it is used, and, where Triton can interpret it, what it computes.
+
+On a GPU its results are compared in tests/distributed/gpu_cases.py.
+"""
+
+import subprocess
+import sys
+from copy import deepcopy
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import ROOT, tiny_vit
+
+from vit.layout import ParallelLayout
+from vit.model_variants import add_drop_path
+from vit.modules import numbered_layers
+from vit.parallel import boost
+from vit.patches import transformers_layers as patches
+from vit.patches.transformers_vit import fuse_qkv, linear_patch_embedding
+from vit.settings import Settings
+
+
+def gelu(product, bias):
+    return F.gelu(product + bias)
+
+
+def add_norm(hidden, product, bias, factors, weight, shift, epsilon):
+    added = product + bias if factors is None else (product + bias) * factors[:, None, None]
+    total = hidden + added.to(hidden.dtype)
+    return total, F.layer_norm(total, weight.shape, weight, shift, epsilon).to(product.dtype), None
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    """A Hopper GPU, and in the place of the kernels PyTorch's functions, which note that they were called."""
+    noted: list = []
+    module = ModuleType("vit.layer_kernels")
+    for function in (gelu, add_norm):
+
+        def note(*given, function=function):
+            noted.append(function.__name__)
+            return function(*given)
+
+        setattr(module, function.__name__, note)
+    monkeypatch.setitem(sys.modules, "vit.layer_kernels", module)
+    monkeypatch.setattr(patches, "runs_kernels", lambda: True)
+    return noted
+
+
+def build(with_kernels: bool, drop_path: float = 0.0, **sizes) -> torch.nn.Module:
+    """A model as `boost` prepares it; its biases are not 0."""
+    torch.manual_seed(0)
+    model = tiny_vit(**sizes)
+    with torch.no_grad():
+        for param in model.parameters():
+            param += 0.1 * torch.randn(param.shape)
+    linear_patch_embedding(model)
+    fuse_qkv(model)
+    patches.class_token_alone(model)
+    if with_kernels:
+        patches.layer_kernels(model, "bf16")
+    patches.direct_forward(model)
+    add_drop_path(model, drop_path, model.config.num_hidden_layers)
+    return model
+
+
+def logits_and_gradients(model: torch.nn.Module, is_autocast: bool) -> list[torch.Tensor]:
+    pixels = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    torch.manual_seed(2)  # of drop path
+    with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+        logits = model(pixel_values=pixels).logits
+    return [logits, *torch.autograd.grad(logits.float().square().sum(), list(model.parameters()))]
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
+def test_layers_by_kernels_compute_what_transformers_layers_do(calls, kind, drop_path):
+    models = [build(with_kernels, drop_path).train() for with_kernels in (False, True)]
+    if kind == "bf16":
+        models = [model.bfloat16() for model in models]
+    expected, found = (logits_and_gradients(model, kind == "autocast") for model in models)
+    assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
+    # together: the gradient of a key's bias is 0 but for rounding
+    is_, was = (torch.cat([tensor.flatten() for tensor in tensors]).float() for tensors in (found, expected))
+    assert (is_ - was).norm() <= (1e-5 if kind == "fp32" else 0.02) * was.norm()
+    layers = models[0].config.num_hidden_layers
+    assert calls == ["add_norm", "gelu"] + ["add_norm", "add_norm", "gelu"] * (layers - 1)
+
+
+def test_layers_by_kernels_serve_transformers_own_loop(calls):
+    plain, fast = (build(with_kernels) for with_kernels in (False, True))
+    pixels = torch.randn(3, 3, 16, 16)
+    # without `direct_forward`, as VIT_DISABLE_PATCHES leaves it
+    logits = [type(model).forward(model, pixels).logits for model in (plain, fast)]
+    torch.testing.assert_close(logits[1], logits[0])
+    assert not calls
+
+
+@pytest.mark.parametrize("sizes", [dict(hidden_dropout_prob=0.1), dict(hidden_act="relu")])
+def test_no_kernels_for_layers_that_compute_something_else(calls, sizes):
+    logits_and_gradients(build(with_kernels=True, **sizes), is_autocast=True)
+    assert not calls
+
+
+@pytest.mark.parametrize(
+    "changes, used",
+    [
+        ({}, True),
+        (dict(compile=False), False),  # the host is too slow for it to matter
+        (dict(grad_checkpoint=True), False),
+        (dict(layout=ParallelLayout(2, tensor_size=2)), False),
+        (dict(layout=ParallelLayout(2, pipeline_size=2)), False),
+        (dict(layout=ParallelLayout(2)), True),
+    ],
+)
+def test_kernels_are_for_compiled_layers_that_are_whole(monkeypatch, changes, used):
+    class Ends(Exception):
+        pass
+
+    def end(*_):
+        raise Ends
+
+    called: list = []
+    monkeypatch.setattr(boost, "layer_kernels", lambda *given: called.append(given[1]))
+    monkeypatch.setattr(boost, "compile_model", end)
+    chosen = dict(plugin="none", precision="bf16", batch_size=2, learning_rate=0.1, weight_decay=0.0)
+    rest = dict(zero_stage=0, num_microbatches=1, offload_optim_frac=0.0, grad_checkpoint=False)
+    settings = dict(layout=ParallelLayout(1), compile=True) | chosen | rest | changes
+    with pytest.raises(Ends):
+        boost.boost_with_plugin(tiny_vit(), Settings(**settings))
+    assert called == ["bf16"] * used
+
+
+def test_no_kernels_in_fp32_or_where_they_cannot_run(calls, monkeypatch):
+    model = tiny_vit()
+
+    def is_changed() -> bool:
+        return any(hasattr(layer, "kernels") for layer in numbered_layers(model).values())
+
+    patches.layer_kernels(model, "fp32")
+    assert not is_changed()
+    monkeypatch.setattr(patches, "runs_kernels", lambda: False)
+    patches.layer_kernels(model, "bf16")
+    assert not is_changed()
+    monkeypatch.setattr(patches, "runs_kernels", lambda: True)
+    patches.layer_kernels(deepcopy(model), "fp16")
+    patches.layer_kernels(model, "bf16")
+    assert is_changed()
+
+
+def test_kernels_interpreted_on_the_cpu():
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
+        pytest.skip("the interpreter of Triton 3.1 is wrong for masked loads, that of 3.2 was not tried")
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def nan_like(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.full_like(tensor, torch.nan) for tensor in tensors]
+
+
+def compare(**found_and_expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for name, (found, expected) in found_and_expected.items():
+        assert (found.double() - expected.double()).norm() <= 1e-3 * expected.double().norm(), name
+
+
+def interpret_gelu(rows: int, channels: int) -> None:
+    """Compare results in tensors that were NaN before with PyTorch's of fp64."""
+    from vit import layer_kernels as kernels
+
+    product, gradient = 2 * torch.randn(rows, channels).half(), torch.randn(rows, channels).half()
+    bias = torch.randn(channels)
+    z = (product.double() + bias.double()).requires_grad_()
+    expected = F.gelu(z)
+    (of_product,) = torch.autograd.grad(expected, z, gradient.double())
+    (result,) = nan_like(product)
+    kernels.launch_gelu(product, bias, result)
+    gradients, sums = nan_like(*kernels._empty_gelu_gradients(product, bias, gradient))
+    kernels.launch_gelu_backward(product, bias, gradient, gradients, sums)
+    compare(result=(result, expected), product=(gradients, of_product), bias=(sums.sum(0), of_product.sum(0)))
+
+
+def interpret_norm(images: int, tokens: int, width: int, hidden_type: torch.dtype, drops: bool) -> None:
+    from vit import layer_kernels as kernels
+
+    shape = (images, tokens, width)
+    hidden, of_total = torch.randn(2, *shape).to(hidden_type)
+    product, of_normed = torch.randn(2, *shape).half()
+    bias, weight, shift = torch.randn(3, width)
+    factors = torch.tensor([0.0, 1.25, 1.25]) if drops else None
+    inputs = [tensor.double().requires_grad_() for tensor in (hidden, product, bias, weight, shift)]
+    scale = 1.0 if factors is None else factors.double()[:, None, None]
+    total = inputs[0] + (inputs[1] + inputs[2]) * scale
+    normed = F.layer_norm(total, (width,), *inputs[3:], 1e-6)
+    outputs, of_outputs = [total, normed], [of_total.double(), of_normed.double()]
+    expected = torch.autograd.grad(outputs, inputs, of_outputs)
+
+    given = (hidden, product, bias, factors, weight, shift)
+    results = nan_like(*kernels._empty_norm_results(*given, 1e-6))
+    kernels.launch_norm(*given, *results, 1e-6)
+    compare(total=(results[0], total), normed=(results[1], normed))
+    given = (results[0], results[2], factors, weight, of_total, of_normed)
+    of_hidden, of_product, sums = nan_like(*kernels._empty_norm_gradients(*given))
+    kernels.launch_norm_backward(*given, of_hidden, of_product, sums)
+    assert of_product.numel() or (hidden_type == torch.float16 and not drops)
+    of_product = of_product if of_product.numel() else of_hidden
+    compare(hidden=(of_hidden, expected[0]), product=(of_product, expected[1]))
+    for name, found, was in zip(("bias", "weight", "shift"), sums.sum(0), expected[2:]):
+        compare(**{name: (found, was)})
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    interpret_gelu(rows=70, channels=200)
+    interpret_gelu(rows=3, channels=128)
+    for hidden_type in (torch.float32, torch.float16):
+        for drops in (False, True):
+            interpret_norm(3, 13, 96, hidden_type, drops)
+    interpret_norm(1, 16, 256, torch.float16, drops=False)
