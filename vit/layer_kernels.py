@@ -158,7 +158,7 @@ add_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
 
 def _rows_of_program(rows: int) -> int:
     """Of a backward pass, in which a program adds up its rows: fewer where there are few for all of a GPU."""
-    return 16 if rows <= 2**14 else 32
+    return max(AT_A_TIME, min(32, triton.next_power_of_2(rows // 400)))
 
 
 def launch_gelu(product, bias, result) -> None:

@@ -21,6 +21,7 @@ silence_libraries()
 import torch
 import torch.nn.functional as F
 from helpers import tiny_vit
+from layer_kernel_checks import check_all
 
 from vit.data.dataset import IGNORE_INDEX
 from vit.data.processor import Normalize
@@ -196,6 +197,7 @@ def main() -> None:
             for tokens in (16, 64, 65, 197, 577)
             for dtype in (torch.float16, torch.bfloat16)
         ]
+        check_all("cuda")
     word = sys.argv[2] if len(sys.argv) > 2 else ""
     for name, changes in cases(int(os.environ["WORLD_SIZE"])).items():
         if word not in name and "none fp32" not in name:
