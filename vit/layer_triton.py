@@ -139,7 +139,7 @@ def norm_backward(
         x = tl.load(total + places, mask=is_there, other=0.0)
         gradient = tl.load(of_normed + places, mask=is_there, other=0.0)
         passed = tl.load(of_total + places, mask=is_there, other=0.0)
-        # 0 beyond the width, where the gradient is 0
+        # beyond the width this is not 0, but the gradient is
         normal = (x.to(tl.float32) - mean[:, None]) * scale[:, None]
         of_result = gradient.to(tl.float32)
         of_weight += tl.sum(of_result * normal, 0)
