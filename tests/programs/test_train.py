@@ -191,17 +191,12 @@ def test_runs_are_compared_in_a_table_and_a_chart(runs, capsys):
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
     header, *body = [[cell.strip() for cell in line] for line in (lines[0], *lines[2:])]
     found = {line[0]: dict(zip(header, line)) for line in body}
-    assert header[-1] == "differs from 1d resumed"  # of the settings that several runs have, the first
-    assert (
-        found["1d resumed"]["seed"] == "42 42"
-        and found["1d resumed"]["accuracy"].endswith("± 0.0000")
-        and found["1d resumed"][header[-1]] == ""
-    )
+    several = [name for name, line in found.items() if line["seed"] == "42 42"]
+    assert {"1d resumed", "2d resumed", "vanilla resumed"} == set(several)
+    assert header[-1] == f"differs from {several[0]}" and found[several[0]][header[-1]] == ""
+    assert found["1d resumed"]["accuracy"].endswith("± 0.0000")
     assert found["mixed"]["accuracy"] == f"{rows(runs / 'mixed')[-1]['accuracy']:.4f}"
-    assert (
-        "CUTMIX 1.0, MIX_EPOCHS 1, PLUGIN hybrid_parallel, mode vanilla"
-        in found["mixed at first"][header[-1]]
-    )
+    assert "CUTMIX 1.0, MIX_EPOCHS 1" in found["mixed at first"][header[-1]]
     accuracies = [float(line["accuracy"].split(" ")[0]) for line in found.values()]
     assert accuracies == sorted(accuracies, reverse=True)
     assert (runs / "epochs.png").stat().st_size > 10_000
