@@ -49,6 +49,9 @@ def check_gelu(rows: int, channels: int) -> None:
     gradients, sums = nan_like(*kernels._empty_gelu_gradients(product, bias, gradient))
     kernels.launch_gelu_backward(product, bias, gradient, gradients, sums)
     compare(result=(result, expected), product=(gradients, of_product), bias=(sums.sum(0), of_product.sum(0)))
+    parts = [product.requires_grad_(), bias.requires_grad_()]
+    found = torch.autograd.grad(kernels.gelu(*parts), parts, gradient)
+    compare(of_product=(found[0], of_product), of_bias=(found[1], of_product.sum(0)))
 
 
 def check_norm(images: int, tokens: int, width: int, hidden_type: torch.dtype, drops: bool) -> None:
@@ -76,8 +79,14 @@ def check_norm(images: int, tokens: int, width: int, hidden_type: torch.dtype, d
     assert of_product.numel() or (hidden_type == torch.float16 and not drops)
     of_product = of_product if of_product.numel() else of_hidden
     compare(hidden=(of_hidden, expected[0]), product=(of_product, expected[1]))
-    for name, found, was in zip(("bias", "weight", "shift"), sums.sum(0), expected[2:]):
+    names = ("hidden", "product", "bias", "weight", "shift")
+    for name, found, was in zip(names[2:], sums.sum(0), expected[2:], strict=True):
         compare(**{name: (found, was)})
+    parts = [tensor.requires_grad_() for tensor in (hidden, product, bias, weight, shift)]
+    total, normed, _ = kernels.add_norm(*parts[:3], factors, *parts[3:], 1e-6)
+    gradients = torch.autograd.grad([total, normed], parts, [of_total, of_normed])
+    for name, found, was in zip(names, gradients, expected, strict=True):
+        compare(**{f"of {name}": (found, was)})
 
 
 if __name__ == "__main__":

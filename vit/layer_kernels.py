@@ -15,12 +15,12 @@ from vit.layer_triton import gelu_backward, gelu_forward, norm_backward, norm_fo
 
 # Sizes of programs: the fastest of a dozen on an H200, for ViT-B/16 with 8, 32 and 256 images and for
 # ViT-Lite-7/4 with 512.
-NUMBERS = 2048  # of GELU forward
-CHANNELS = 128  # of GELU backward
-AT_A_TIME = 4  # rows in registers
+NUMBERS = 2048  # of one program of GELU forward
+CHANNELS = 128  # of one program of GELU backward
+AT_A_TIME = 4  # rows that a program has in its registers
 
 
-@torch.library.custom_op("vit::gelu", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("vit::gelu", mutates_args=())
 def gelu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """GELU of ``product + bias``.
 
@@ -33,7 +33,7 @@ def gelu(product: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     return result
 
 
-@torch.library.custom_op("vit::gelu_gradients", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("vit::gelu_gradients", mutates_args=())
 def gelu_gradients(
     product: torch.Tensor, bias: torch.Tensor, gradient: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,7 +46,7 @@ def gelu_gradients(
     return gradients, sums
 
 
-@torch.library.custom_op("vit::add_norm", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("vit::add_norm", mutates_args=())
 def add_norm(
     hidden: torch.Tensor,
     product: torch.Tensor,
@@ -74,7 +74,7 @@ def add_norm(
     return results
 
 
-@torch.library.custom_op("vit::add_norm_gradients", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("vit::add_norm_gradients", mutates_args=())
 def add_norm_gradients(
     total: torch.Tensor,
     statistics: torch.Tensor,
@@ -138,13 +138,14 @@ def _differentiate_gelu(ctx, gradient):
 def _save_norm(ctx, inputs, output) -> None:
     (*_, factors, weight, _, _), (total, _, statistics) = inputs, output
     ctx.save_for_backward(total, statistics, factors, weight)
-    ctx.set_materialize_grads(False)  # of the statistics
+    ctx.set_materialize_grads(False)  # the statistics have none
 
 
 def _differentiate_norm(ctx, of_total, of_normed, _):
     total, statistics, factors, weight = ctx.saved_tensors
+    of_total = torch.zeros_like(total) if of_total is None else of_total.contiguous()
     of_hidden, of_product, sums = add_norm_gradients(
-        total, statistics, factors, weight, of_total.contiguous(), of_normed.contiguous()
+        total, statistics, factors, weight, of_total, of_normed.contiguous()
     )
     if not of_product.numel():
         of_product = of_hidden
@@ -157,7 +158,9 @@ add_norm.register_autograd(_differentiate_norm, setup_context=_save_norm)
 
 
 def _rows_of_program(rows: int) -> int:
-    """Of a backward pass, in which a program adds up its rows: fewer where there are few for all of a GPU."""
+    """Of a backward pass, in which a program adds up its rows. Up to 32, but few enough for about 400
+    programs: an H200 has 132 multiprocessors, and each runs several.
+    """
     return max(AT_A_TIME, min(32, triton.next_power_of_2(rows // 400)))
 
 
@@ -175,6 +178,7 @@ def launch_gelu_backward(product, bias, gradient, gradients, sums) -> None:
 
 
 def launch_norm(hidden, *tensors_and_epsilon) -> None:
+    assert hidden.is_contiguous()
     images, tokens, width = hidden.shape
     grid = (triton.cdiv(images * tokens, AT_A_TIME),)
     padded, warps = _width_of_program(width)
@@ -194,8 +198,8 @@ def launch_norm_backward(
 
 
 def _width_of_program(width: int) -> tuple[int, int]:
-    """-> the next power of 2, and the warps whose threads have 8 numbers of a row each: a sum over rows then
-    stays within a thread
+    """-> the next power of 2, and the warps for it: so many that a thread has at most 8 numbers of each row.
+    It then has the same channels of all rows, and adds these up without the other threads.
     """
     padded = triton.next_power_of_2(width)
     return padded, max(1, padded // 256)

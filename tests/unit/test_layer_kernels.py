@@ -145,9 +145,11 @@ def test_no_kernels_in_fp32_or_where_they_cannot_run(calls, monkeypatch):
     patches.layer_kernels(model, "bf16")
     assert not is_changed()
     monkeypatch.setattr(patches, "runs_kernels", lambda: True)
-    patches.layer_kernels(deepcopy(model), "fp16")
-    patches.layer_kernels(model, "bf16")
-    assert is_changed()
+    for precision in ("fp16", "bf16"):
+        model = deepcopy(model)
+        patches.layer_kernels(model, precision)
+        assert is_changed()
+        model = tiny_vit()
 
 
 def test_kernels_interpreted_on_the_cpu():

@@ -146,7 +146,13 @@ def compile_model(model: nn.Module, part: str) -> None:
     eager_dropout()
     if part == "the model":  # a graph gains more the less is left between graphs
         model.compile(mode="reduce-overhead", dynamic=False)
-    else:  # the layers are alike: the kernels of the first one serve all
+    else:  # the layers between the first and the last are alike: one's kernels serve all
+        import torch._dynamo.config as dynamo
+
+        # first, middle and last layer, in training and evaluation, frozen or not: more than the 8 of PyTorch,
+        # from where on nothing is compiled
+        limit = "recompile_limit" if hasattr(dynamo, "recompile_limit") else "cache_size_limit"
+        setattr(dynamo, limit, 32)
         for module in (model.base_model.embeddings, *numbered_layers(model).values()):
             module.compile(dynamic=False)
 

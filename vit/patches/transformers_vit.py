@@ -74,7 +74,7 @@ def attention_kernel(model: nn.Module) -> None:
     config = model.config
     tokens = (config.image_size // config.patch_size) ** 2 + 1
     is_measured = config.hidden_size == 64 * config.num_attention_heads and tokens <= 577
-    if config.attention_probs_dropout_prob or not is_measured or not _runs_kernels():
+    if config.attention_probs_dropout_prob or not is_measured or not runs_kernels():
         return
     from vit.attention_kernel import attention
 
@@ -93,12 +93,6 @@ def _embed_patches(self, pixel_values: torch.Tensor, *args, **kwargs) -> torch.T
     patches = pixels.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
     weight = self.projection.weight.clone()  # gemini may take back what it lent for one operation
     return F.linear(patches, weight.flatten(1), self.projection.bias)
-
-
-def _runs_kernels() -> bool:
-    """Whether this project's kernels run here, and are known to be faster."""
-    is_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    return is_hopper and not why_no_compiler()
 
 
 def _attend(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, None]:
