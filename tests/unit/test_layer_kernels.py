@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from helpers import ROOT, tiny_vit
 
 from vit.layout import ParallelLayout
+from vit.model import freeze_parameters
 from vit.model_variants import add_drop_path
 from vit.modules import numbered_layers
 from vit.parallel import boost
@@ -150,6 +151,31 @@ def test_no_kernels_in_fp32_or_where_they_cannot_run(calls, monkeypatch):
         patches.layer_kernels(model, precision)
         assert is_changed()
         model = tiny_vit()
+
+
+def test_every_kind_of_layer_is_compiled(calls, monkeypatch):
+    """First, middle and last layer, frozen or not, in training and evaluation: more than the usual limit."""
+    import torch._dynamo as dynamo
+
+    limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
+    monkeypatch.setattr(dynamo.config, limit, 8)
+    monkeypatch.setitem(vars(sys.modules["vit.layer_kernels"]), "gelu", gelu)
+    monkeypatch.setitem(vars(sys.modules["vit.layer_kernels"]), "add_norm", add_norm)
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compile_module(self, backend="eager"))
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    model = build(with_kernels=True, num_hidden_layers=12)
+    freeze_parameters(model, "3")
+    boost.compile_model(model, "each layer")
+    for training in (True, False, True):
+        with torch.set_grad_enabled(training):
+            logits = model.train(training)(pixel_values=torch.randn(4, 3, 16, 16)).logits
+        if training:
+            logits.sum().backward()
+    reasons = dynamo.utils.counters["unimplemented"]
+    dynamo.reset()
+    assert not [reason for reason in reasons if "limit" in reason]
 
 
 def test_kernels_interpreted_on_the_cpu():
