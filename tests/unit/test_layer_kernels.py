@@ -157,8 +157,6 @@ def test_every_kind_of_layer_is_compiled(calls, monkeypatch):
     """First, middle and last layer, frozen or not, in training and evaluation: more than the usual limit."""
     import torch._dynamo as dynamo
 
-    limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
-    monkeypatch.setattr(dynamo.config, limit, 8)
     monkeypatch.setitem(vars(sys.modules["vit.layer_kernels"]), "gelu", gelu)
     monkeypatch.setitem(vars(sys.modules["vit.layer_kernels"]), "add_norm", add_norm)
     compile_module = torch.nn.Module.compile
@@ -167,12 +165,14 @@ def test_every_kind_of_layer_is_compiled(calls, monkeypatch):
     dynamo.utils.counters.clear()
     model = build(with_kernels=True, num_hidden_layers=12)
     freeze_parameters(model, "3")
-    boost.compile_model(model, "each layer")
-    for training in (True, False, True):
-        with torch.set_grad_enabled(training):
-            logits = model.train(training)(pixel_values=torch.randn(4, 3, 16, 16)).logits
-        if training:
-            logits.sum().backward()
+    limit = "recompile_limit" if hasattr(dynamo.config, "recompile_limit") else "cache_size_limit"
+    with dynamo.config.patch({limit: 8}):
+        boost.compile_model(model, "each layer")
+        for training in (True, False, True):
+            with torch.set_grad_enabled(training):
+                logits = model.train(training)(pixel_values=torch.randn(4, 3, 16, 16)).logits
+            if training:
+                logits.sum().backward()
     reasons = dynamo.utils.counters["unimplemented"]
     dynamo.reset()
     assert not [reason for reason in reasons if "limit" in reason]
