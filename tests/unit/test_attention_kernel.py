@@ -3,14 +3,13 @@
 On a GPU its results are compared in tests/distributed/gpu_cases.py.
 """
 
-import subprocess
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, tiny_vit
+from helpers import run_interpreted, tiny_vit
 
 from vit.layout import ParallelLayout
 from vit.modules import numbered_layers, self_attention
@@ -115,14 +114,7 @@ def test_kernel_is_for_steps_that_are_compiled(monkeypatch, compiles):
 
 
 def test_kernels_interpreted_on_the_cpu():
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("the interpreter of Triton 3.1 is wrong for masked loads, that of 3.2 was not tried")
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=120
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(__file__)
 
 
 def interpret(tokens: int, heads: int, size: int, rows: int) -> None:

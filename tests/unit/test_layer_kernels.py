@@ -3,7 +3,6 @@
 On a GPU tests/distributed/gpu_cases.py runs them.
 """
 
-import subprocess
 import sys
 from copy import deepcopy
 from types import ModuleType
@@ -11,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, tiny_vit
+from helpers import ROOT, run_interpreted, tiny_vit
 
 from vit.layout import ParallelLayout
 from vit.model import freeze_parameters
@@ -179,15 +178,4 @@ def test_every_kind_of_layer_is_compiled(calls, monkeypatch):
 
 
 def test_kernels_interpreted_on_the_cpu():
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 3):
-        pytest.skip("the interpreter of Triton 3.1 is wrong for masked loads, that of 3.2 was not tried")
-    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "layer_kernel_checks.py", "cpu"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_interpreted(ROOT / "tests" / "layer_kernel_checks.py", "cpu")
