@@ -1,8 +1,10 @@
 """Training and evaluation of in-memory images by every plugin and layout: cases of parallel_cases.py."""
 
+import gc
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -24,6 +26,7 @@ from vit.model import freeze_parameters, load_model, pad_classifier
 from vit.modules import load_weights, with_first_names
 from vit.parallel import boost as boosting
 from vit.parallel.boost import boost
+from vit.parallel.reduction import GradientReduction
 from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.step import Mixup, TrainStep
@@ -130,9 +133,27 @@ def has_ddp(**case) -> bool:
 
 def as_the_library_steps(**case) -> dict:
     """`train` without the patches of Colossal-AI's optimizers."""
-    patches = "fused_zero_updates,fused_mixed_updates,clip_on_device"
+    patches = "fused_zero_updates,reduce_during_backward,fused_mixed_updates,clip_on_device"
     with mock.patch.dict(os.environ, VIT_DISABLE_PATCHES=patches):
         return train(**case)
+
+
+def reduced_early() -> dict:
+    """`train` by ZeRO 1 with small buckets; how many a backward pass sent; whether an optimizer is freed."""
+    sent, finish = [], GradientReduction.finish
+
+    def count(self) -> None:
+        sent.append(len(self.sent))
+        finish(self)
+
+    case = dict(plugin="low_level_zero", zero_stage=1)
+    with mock.patch.multiple(GradientReduction, BUCKET=1000, finish=count):
+        result = train(**case)
+    step, _ = build(initial_model(), **case)
+    optimizer = weakref.ref(step.optimizer)
+    del step
+    gc.collect()
+    return result | {"sent": sent, "freed": optimizer() is None}
 
 
 def steady_gemini() -> dict:

@@ -255,6 +255,14 @@ def test_patched_steps_of_the_optimizers_are_those_of_the_library(launched, proc
     assert patched["losses"] == pytest.approx(library["losses"], abs=1e-6 if "16" not in name else 1e-3)
 
 
+@pytest.mark.parametrize("processes", [2, 4])
+def test_zero_reduces_gradients_during_the_backward_pass(launched, processes):
+    result = launched(processes)["reduced early"]
+    assert_same(result, plain_training(0), BOUNDS["fp32"])
+    assert min(result["sent"]) > 3, "buckets, before the end of a backward pass"
+    assert result["freed"], "the hooks keep the optimizer, and with it the gradients, alive"
+
+
 @pytest.mark.parametrize("processes, name", [(n, name) for n in (1, 2) for name in cases.WRAPPED[n]])
 def test_ddp_wraps_a_model_only_where_there_are_gradients_to_reduce(launched, processes, name):
     assert launched(processes)[f"wrapped {name}"] is cases.WRAPPED[processes][name]

@@ -18,7 +18,7 @@ LEVELS = {
     1: "settings config system hub environment modules muon attention_kernel layer_kernels data.dataset "
     "data.leaves patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
     "patches.colossalai_imports patches.torch_kernels checksums watch "
-    "report.reading pages tracking",
+    "report.reading pages tracking parallel.reduction",
     # L2: process group, optimizer, and reading and transforming images
     2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "
     "data.cifar10 data.prepared data.splits data.image_files data.summary patches.transformers_vit "

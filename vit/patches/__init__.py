@@ -23,6 +23,7 @@ PATCHES = (
     "silence_colossalai_logger",
     "single_overflow_check",
     "fused_zero_updates",
+    "reduce_during_backward",
     "fused_mixed_updates",
     "clip_on_device",
     "steady_chunks",

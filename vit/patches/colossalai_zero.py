@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from types import MethodType
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from vit.distributed import device
 from vit.optim import buckets
+from vit.parallel.reduction import GradientReduction
 from vit.patches import patch
 
 
@@ -23,6 +26,7 @@ def avoid_device_syncs(optimizer) -> None:
     single_overflow_check(optimizer)
     if isinstance(optimizer, LowLevelZeroOptimizer):
         fused_zero_updates(optimizer)
+        reduce_during_backward(optimizer)
     elif isinstance(optimizer, hybrid_parallel_plugin.HybridParallelAMPOptimizer):
         fused_mixed_updates(optimizer)
     elif isinstance(optimizer, hybrid_parallel_plugin.HybridParallelNaiveOptimizer):
@@ -87,6 +91,30 @@ def _keep_gradient(self, param: torch.Tensor, group_id: int) -> None:
     """The gradient of the only rank is the mean already."""
     gradient, param.grad = param.grad.detach().flatten(), None
     self._add_grad(gradient, 1, group_id, id(param))
+
+
+@patch
+def reduce_during_backward(optimizer) -> None:
+    """Let the ranks of ZeRO 1 average gradients during the backward pass, each rank only the part it updates.
+
+    Why: the library sends whole gradients to all ranks, after the backward pass; its own overlapping closes a
+    bucket at every change between weights and biases.
+    Library: zero/low_level/low_level_optim.py, _attach_reduction_hook and _run_reduction, colossalai 0.5.0.
+    Can go when a bucket holds parameters of several groups.
+    """
+    (group,) = optimizer.pg_to_param_list
+    if optimizer._partition_grads or not is_data_parallel(optimizer) or dist.get_world_size(group) == 1:
+        return
+    reduction = GradientReduction(optimizer, group)
+    optimizer._reduce_grad = lambda partition_grad: reduction.finish()
+    # the hooks must not keep the optimizer alive: it removes them when it is freed
+    weak_optimizer, weak_reduction = proxy(optimizer), proxy(reduction)
+
+    def reduce(param: nn.Parameter) -> None:
+        if weak_optimizer.require_grad_sync:
+            weak_reduction.add(param)
+
+    optimizer.grad_handles += [param.register_post_accumulate_grad_hook(reduce) for param in reduction.groups]
 
 
 def _zero_step(self, closure=None) -> None:
