@@ -77,7 +77,7 @@ class ResultRows:
 # ---- the driver
 
 
-FORM_FLAGS = {"compile": ["--compile"], "eager": ["--no-compile", "--no-cuda_graphs"]}
+FORM_FLAGS = {"compile": ["--compile", "--no-cuda_graphs"], "eager": ["--no-compile", "--no-cuda_graphs"]}
 
 
 def flags_of(entry: str) -> list[str]:

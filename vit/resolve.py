@@ -85,22 +85,25 @@ def with_fast_steps(settings: Settings, machine: Machine) -> Settings:
     """The settings with CUDA graphs and compilation chosen, where the user did not.
 
     By the preset `fast` steps are recorded if they can be. Whether it pays to compile depends on the length
-    of the training, which is not known yet: ``compile`` stays None.
+    of the training, which is not known yet: ``compile`` stays None. With the other presets ``--cuda_graphs``
+    compiles, too, and nothing else is chosen.
     """
     compiles, graphs, plugin = settings.compile, settings.cuda_graphs, plugin_named(settings.plugin)
-    if compiles is not None or graphs is not None:
-        compiles = bool(graphs) and plugin.compiles if compiles is None else compiles
-        return replace(settings, compile=compiles, cuda_graphs=bool(graphs))
-    plain = replace(settings, compile=False, cuda_graphs=False)
+    if graphs and compiles is None:
+        compiles = plugin.compiles
     if settings.preset != "fast" or not machine.gpus or settings.plugin in PEERS:
-        return plain
-    recorded, compiled = replace(plain, cuda_graphs=True), replace(plain, compile=True)
-    compiles = None if not form_problems(compiled, machine) else False
-    reasons = [plugin.why_not_recorded(settings), *form_problems(recorded, machine)]
-    if reason := next(filter(None, reasons), ""):
-        note = f"PRESET=fast records no CUDA graphs: {reason.removeprefix('--cuda_graphs: ')}"
-        return replace(plain, compile=compiles, notes=(*settings.notes, note))
-    return replace(recorded, compile=compiles)
+        return replace(settings, compile=bool(compiles), cuda_graphs=bool(graphs))
+    plain, notes = replace(settings, compile=False, cuda_graphs=False), settings.notes
+    if compiles is None and form_problems(replace(plain, compile=True), machine):
+        compiles = False
+    if graphs is None:
+        problems = form_problems(replace(plain, cuda_graphs=True), machine)
+        reason = plugin.why_not_recorded(settings) or next(iter(problems), "")
+        graphs = not reason
+        if reason:
+            note = f"PRESET=fast records no CUDA graphs: {reason.removeprefix('--cuda_graphs: ')}"
+            notes = (*notes, note)
+    return replace(settings, compile=compiles, cuda_graphs=graphs, notes=notes)
 
 
 def resolve_finetune(args: argparse.Namespace, machine: Machine) -> Settings:

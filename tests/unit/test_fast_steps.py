@@ -30,8 +30,11 @@ def resolved(words: str, machine: Machine = GPU):
         ("--preset fast --plugin gemini", GPU, False, True),
         ("--preset fast --plugin torch_ddp --world_size 2", Machine(2, has_bf16=True), None, True),
         # what the user asks for stays
-        ("--preset fast --plugin torch_ddp --no-cuda_graphs", GPU, False, False),
-        ("--preset fast --plugin torch_ddp --compile", GPU, True, False),
+        ("--preset fast --plugin torch_ddp --no-cuda_graphs", GPU, None, False),
+        ("--preset fast --plugin torch_ddp --no-cuda_graphs --no-compile", GPU, False, False),
+        ("--preset fast --plugin torch_ddp --compile", GPU, True, True),
+        ("--preset fast --plugin torch_ddp --no-compile", GPU, False, True),
+        ("--preset published --plugin none --compile", GPU, True, False),
         ("--preset published --plugin none --cuda_graphs", GPU, True, True),
         ("--preset fast --plugin torch_ddp --cuda_graphs --no-compile", GPU, False, True),
         ("--preset fast --plugin gemini --cuda_graphs", GPU, False, True),
