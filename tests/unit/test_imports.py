@@ -16,13 +16,13 @@ LEVELS = {
     "attention_triton layer_triton",
     # L1: what the machine, a name or a setting is
     1: "settings config system hub environment modules muon attention_kernel layer_kernels data.dataset "
-    "data.leaves patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
+    "patches.colossalai_cpu patches.colossalai_legacy patches.colossalai_gemini "
     "patches.colossalai_imports patches.torch_kernels checksums watch "
     "report.reading pages tracking parallel.reduction",
     # L2: process group, optimizer, and reading and transforming images
     2: "parser distributed optim model_variants initial_weights config_settings sweep_plan data.transforms "
-    "data.cifar10 data.prepared data.splits data.image_files data.summary patches.transformers_vit "
-    "model_folder report.card report.charts report.sweep_tables report.classes "
+    "data.leaves data.cifar10 data.prepared data.splits data.image_files data.summary "
+    "patches.transformers_vit model_folder report.card report.charts report.sweep_tables report.classes "
     "report.tables_page parallel.lora",
     # L3: models, sources, schedules, and the forms of parallelism
     3: "signals step_graph patches.colossalai_zero schedule flops data.gpu_augment data.pixels "

@@ -6,16 +6,26 @@ instead, and background, light and white balance vary far more. So a mean colour
 separate the classes; a model has to learn texture.
 """
 
+import fcntl
 import json
+import multiprocessing
+import os
+import signal
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from vit.system import die_with_parent
+
 LABELS = ("angular_leaf_spot", "bean_rust", "healthy")  # names and order of Beans
 SIZES = {"train": 2400, "validation": 240, "test": 240}  # images per split
 IMAGE_SIZE = 64  # pixels
+FEW = 500  # images: fewer are drawn by this process alone, in 2 s at most
 DRAWING = 1  # version of the drawing; raise it when the drawing changes, so that older folders are not reused
 
 # Dark and light colour of the background.
@@ -51,23 +61,27 @@ class _Leaf:
 
 
 def _field(rng, cells, pixels):
-    """Smooth random field in 0..1, about ``cells`` bumps wide: float (pixels, pixels, 1)."""
+    """Smooth random field in 0..1, about ``cells`` bumps wide: float (pixels, pixels)."""
     grid = rng.integers(0, 256, (cells, cells), dtype=np.uint8)
-    return np.asarray(Image.fromarray(grid).resize((pixels, pixels), Image.BICUBIC))[..., None] / np.float32(
-        255
-    )
+    return np.asarray(Image.fromarray(grid).resize((pixels, pixels), Image.BICUBIC)) / np.float32(255)
 
 
 def _mix(a, b, weight):
     return np.asarray(a, np.float32) * (1 - weight) + np.asarray(b, np.float32) * weight
 
 
+def _planes(colour):
+    """A colour (3,), to be multiplied with fields: (3, 1, 1), as numpy is slow along a last axis of 3."""
+    return np.asarray(colour)[:, None, None]
+
+
 def _image(values):
-    return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8))
+    """(3, H, W) -> RGB image"""
+    return Image.fromarray(np.ascontiguousarray(np.clip(values, 0, 255).astype(np.uint8).transpose(1, 2, 0)))
 
 
 def _colour(values):
-    return tuple(min(max(int(v), 0), 255) for v in values)
+    return tuple(min(max(int(v), 0), 255) for v in np.asarray(values).tolist())
 
 
 def _flat(points):
@@ -79,12 +93,14 @@ def _pick(rng, points):
 
 
 def _dot(draw, centre, radius, colour):
+    """``colour``: as `_colour` returns it."""
     (x, y), r = centre, radius
-    draw.ellipse((x - r, y - r, x + r, y + r), fill=_colour(colour))
+    draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
 
 
 def _angular_spots(draw, rng, leaf, veins, area, brown):
     """Draw polygons that fill a part of the strip between two side veins, so that veins bound them."""
+    before = np.arange(-1, 5)  # each corner's neighbour
     while area > 0:
         k = rng.integers(len(veins) - 2)
         low, high = veins[k] + 0.008, veins[k + 1] - 0.008
@@ -93,17 +109,18 @@ def _angular_spots(draw, rng, leaf, veins, area, brown):
         u = np.array([low, low, low, high, high, high]) + rng.uniform(-0.01, 0.01, 6)
         corners = leaf.at(u, rng.choice((-1, 1)) * np.maximum(s, 0.02))
         x, y = corners.T
-        area -= abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
+        area -= abs(np.dot(x, y[before]) - np.dot(y, x[before])) / 2
         shade = brown + rng.normal(0, 8)
         draw.polygon(_flat(corners), fill=_colour(shade * 1.1), outline=_colour(shade * 0.6), width=2)
 
 
 def _pustules(draw, rng, inside, unit, area, brown, halo):
     """Draw many small round spots, each in a paler ring."""
+    halo = _colour(halo)
     while area > 0:
         centre, radius = _pick(rng, inside), unit * rng.uniform(1.0, 1.7)
         _dot(draw, centre, radius * 1.6, halo)
-        _dot(draw, centre, radius, brown + rng.normal(0, 8))
+        _dot(draw, centre, radius, _colour(brown + rng.normal(0, 8)))
         area -= 4.5 * radius**2
 
 
@@ -128,7 +145,7 @@ def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
 
     # The blade: natural mottling, and soft bronzing that stands in for lesions on healthy leaves.
     bronze = 2 * _field(rng, 4, n) * share * (0.7 if LABELS[label] == "healthy" else 0.1)
-    blade = _image(_mix(green * (0.85 + 0.3 * _field(rng, 6, n)), brown, bronze))
+    blade = _image(_mix(_planes(green) * (0.85 + 0.3 * _field(rng, 6, n)), _planes(brown), bronze))
     draw = ImageDraw.Draw(blade)
 
     veins = np.arange(-0.12, 0.8, rng.uniform(0.11, 0.14)) + rng.uniform(-0.03, 0.03)
@@ -144,26 +161,27 @@ def draw_leaf(label: int, rng: np.random.Generator, size: int) -> Image.Image:
         )
     draw.line(_flat(leaf.at(np.linspace(0, 1, 12), 0)), fill=vein_colour, width=max(2, n // 45))
     for _ in range(rng.integers(5)):  # specks of soil
-        _dot(draw, _pick(rng, inside), n * rng.uniform(0.004, 0.010), brown * 0.5)
+        _dot(draw, _pick(rng, inside), n * rng.uniform(0.004, 0.010), _colour(brown * 0.5))
     for _ in range(rng.integers(6)):  # dew: a drop and its glint
         (x, y), r = _pick(rng, inside), n * rng.uniform(0.010, 0.022)
-        _dot(draw, (x, y), r, green * 1.35)
+        _dot(draw, (x, y), r, _colour(green * 1.35))
         _dot(draw, (x - r / 3, y - r / 3), r / 2, (250, 250, 250))
 
     dark, light = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    ground = _mix(dark, light, 0.7 * _field(rng, 4, n) + 0.3 * _field(rng, n // 5, n))
+    ground = _mix(_planes(dark), _planes(light), 0.7 * _field(rng, 4, n) + 0.3 * _field(rng, n // 5, n))
     shadow = mask.filter(ImageFilter.BoxBlur(n / 25)).transform(
         (n, n), Image.Transform.AFFINE, (1, 0, -n / 30, 0, 1, -n / 25)
     )
-    ground *= 1 - 0.5 * np.asarray(shadow)[..., None] / 255
+    ground *= 1 - 0.5 * np.asarray(shadow) / 255
     picture = Image.composite(blade, _image(ground), mask).reduce(2)
 
     # Light: a gradient across the picture, exposure, and a white balance that is never quite right.
-    pixels = np.asarray(picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.006) * size)), np.float32)
+    blurred = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.006) * size))
+    pixels = np.asarray(blurred).transpose(2, 0, 1).astype(np.float32, order="C")
     slope, (gx, gy) = np.linspace(-1, 1, size), rng.uniform(-0.2, 0.2, 2)
     light = 1 + gx * slope + gy * slope[:, None]
-    pixels = pixels * light[..., None] * rng.uniform(0.8, 1.15) * np.exp(rng.normal(0, 0.08, 3))
-    pixels += rng.uniform(1, 5) * rng.standard_normal(pixels.shape, np.float32)
+    pixels = pixels * light * rng.uniform(0.8, 1.15) * _planes(np.exp(rng.normal(0, 0.08, 3)))
+    pixels += rng.uniform(1, 5) * rng.standard_normal((size, size, 3), np.float32).transpose(2, 0, 1)
     return _image(pixels)
 
 
@@ -188,29 +206,56 @@ def write_leaves(
     settings = json.dumps({"drawing": DRAWING, "sizes": sizes, "image_size": image_size, "seed": seed})
     if not _is_written(root, settings):
         root.parent.mkdir(parents=True, exist_ok=True)
-        # Written under a temporary name and renamed, so that `root` is never incomplete.
-        with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
-            folder = Path(scratch, "leaves")
-            for split, count in sizes.items():
-                for name in LABELS:
-                    (folder / split / name).mkdir(parents=True)
-                for i in range(count):
-                    label, number = i % len(LABELS), i // len(LABELS)
-                    # One generator per image: no image depends on how many others are drawn.
-                    rng = np.random.default_rng([seed, *split.encode(), i])
-                    picture = draw_leaf(label, rng, image_size)
-                    # Full-resolution chroma: a pustule is only a pixel or two wide.
-                    picture.save(
-                        folder / split / LABELS[label] / f"{number:04d}.jpg", quality=92, subsampling=0
-                    )
-            (folder / ".leaves.json").write_text(settings)
-            try:
-                folder.rename(root)
-            except OSError:
-                # Another process was faster; its folder is used if it was made with the same arguments.
-                if not _is_written(root, settings):
-                    raise
+        with _only_process(root.parent):  # the other processes of a launch wait, and find it written
+            if not _is_written(root, settings):
+                _write(root, sizes, image_size, seed, settings)
     return root
+
+
+@contextmanager
+def _only_process(folder: Path):
+    """Context that one process of this machine is in at a time."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every network file system has locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _write(root: Path, sizes: dict[str, int], image_size: int, seed: int, settings: str) -> None:
+    """Draw on all cores. The folder has another name until it is complete."""
+    with tempfile.TemporaryDirectory(dir=root.parent, prefix=f".{root.name}-") as scratch:
+        folder = Path(scratch, "leaves")
+        for split in sizes:
+            for name in LABELS:
+                (folder / split / name).mkdir(parents=True)
+        images = [(split, i) for split, count in sizes.items() for i in range(count)]
+        draw, cores = partial(_draw_files, folder, image_size, seed), len(os.sched_getaffinity(0))
+        if len(images) < FEW:
+            draw(images)
+        else:
+            fork = multiprocessing.get_context("fork")
+            with ProcessPoolExecutor(cores, fork, die_with_parent, (signal.SIGKILL,)) as pool:
+                list(pool.map(draw, (images[part::cores] for part in range(cores))))
+        (folder / ".leaves.json").write_text(settings)
+        try:
+            folder.rename(root)
+        except OSError:
+            # A process of another machine was faster; its folder is used if it has the same arguments.
+            if not _is_written(root, settings):
+                raise
+
+
+def _draw_files(folder: Path, image_size: int, seed: int, images: list[tuple[str, int]]) -> None:
+    """Write the files of ``images``: (split, number) each."""
+    for split, i in images:
+        label, number = i % len(LABELS), i // len(LABELS)
+        # One generator per image: no image depends on how many others are drawn.
+        picture = draw_leaf(label, np.random.default_rng([seed, *split.encode(), i]), image_size)
+        # Full-resolution chroma: a pustule is only a pixel or two wide.
+        picture.save(folder / split / LABELS[label] / f"{number:04d}.jpg", quality=92, subsampling=0)
 
 
 def _is_written(root, settings):

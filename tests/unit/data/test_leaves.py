@@ -1,10 +1,13 @@
 """Synthetic leaves: the same files every time, in classes that neither colour nor a thumbnail gives away."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from vit.data import leaves
 from vit.data.leaves import LABELS, draw_leaf, write_leaves
 
 SIZES = {"train": 9, "test": 4}
@@ -27,6 +30,21 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
         "test/healthy/0000.jpg",
     ]
     assert Image.open(tmp_path / "a" / "train" / "healthy" / "0000.jpg").format == "JPEG"
+
+
+def test_all_cores_draw_the_files_that_one_draws(tmp_path, monkeypatch):
+    alone = contents(write_leaves(tmp_path / "a", SIZES))
+    monkeypatch.setattr(leaves, "FEW", 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
+    assert contents(write_leaves(tmp_path / "b", SIZES)) == alone
+
+
+def test_one_of_several_processes_draws_and_the_others_wait(tmp_path, monkeypatch):
+    write, drawn = leaves._write, []
+    monkeypatch.setattr(leaves, "_write", lambda *given: (drawn.append(given), write(*given)))
+    with ThreadPoolExecutor(4) as pool:  # a lock of a file is between threads, too
+        list(pool.map(lambda _: write_leaves(tmp_path / "a", SIZES), range(4)))
+    assert len(drawn) == 1
 
 
 def test_written_files_are_reused_and_foreign_folders_left_alone(tmp_path):
