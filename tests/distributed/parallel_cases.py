@@ -51,6 +51,7 @@ from parallel_training import (
     as_the_library_steps,
     evaluate,
     has_ddp,
+    hooks_of_gemini,
     reduced_early,
     steady_gemini,
     train,
@@ -82,6 +83,8 @@ def all_cases() -> dict:
     if WORLD == 2:
         cases["options muon"] = (train, muon)
         cases["options muon, loaded"] = (train, muon | dict(load=FOLDER / "muon_saved"))
+    if WORLD == 1:
+        cases["hooks of gemini"] = (hooks_of_gemini, ())
     if WORLD > 1:
         cases["reduced early"] = (reduced_early, ())
     if WORLD < 4:

@@ -12,6 +12,7 @@ import colossalai.booster.plugin as library
 import helpers
 import torch
 from colossalai.tensor.d_tensor.api import layout_converter
+from colossalai.zero.gemini.gemini_hook import GeminiZeROHook
 from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, WEIGHT_DECAY, in_memory_images
 
 from data import load_dataset
@@ -154,6 +155,25 @@ def reduced_early() -> dict:
     del step
     gc.collect()
     return result | {"sent": sent, "freed": optimizer() is None}
+
+
+def hooks_of_gemini() -> dict:
+    """`train` on one process, and how often Gemini's hooks of operations ran in the training steps."""
+    found = {}
+    for name, patches in (("usual", ""), ("switched off", "operations_without_hooks")):
+        ran, pre_op = [], GeminiZeROHook.pre_op
+
+        def count(self, params, ran=ran, pre_op=pre_op) -> None:
+            ran.append(torch.is_grad_enabled())
+            pre_op(self, params)
+
+        with (
+            mock.patch.dict(os.environ, VIT_DISABLE_PATCHES=patches),
+            mock.patch.object(GeminiZeROHook, "pre_op", count),
+        ):
+            found[name] = train(plugin="gemini", precision="fp16", grad_checkpoint=True)
+        found[name]["hooks"] = sum(ran)
+    return found
 
 
 def steady_gemini() -> dict:

@@ -255,6 +255,15 @@ def test_patched_steps_of_the_optimizers_are_those_of_the_library(launched, proc
     assert patched["losses"] == pytest.approx(library["losses"], abs=1e-6 if "16" not in name else 1e-3)
 
 
+@pytest.mark.parametrize("processes", [1])
+def test_gemini_needs_no_hooks_of_operations(launched, processes):
+    found = launched(processes)["hooks of gemini"]
+    assert found["usual"]["hooks"] == 0
+    assert found["switched off"]["hooks"] > 100
+    assert found["usual"]["losses"] == found["switched off"]["losses"]
+    assert found["usual"]["evaluations"] == found["switched off"]["evaluations"]
+
+
 @pytest.mark.parametrize("processes", [2, 4])
 def test_zero_reduces_gradients_during_the_backward_pass(launched, processes):
     result = launched(processes)["reduced early"]

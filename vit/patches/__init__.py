@@ -27,6 +27,7 @@ PATCHES = (
     "fused_mixed_updates",
     "clip_on_device",
     "steady_chunks",
+    "operations_without_hooks",
     # colossalai.legacy
     "seed_manager",
     "state_dict",

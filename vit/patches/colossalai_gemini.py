@@ -3,10 +3,53 @@
 from __future__ import annotations
 
 from functools import cache
+from types import MethodType
 
 import torch
 
 from vit.patches import patch
+
+
+@patch
+def operations_without_hooks(model, settings) -> None:
+    """Let a `GeminiDDP` model of one rank gather its chunks before the forward pass, not in a hook of each
+    operation.
+
+    Why: the hooks run Python before and after every operation with a weight, forward and backward, and give
+    up chunks that the next operation has to gather again, by copies. Where one rank has all of the weights on
+    its GPU there is nothing to decide.
+    Library: zero/gemini/gemini_ddp.py, forward and backward; tensor/colo_parameter.py, __torch_function__,
+    colossalai 0.5.0. Can go when the hooks are left out on one rank.
+    """
+    if not hasattr(model, "chunk_manager"):  # another plugin's
+        return
+    moves = settings.placement_policy != "static" or settings.offload_param_frac > 0
+    if settings.layout.world_size > 1 or moves:
+        return
+    usual = model.forward
+
+    def forward(self, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return usual(*args, **kwargs)
+        for chunk in self.chunk_manager.get_chunks(self.fp16_params):
+            self.chunk_manager.access_chunk(chunk)
+        with torch._C.DisableTorchFunctionSubclass():  # the hooks are in the parameters' __torch_function__
+            return usual(*args, **kwargs)
+
+    model.forward = MethodType(forward, model)
+    model.backward = MethodType(_backward_without_hooks, model)
+
+
+def _backward_without_hooks(self, loss: torch.Tensor) -> None:
+    from colossalai.zero.gemini.chunk import TensorState
+
+    self._pre_backward()
+    for param in self.fp16_params:  # as the hooks would leave it for `grad_handle`
+        for state in (TensorState.COMPUTE, TensorState.HOLD_AFTER_BWD):
+            self.chunk_manager.trans_tensor_state(param, state)
+    with torch._C.DisableTorchFunctionSubclass():
+        loss.backward()
+    self._post_backward()
 
 
 @patch
