@@ -44,6 +44,14 @@ scaling() { # GPUS=2, GPUS=4
   [ "$gpus" != 4 ] || TP_SIZE=2 PP_SIZE=2 benchmark --num_microbatches 8
 }
 
+files() { # fine-tuning from JPEG files of about 500 x 375 px, and the same steps on synthetic images; IMAGES: how many are drawn
+  local images=$OUT/jpeg_files
+  [ -d "$images" ] || "${PYTHON:-python}" results/scripts/imagenet_shape.py "$images" --classes 3 --train "${IMAGES:-42000}" --val 3000
+  export PRESET=fast
+  MODEL=vit-base-patch16-224 DATASET=$images PLUGIN=low_level_zero BS=256 EPOCH=4 OUTPUT_PATH=$OUT/files bash run_demo.sh --compile
+  INTO=files_synthetic PLUGINS=low_level_zero BATCH_SIZES=256 benchmark
+}
+
 # ---- accuracy on Beans
 plugins() { # three seeds of the published setting at two sizes
   local size
@@ -111,7 +119,7 @@ export MODELS=$MODEL
 for section in "$@"; do
   [[ $(type -t "$section") = function ]] || { echo "there is no section $section" >&2; exit 2; }
   (
-    case $section in published | eager | compiled | fast | peers | size384 | vit_large | scaling) unset MODEL MODELS ;; esac # ViT-B/16 by its name, random weights
+    case $section in published | eager | compiled | fast | peers | size384 | vit_large | scaling | files) unset MODEL MODELS ;; esac # ViT-B/16 by its name, random weights
     "$section"
   )
 done
