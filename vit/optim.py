@@ -101,19 +101,23 @@ class WeightEMA:
     @torch.no_grad()
     def applied(self):
         """Context in which the model has the averaged weights."""
-        kept = [[tensor.clone() for tensor in tensors] for tensors in self._held()]
-        for tensors in self._held():
-            torch._foreach_copy_(tensors, self.averages)
+        kept = [original.clone() for original in self.tensors()[1]]
+        self._set(self.averages)
         try:
             yield
         finally:
-            for tensors, values in zip(self._held(), kept):
-                torch._foreach_copy_(tensors, values)
+            self._set(kept)
 
-    def _held(self) -> list[list[torch.Tensor]]:
-        """The model weights, and the master weights if there are any: gemini exports the latter."""
+    def _set(self, values: list[torch.Tensor]) -> None:
+        """Give the model these weights, and the master weights if there are any: gemini exports the latter.
+
+        Gemini's own 16-bit weights cannot be kept and restored: those of an offloaded chunk make room for
+        its gradients, until the next forward pass copies the master weights.
+        """
         weights, originals = self.tensors()
-        return [weights] if originals is weights else [weights, originals]
+        torch._foreach_copy_(originals, values)
+        if weights is not originals:
+            torch._foreach_copy_(weights, values)
 
     def load(self, averages: list[torch.Tensor]) -> None:
         """Restore averages from a checkpoint."""

@@ -85,13 +85,14 @@ def with_fast_steps(settings: Settings, machine: Machine) -> Settings:
     """The settings with CUDA graphs and compilation chosen, where the user did not.
 
     By the preset `fast` steps are recorded if they can be. Whether it pays to compile depends on the length
-    of the training, which is not known yet: ``compile`` stays None. With the other presets ``--cuda_graphs``
-    compiles, too, and nothing else is chosen.
+    of the training, which is not known yet: ``compile`` stays None. With the other presets, and where the
+    whole step cannot be recorded, ``--cuda_graphs`` compiles, too; nothing else is chosen there.
     """
     compiles, graphs, plugin = settings.compile, settings.cuda_graphs, plugin_named(settings.plugin)
-    if graphs and compiles is None:
+    chooses = settings.preset == "fast" and machine.gpus and settings.plugin not in PEERS
+    if graphs and compiles is None and (not chooses or plugin.why_not_recorded(settings)):
         compiles = plugin.compiles
-    if settings.preset != "fast" or not machine.gpus or settings.plugin in PEERS:
+    if not chooses:
         return replace(settings, compile=bool(compiles), cuda_graphs=bool(graphs))
     plain, notes = replace(settings, compile=False, cuda_graphs=False), settings.notes
     if compiles is None and form_problems(replace(plain, compile=True), machine):

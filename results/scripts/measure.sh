@@ -46,9 +46,13 @@ scaling() { # GPUS=2, GPUS=4
 
 files() { # fine-tuning from JPEG files of about 500 x 375 px, and the same steps on synthetic images; IMAGES: how many are drawn
   local images=$OUT/jpeg_files
-  [ -d "$images" ] || "${PYTHON:-python}" results/scripts/imagenet_shape.py "$images" --classes 3 --train "${IMAGES:-42000}" --val 3000
+  if [ ! -d "$images" ]; then # complete, or not there
+    "${PYTHON:-python}" results/scripts/imagenet_shape.py "$images.partial" --classes 3 --train "${IMAGES:-42000}" --val 3000
+    mv "$images.partial" "$images"
+  fi
   export PRESET=fast
-  MODEL=vit-base-patch16-224 DATASET=$images PLUGIN=low_level_zero BS=256 EPOCH=4 OUTPUT_PATH=$OUT/files bash run_demo.sh --compile
+  [ -e "$OUT/files/report.html" ] ||
+    MODEL=vit-base-patch16-224 DATASET=$images PLUGIN=low_level_zero BS=256 EPOCH=4 OUTPUT_PATH=$OUT/files bash run_demo.sh --compile --overwrite_output
   INTO=files_synthetic PLUGINS=low_level_zero BATCH_SIZES=256 benchmark
 }
 

@@ -159,7 +159,11 @@ def reduced_early() -> dict:
 
 def hooks_of_gemini() -> dict:
     """`train` on one process, and how often Gemini's hooks of operations ran in the training steps."""
-    found = {}
+    found, plugin = {}, library.GeminiPlugin
+
+    def with_small_chunks(**options):  # a tiny model is kept whole otherwise
+        return plugin(**options | dict(min_chunk_size_m=0))
+
     for name, patches in (("usual", ""), ("switched off", "operations_without_hooks")):
         ran, pre_op = [], GeminiZeROHook.pre_op
 
@@ -170,6 +174,7 @@ def hooks_of_gemini() -> dict:
         with (
             mock.patch.dict(os.environ, VIT_DISABLE_PATCHES=patches),
             mock.patch.object(GeminiZeROHook, "pre_op", count),
+            mock.patch.object(library, "GeminiPlugin", with_small_chunks),
         ):
             found[name] = train(plugin="gemini", precision="fp16", grad_checkpoint=True)
         found[name]["hooks"] = sum(ran)

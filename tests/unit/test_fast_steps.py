@@ -38,6 +38,8 @@ def resolved(words: str, machine: Machine = GPU):
         ("--preset published --plugin none --cuda_graphs", GPU, True, True),
         ("--preset fast --plugin torch_ddp --cuda_graphs --no-compile", GPU, False, True),
         ("--preset fast --plugin gemini --cuda_graphs", GPU, False, True),
+        ("--preset fast --plugin torch_ddp --cuda_graphs", GPU, None, True),
+        ("--preset fast --plugin torch_ddp --precision fp16 --cuda_graphs", GPU, True, True),
         # nothing by itself
         ("--plugin torch_ddp", GPU, False, False),
         ("--preset fast --plugin torch_ddp", CPU, False, False),

@@ -115,6 +115,17 @@ def test_average_is_that_of_the_master_weights_not_of_their_16_bit_copies():
     assert ema.averages[0].item() == pytest.approx(2.002, abs=1e-6)
 
 
+def test_weights_after_an_evaluation_are_those_of_the_masters_whatever_was_in_their_memory():
+    """Gradients are there, where gemini offloads: they were taken for weights."""
+    weights, masters = [torch.tensor([1.0])], [torch.tensor([1.0])]
+    ema = WeightEMA(lambda: (weights, masters), decay=0.5)
+    masters[0].fill_(3.0)
+    weights[0].fill_(-77.0)
+    with ema.applied():
+        assert weights[0].item() == masters[0].item() == 1.0
+    assert weights[0].item() == masters[0].item() == 3.0
+
+
 def test_average_is_left_also_when_an_evaluation_fails():
     weights = [torch.tensor([1.0])]
     ema = WeightEMA(lambda: (weights, weights), decay=0.5)

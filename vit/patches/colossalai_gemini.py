@@ -26,12 +26,12 @@ def operations_without_hooks(model, settings) -> None:
     moves = settings.placement_policy != "static" or settings.offload_param_frac > 0
     if settings.layout.world_size > 1 or moves:
         return
-    usual = model.forward
+    usual, chunks = model.forward, model.chunk_manager.get_chunks(model.fp16_params)
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return usual(*args, **kwargs)
-        for chunk in self.chunk_manager.get_chunks(self.fp16_params):
+        for chunk in chunks:
             self.chunk_manager.access_chunk(chunk)
         with torch._C.DisableTorchFunctionSubclass():  # the hooks are in the parameters' __torch_function__
             return usual(*args, **kwargs)

@@ -236,8 +236,9 @@ def is_data_parallel(optimizer) -> bool:
 
 
 def set_gradients(masters: list[torch.Tensor], gradients: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Give each fp32 master weight its gradient, in fp32. -> these"""
-    if any(gradient.dtype != master.dtype for master, gradient in zip(masters, gradients, strict=True)):
+    """Give each fp32 master weight its gradient, in fp32 and on its device. -> these"""
+    pairs = zip(masters, gradients, strict=True)
+    if any((grad.dtype, grad.device) != (master.dtype, master.device) for master, grad in pairs):
         rounded, gradients = gradients, [torch.empty_like(master) for master in masters]
         torch._foreach_copy_(gradients, rounded)
     for master, gradient in zip(masters, gradients, strict=True):

@@ -34,7 +34,7 @@ def test_the_same_arguments_give_the_same_files(tmp_path):
 
 def test_all_cores_draw_the_files_that_one_draws(tmp_path, monkeypatch):
     alone = contents(write_leaves(tmp_path / "a", SIZES))
-    monkeypatch.setattr(leaves, "FEW", 0)
+    monkeypatch.setattr(leaves, "PER_WORKER", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     assert contents(write_leaves(tmp_path / "b", SIZES)) == alone
 
