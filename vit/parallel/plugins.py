@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 # steps.
 INITIAL_LOSS_SCALE = 2**8
 
-# False: the library's ZeRO and Gemini reduce gradients after the backward pass, not during it. Measured on four
-# H200s (ViT-B/16, bf16, 256 images each): 11,480 images/s instead of 6,830 with ZeRO, 9,830 instead of 8,050
-# with Gemini. ZeRO closes a bucket at every change of parameter group, and weights (decayed) and biases (not)
-# alternate: `reduce_during_backward` in vit/patches/colossalai_zero.py has buckets of its own.
+# False: the library's ZeRO and Gemini reduce gradients after the backward pass, not during it. Measured on
+# four H200s (ViT-B/16, bf16, 256 images each): 11,480 images/s instead of 6,830 with ZeRO, 9,830 instead of
+# 8,050 with Gemini. ZeRO closes a bucket at every change of parameter group, and weights (decayed) and biases
+# (not) alternate: `reduce_during_backward` in vit/patches/colossalai_zero.py has buckets of its own.
 OVERLAP_COMMUNICATION = False
 
 NO_LORA = "has no LoRA in Colossal-AI (its support_lora() is False)"
