@@ -142,9 +142,9 @@ def compile_problems(settings: Settings, machine: Machine) -> Iterator[str]:
             yield f"--cuda_graphs: a graph runs a whole batch at once; {fix}"
     if not (settings.compile or settings.cuda_graphs):
         return
-    flag = "--cuda_graphs" if settings.cuda_graphs else "--compile"
-    if not plugin.compiles and settings.compile and settings.preset == "fast":
-        flag = "--compile"  # the graphs were chosen beside it
+    flag = "--compile"  # at fault also where graphs were chosen beside it
+    if settings.cuda_graphs and (plugin.compiles or not settings.compile):
+        flag = "--cuda_graphs"
     if not plugin.compiles and (settings.compile or not plugin.records):
         yield f"{flag}: {settings.plugin} {plugin.why_not_compiled}; use another plugin"
     elif not plugin.compiles and why_not:  # the others' forward and backward passes can still be recorded

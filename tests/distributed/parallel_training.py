@@ -157,13 +157,19 @@ def reduced_early() -> dict:
     return result | {"sent": sent, "freed": optimizer() is None}
 
 
-def hooks_of_gemini() -> dict:
-    """`train` on one process, and how often Gemini's hooks of operations ran in the training steps."""
-    found, plugin = {}, library.GeminiPlugin
+def small_chunks():
+    """Context in which Gemini cuts also a tiny model into chunks, which it keeps whole otherwise."""
+    plugin = library.GeminiPlugin
 
-    def with_small_chunks(**options):  # a tiny model is kept whole otherwise
+    def with_small_chunks(**options):
         return plugin(**options | dict(min_chunk_size_m=0))
 
+    return mock.patch.object(library, "GeminiPlugin", with_small_chunks)
+
+
+def hooks_of_gemini() -> dict:
+    """`train` on one process, and how often Gemini's hooks of operations ran in the training steps."""
+    found = {}
     for name, patches in (("usual", ""), ("switched off", "operations_without_hooks")):
         ran, pre_op = [], GeminiZeROHook.pre_op
 
@@ -174,7 +180,7 @@ def hooks_of_gemini() -> dict:
         with (
             mock.patch.dict(os.environ, VIT_DISABLE_PATCHES=patches),
             mock.patch.object(GeminiZeROHook, "pre_op", count),
-            mock.patch.object(library, "GeminiPlugin", with_small_chunks),
+            small_chunks(),
         ):
             found[name] = train(plugin="gemini", precision="fp16", grad_checkpoint=True)
         found[name]["hooks"] = sum(ran)
@@ -183,15 +189,11 @@ def hooks_of_gemini() -> dict:
 
 def steady_gemini() -> dict:
     """Losses of Gemini whose chunks keep their memory, as recorded steps need it, and of Gemini as it is."""
-    plugin, patch = library.GeminiPlugin, boosting.steady_chunks
-    library.GeminiPlugin = lambda **options: plugin(**options | dict(min_chunk_size_m=0))  # shards, if tiny
+    patch = boosting.steady_chunks
     images, found = BatchDataset(in_memory_images(8), Resize(16)), {}
     batch = images.__getitems__([(0, i) for i in range(RANK, 8, WORLD)])
-    try:
-        for name in ("steady", "usual"):
-            boosting.steady_chunks = lambda model, recorded, name=name: (
-                name == "steady" and patch(model, True)
-            )
+    for name, used in (("steady", lambda model, recorded: patch(model, True)), ("usual", mock.Mock())):
+        with small_chunks(), mock.patch.object(boosting, "steady_chunks", used):
             step, _ = build(initial_model(), plugin="gemini", precision="bf16")
             chunks = step.boosted.chunks()
             losses, first, kept = [], [chunk.payload for chunk in chunks], True
@@ -202,8 +204,6 @@ def steady_gemini() -> dict:
                 kept &= all(chunk.payload is tensor for chunk, tensor in zip(chunks, first))
             kinds = sorted({type(chunk).__name__ for chunk in chunks})
             found[name] = {"losses": losses, "kept": kept, "kinds": kinds}
-    finally:
-        library.GeminiPlugin, boosting.steady_chunks = plugin, patch
     return found
 
 

@@ -174,6 +174,7 @@ BAD = [
         dict(gpus=1),
     ),
     ("--plugin gemini --compile", "--compile: gemini"),
+    ("--preset fast --plugin gemini --compile", "--compile: gemini", dict(gpus=1)),
     (
         "--tensorboard",
         "--tensorboard: it is not installed; `pip install tensorboard`, or leave it out",

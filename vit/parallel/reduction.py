@@ -26,9 +26,9 @@ class GradientReduction:
         self.paddings = {param: optimizer.get_param_padding_size(param) for param in self.groups}
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.bucket: list[tuple[nn.Parameter, torch.Tensor]] = []
-        # parameters of a bucket, their gradients, this rank's part of the mean: the memory of all of them
-        # must live until the stream has used it
-        self.sent: list[tuple[tuple, torch.Tensor, torch.Tensor]] = []
+        # parameters of a bucket, this rank's part of the mean of each, and all gradients, whose memory must
+        # live until the stream has used it
+        self.sent: list[tuple[tuple, tuple, torch.Tensor]] = []
 
     def add(self, param: nn.Parameter) -> None:
         """Put a gradient into the bucket. In the same order on all ranks."""
@@ -50,7 +50,8 @@ class GradientReduction:
         with torch.cuda.stream(self.stream):
             whole /= self.world
             dist.reduce_scatter_tensor(mine, whole.view(-1), group=self.group)
-        self.sent.append((params, whole, mine))
+        parts = mine.split([gradient.shape[1] for gradient in gradients])
+        self.sent.append((params, parts, whole))
 
     def finish(self) -> None:
         """Reduce what is left, and hand the parts to the optimizer."""
@@ -61,9 +62,8 @@ class GradientReduction:
             self.send()
         if self.stream:
             torch.cuda.current_stream().wait_stream(self.stream)
-        for params, _, mine in self.sent:
-            sizes = [(param.numel() + self.paddings[param]) // self.world for param in params]
-            for param, part in zip(params, mine.split(sizes)):
+        for params, parts, _ in self.sent:
+            for param, part in zip(params, parts):
                 self.keep(param, part)
         self.sent = []
 
