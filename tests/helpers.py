@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -148,3 +149,15 @@ def run_interpreted(program: Path | str, *arguments: str) -> None:
     command = [sys.executable, program, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def small_chunks():
+    """Context in which Gemini cuts also a tiny model into chunks, which it keeps whole otherwise."""
+    import colossalai.booster.plugin as library
+
+    plugin = library.GeminiPlugin
+
+    def with_small_chunks(**options):
+        return plugin(**options | dict(min_chunk_size_m=0))
+
+    return mock.patch.object(library, "GeminiPlugin", with_small_chunks)

@@ -20,7 +20,7 @@ silence_libraries()
 
 import torch
 import torch.nn.functional as F
-from helpers import tiny_vit
+from helpers import small_chunks, tiny_vit
 from layer_kernel_checks import check_all
 
 from vit.data.dataset import IGNORE_INDEX
@@ -81,10 +81,17 @@ def cases(world: int) -> dict[str, dict]:
             found[f"{plugin} {precision} offloaded"] = found[f"{plugin} {precision}"] | dict(
                 offload_optim_frac=1.0
             )
-            found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} offloaded"] | dict(
-                recipe=True
+            offloaded = found[f"{plugin} {precision} offloaded"]
+            found[f"{plugin} {precision} offloaded recipe"] = offloaded | dict(recipe=True)
+            found[f"{plugin} {precision} offloaded checkpointed"] = offloaded | dict(grad_checkpoint=True)
+            found[f"{plugin} {precision} placed by need"] = found[f"{plugin} {precision}"] | dict(
+                placement_policy="auto"
             )
-        elif precision == "bf16" and torch.cuda.is_available() and plugin != "torch_fsdp":
+        if plugin == "low_level_zero":
+            found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} recipe"] | dict(
+                offload_optim_frac=1.0
+            )
+        if precision == "bf16" and torch.cuda.is_available() and plugin != "torch_fsdp":
             found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
             found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | COMPILED_GRAPHS
     if torch.cuda.is_available():  # whole steps as graphs
@@ -115,7 +122,8 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float
     model = tiny_vit(LABELS, **MODEL)
     layout = ParallelLayout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
     settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **BASE | (RECIPE if recipe else {}) | changes)
-    boosted = boost(model, settings)
+    with small_chunks():  # Gemini offloads nothing of a model that is one chunk
+        boosted = boost(model, settings)
     step = TrainStep(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), settings.label_smoothing)
     if step.graph:
         step.graph.WARM_UP_EVALUATION = 1

@@ -52,6 +52,7 @@ from parallel_training import (
     evaluate,
     has_ddp,
     hooks_of_gemini,
+    overflowed,
     reduced_early,
     steady_gemini,
     train,
@@ -89,6 +90,8 @@ def all_cases() -> dict:
         cases["reduced early"] = (reduced_early, ())
     if WORLD < 4:
         cases["steady gemini"] = (steady_gemini, ())
+        cases["overflowed gemini"] = (overflowed, dict(plugin="gemini"))
+        cases["overflowed zero1"] = (overflowed, dict(plugin="low_level_zero", zero_stage=1))
         for name in PATCHED[WORLD]:
             case = plain_cases(WORLD)[name] | dict(max_norm=MAX_NORM)
             cases[f"library {name}"] = (as_the_library_steps, case)

@@ -8,12 +8,19 @@ import weakref
 from pathlib import Path
 from unittest import mock
 
-import colossalai.booster.plugin as library
 import helpers
 import torch
 from colossalai.tensor.d_tensor.api import layout_converter
 from colossalai.zero.gemini.gemini_hook import GeminiZeROHook
-from helpers import EMA, LABEL_SMOOTHING, LAYER_DECAY, LEARNING_RATES, WEIGHT_DECAY, in_memory_images
+from helpers import (
+    EMA,
+    LABEL_SMOOTHING,
+    LAYER_DECAY,
+    LEARNING_RATES,
+    WEIGHT_DECAY,
+    in_memory_images,
+    small_chunks,
+)
 
 from data import load_dataset
 from vit.checkpoint import CheckpointFolder, load_checkpoint, read_meta
@@ -157,16 +164,6 @@ def reduced_early() -> dict:
     return result | {"sent": sent, "freed": optimizer() is None}
 
 
-def small_chunks():
-    """Context in which Gemini cuts also a tiny model into chunks, which it keeps whole otherwise."""
-    plugin = library.GeminiPlugin
-
-    def with_small_chunks(**options):
-        return plugin(**options | dict(min_chunk_size_m=0))
-
-    return mock.patch.object(library, "GeminiPlugin", with_small_chunks)
-
-
 def hooks_of_gemini() -> dict:
     """`train` on one process, and how often Gemini's hooks of operations ran in the training steps."""
     found = {}
@@ -185,6 +182,24 @@ def hooks_of_gemini() -> dict:
             found[name] = train(plugin="gemini", precision="fp16", grad_checkpoint=True)
         found[name]["hooks"] = sum(ran)
     return found
+
+
+def overflowed(**case) -> dict:
+    """Losses of steps of two micro-batches: of all, and of all but the first, whose gradients overflow."""
+    images, losses = BatchDataset(in_memory_images(8), Resize(16)), {}
+    halves = [
+        images.__getitems__([(0, i) for i in range(first, 8, 2 * WORLD)]) for first in (RANK, RANK + WORLD)
+    ]
+    for name, numbers in (("with", range(5)), ("without", range(1, 5))):
+        step, _ = build(initial_model(), precision="fp16", gradient_accumulation_steps=2, **case)
+        scaler = step.boosted.loss_scaler()
+        usual = scaler.scale.item()
+        step.model.train()
+        losses[name] = []
+        for number in numbers:
+            scaler._scale.fill_(usual if number else 2.0**60)
+            losses[name].append(all_reduce_sum(step(halves, 8, 1e-2, number)).item())
+    return losses
 
 
 def steady_gemini() -> dict:

@@ -286,6 +286,14 @@ def test_gemini_trains_the_same_with_chunks_that_keep_their_memory(launched, pro
     assert steady["losses"] == usual["losses"] and steady["losses"][-1] < steady["losses"][0]
 
 
+@pytest.mark.parametrize("processes, name", [(n, name) for n in (1, 2) for name in ("gemini", "zero1")])
+def test_a_step_that_overflowed_changes_nothing(launched, processes, name):
+    """In fp16, with two micro-batches a step."""
+    found = launched(processes)[f"overflowed {name}"]
+    assert found["with"][1:] == pytest.approx(found["without"], abs=1e-6)
+    assert found["without"][-1] < found["without"][0] - 0.1, "later steps are not skipped"
+
+
 EVALUATIONS = [
     (1, "ddp"),
     (1, "zero1"),

@@ -18,7 +18,7 @@ from vit.parallel.lora import add_lora, base_name, lora_scale
 from vit.parallel.mesh_train import boost_mesh
 from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
-from vit.patches.colossalai_gemini import operations_without_hooks, steady_chunks
+from vit.patches.colossalai_gemini import accumulate_anew, operations_without_hooks, steady_chunks
 from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_attention_kernels
 from vit.patches.transformers_layers import class_token_alone, direct_forward, layer_kernels
@@ -92,6 +92,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         else:
             model, optimizer, *_ = booster.boost(model, adamw)
             avoid_device_syncs(optimizer)
+            accumulate_anew(optimizer)
             no_ddp_on_one_rank(model)
             operations_without_hooks(model, settings)
             if not settings.may_offload:

@@ -19,6 +19,8 @@ PATCHES = (
     "cpu_fp16",
     # start-up
     "lean_imports",
+    # faults of Colossal-AI's optimizers
+    "accumulate_anew",
     # speed of Colossal-AI's optimizers
     "silence_colossalai_logger",
     "single_overflow_check",

@@ -1,4 +1,7 @@
-"""Patches for the speed of Colossal-AI's Gemini. They change results by rounding at most."""
+"""Patches of Colossal-AI's Gemini: one for a fault, the others for speed.
+
+Those for speed change results by rounding at most.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,28 @@ from types import MethodType
 import torch
 
 from vit.patches import patch
+
+
+@patch
+def accumulate_anew(optimizer) -> None:
+    """Let gradients accumulate from zero again after a step that was skipped for an overflow.
+
+    Why: only a step that is taken ends the accumulation. After one that is skipped, gradients are added to
+    the infinite ones, so that all later steps are skipped, too.
+    Library: zero/gemini/gemini_optimizer.py, GeminiOptimizer.step, colossalai 0.5.0. Can go when it sets
+    accumulating_grads to False before it returns from an overflow.
+    """
+    manager = getattr(getattr(optimizer, "module", None), "chunk_manager", None)
+    if manager is None:  # another plugin's
+        return
+    usual = optimizer.step
+
+    def step(self, *args, **kwargs):
+        result = usual(*args, **kwargs)
+        manager.accumulating_grads = False
+        return result
+
+    optimizer.step = MethodType(step, optimizer)
 
 
 @patch
