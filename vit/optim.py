@@ -25,6 +25,7 @@ class GeminiAdamW(torch.optim.Optimizer):
         self, params, lr: float = 1e-3, betas=(0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
     ):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.scratch = torch.empty(0)  # on the CPU
 
     @torch.no_grad()
     def step(self, closure=None, div_scale: float = -1) -> None:  # type: ignore[override]
@@ -33,8 +34,7 @@ class GeminiAdamW(torch.optim.Optimizer):
             for params in buckets([param for param in group["params"] if param.grad is not None]):
                 states = [self._state(param) for param in params]
                 torch._foreach_add_([state["step"] for state in states], 1)
-                gradients = [torch.empty_like(param) for param in params]
-                torch._foreach_copy_(gradients, [param.grad for param in params])
+                gradients = self._gradients(params)
                 scale = torch.tensor(float(div_scale), device=params[0].device) if div_scale > 0 else None
                 torch._fused_adamw_(
                     [param.data for param in params],
@@ -52,6 +52,21 @@ class GeminiAdamW(torch.optim.Optimizer):
                     maximize=False,
                     grad_scale=scale,
                 )
+
+    def _gradients(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradients in fp32; on the CPU in memory that each call uses again, because new memory takes
+        the system as long as the update itself.
+        """
+        sizes = [param.numel() for param in params]
+        if params[0].device.type == "cpu":
+            if self.scratch.numel() < sum(sizes):
+                self.scratch = torch.empty(sum(sizes))
+            parts = self.scratch[: sum(sizes)].split(sizes)
+            gradients = [part.view(param.shape) for part, param in zip(parts, params)]
+        else:
+            gradients = [torch.empty_like(param) for param in params]
+        torch._foreach_copy_(gradients, [param.grad for param in params])
+        return gradients
 
     def _state(self, param: torch.Tensor) -> dict:
         state = self.state[param]
