@@ -5,6 +5,7 @@ Those for speed change results by rounding at most.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from functools import cache
 from types import MethodType
 
@@ -38,13 +39,14 @@ def accumulate_anew(optimizer) -> None:
 @patch
 def operations_without_hooks(model, settings) -> None:
     """Let a `GeminiDDP` model of one rank gather its chunks before the forward pass, not in a hook of each
-    operation.
+    operation, and copy gradients into a chunk when it has all of them, not in a hook of each parameter.
 
     Why: the hooks run Python before and after every operation with a weight, forward and backward, and give
     up chunks that the next operation has to gather again, by copies. Where one rank has all of the weights on
-    its GPU there is nothing to decide.
-    Library: zero/gemini/gemini_ddp.py, forward and backward; tensor/colo_parameter.py, __torch_function__,
-    colossalai 0.5.0. Can go when the hooks are left out on one rank.
+    its GPU there is nothing to decide. Copies from and to the CPU's memory, of an optimizer there, made the
+    CPU wait for each of them.
+    Library: zero/gemini/gemini_ddp.py, forward, backward and grad_handle; tensor/colo_parameter.py,
+    __torch_function__, colossalai 0.5.0. Can go when the hooks are left out on one rank.
     """
     if not hasattr(model, "chunk_manager"):  # another plugin's
         return
@@ -56,13 +58,16 @@ def operations_without_hooks(model, settings) -> None:
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return usual(*args, **kwargs)
-        for chunk in chunks:
-            self.chunk_manager.access_chunk(chunk)
+        for work in [self.chunk_manager.access_chunk(chunk, async_access=True) for chunk in chunks]:
+            if work is not None:
+                work.wait()  # the GPU does, not the CPU
         with torch._C.DisableTorchFunctionSubclass():  # the hooks are in the parameters' __torch_function__
             return usual(*args, **kwargs)
 
     model.forward = MethodType(forward, model)
     model.backward = MethodType(_backward_without_hooks, model)
+    if model.chunk_manager.reuse_fp16_chunk:  # gradients take the place of the weights
+        _collect_gradients(model)
 
 
 def _backward_without_hooks(self, loss: torch.Tensor) -> None:
@@ -74,7 +79,46 @@ def _backward_without_hooks(self, loss: torch.Tensor) -> None:
             self.chunk_manager.trans_tensor_state(param, state)
     with torch._C.DisableTorchFunctionSubclass():
         loss.backward()
+    if any(device.type == "cpu" for device in self.grads_device.values()) and torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
     self._post_backward()
+
+
+def _collect_gradients(model) -> None:
+    """Hooks that keep gradients until a chunk has all of them, and then copy them into it by one call."""
+    from colossalai.zero.gemini.chunk import TensorState
+
+    manager, complete = model.chunk_manager, type(model).grad_handle
+    options = dict(
+        chunk_manager=manager,
+        param2name=model.param2name,
+        grads_device=model.grads_device,
+        master_weights=model.master_weights,
+        enable_gradient_accumulation=False,
+    )
+    waiting = defaultdict(list)  # of each chunk, the parameters whose gradients are there
+
+    def collect(param: torch.nn.Parameter) -> None:
+        chunk = manager.get_chunk(param)
+        waiting[chunk].append(param)
+        if len(waiting[chunk]) < chunk.num_tensors:
+            return
+        *others, last = waiting.pop(chunk)
+        places = [chunk.tensors_info[other] for other in others]
+        parts = [chunk.cuda_global_chunk[place.offset : place.end] for place in places]
+        if parts:
+            torch._foreach_copy_(parts, [other.grad.flatten() for other in others])
+        for other in others:
+            other.grad, other._gemini_reduced = None, True
+            chunk.tensor_trans_state(other, TensorState.READY_FOR_REDUCE)
+        gradient, last.grad = last.grad, None
+        # a stream: copies to the CPU do not wait for the GPU
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        complete(gradient, p=last, async_reduce_stream=stream, **options)  # copies the last one, and so on
+
+    for param in model.fp16_params:
+        param._grad_handle.remove()
+        param._grad_handle = param.register_post_accumulate_grad_hook(collect)
 
 
 @patch
