@@ -8,6 +8,13 @@ from vit.data.transforms import hash_seed
 _MASK = 2**32 - 1
 
 
+def send(part: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy of ``part`` on the device. From pinned memory: otherwise the CPU waits there for all work that
+    the GPU has left, if the copy has more than 64 KiB.
+    """
+    return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
+
+
 def _hash32(x: torch.Tensor) -> torch.Tensor:
     """Hash the 32 low bits of an int64. The factors are odd and below 2^31: no product reaches 2^63."""
     x = (x ^ (x >> 16)) * 0x7FEB352D & _MASK
@@ -181,8 +188,7 @@ def apply_operations(pixels: torch.Tensor, operation: torch.Tensor, magnitude: t
         chosen = torch.isin(operation, meant).nonzero()[:, 0]
         if len(chosen):
             there, *asked = (
-                part.to(pixels.device, non_blocking=True)
-                for part in (chosen, operation[chosen], magnitude[chosen])
+                send(part, pixels.device) for part in (chosen, operation[chosen], magnitude[chosen])
             )
             changed.index_copy_(0, there, change(pixels[there], *asked))
     return changed
@@ -259,9 +265,7 @@ class BatchAugment:
             self.seed, epoch, index, 8 + 2 * self.layers
         ).unbind(1)
         if self.padding or self.flip:
-            pixels = self._crop(
-                pixels, *(draws.to(pixels.device, non_blocking=True) for draws in (right, down, mirrored))
-            )
+            pixels = self._crop(pixels, *(send(draws, pixels.device) for draws in (right, down, mirrored)))
         if self.policy:
             chosen = (policy * len(self.operations)).long()
             for i in (0, 1):

@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vit.data.dataset import IGNORE_INDEX, DataError, Split
-from vit.data.gpu_augment import BatchAugment
+from vit.data.gpu_augment import BatchAugment, send
 from vit.data.pixels import open_image
 from vit.system import die_with_parent
 
@@ -260,7 +260,7 @@ class DeviceLoader:
     def batch(self, pairs: list[tuple[int, int]]) -> dict:
         """The batch of (epoch, image) pairs, all of one epoch; image -1 is padding."""
         index = torch.tensor([image for _, image in pairs])
-        on_device = index.to(self.labels.device, non_blocking=True)
+        on_device = send(index, self.labels.device)
         real = on_device.clamp(min=0)
         pixels, labels = self.pixels_of(real), self.labels[real]
         if self.augment is not None:
