@@ -24,11 +24,8 @@ class DropPath(nn.Module):
         """(N, tokens, hidden) -> the same; what is kept is divided by its probability"""
         if not self.training:
             return branch
-        return branch * self.draw(len(branch))[:, None, None].to(branch.dtype)
-
-    def draw(self, images: int) -> torch.Tensor:
-        """Factors (images): 0 where the branch is left out"""
-        return (torch.rand(images, device=self.keep.device) < self.keep) / self.keep
+        factors = (torch.rand(len(branch), device=self.keep.device) < self.keep) / self.keep
+        return branch * factors[:, None, None].to(branch.dtype)
 
 
 def add_drop_path(model: nn.Module, rate: float, layers: int) -> None:

@@ -87,6 +87,7 @@ def cases(world: int) -> dict[str, dict]:
             found[f"{plugin} {precision} placed by need"] = found[f"{plugin} {precision}"] | dict(
                 placement_policy="auto"
             )
+            continue
         if plugin == "low_level_zero":
             found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} recipe"] | dict(
                 offload_optim_frac=1.0

@@ -110,13 +110,38 @@ def _run_layers(base: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         for layer in layer_list(base):
             hidden_states = run_layer(base, layer, hidden_states)
         return hidden_states
+    layers = list(layer_list(base))
     hidden_states, branch = hidden_states.contiguous(), Branch()  # the kernels need it
-    for layer in layer_list(base):
-        hidden_states, branch = layer(hidden_states, branch)
+    for layer, factors in zip(layers, draw_factors(layers, len(hidden_states))):
+        hidden_states, branch = layer(hidden_states, branch, factors)
     added = branch.product + branch.bias
     if branch.factors is not None:
         added = added * branch.factors[:, None, None].to(added.dtype)
     return hidden_states + added
+
+
+def draw_factors(layers: list[nn.Module], images: int) -> list[tuple]:
+    """For each layer the factors (N) of its two branches, see `Branch`. In one draw: on a GPU that takes as
+    long for one branch as for all.
+    """
+    paths = [
+        module
+        for layer in layers
+        for dropout in _ends_of_branches(layer)
+        for module in dropout.modules()
+        if isinstance(module, DropPath) and module.training
+    ]
+    if not paths:
+        return [(None, None)] * len(layers)
+    keep = torch.stack([path.keep for path in paths])[:, None]
+    factors = (torch.rand(len(paths), images, device=keep.device) < keep) / keep
+    return list(zip(factors[::2].unbind(), factors[1::2].unbind(), strict=True))
+
+
+def _ends_of_branches(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
+    """The last operation of attention, and of the MLP."""
+    dropouts = [module.dropout for module in branch_dropouts(layer)]
+    return dropouts[0], dropouts[-1]
 
 
 def run_layer(base: nn.Module, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -153,26 +178,26 @@ def _run_by_kernels(self, hidden_states: torch.Tensor, *args, **kwargs) -> tuple
 
     Args:
         hidden_states: (N, tokens, hidden), without the branch of the layer before.
-        args: that `Branch`.
+        args: that `Branch`, and the factors of this layer's branches.
 
     Returns:
         Hidden states without the branch of this layer, and that.
     """
-    if len(args) != 1 or not isinstance(args[0], Branch):  # from the loops of transformers
+    if not args or not isinstance(args[0], Branch):  # from the loops of transformers
         return type(self).forward(self, hidden_states, *args, **kwargs)
     _, gelu = self.kernels
-    dropouts = [module.dropout for module in branch_dropouts(self)]
+    branch, factors = args
     widen, narrow = mlp_projections(self)
-    hidden_states, normed = _add_norm(self, hidden_states, args[0], self.layernorm_before)
+    hidden_states, normed = _add_norm(self, hidden_states, branch, self.layernorm_before)
     if hasattr(self, "for_class_token"):
         context = attend_from_class_token(self_attention(self), normed)
         hidden_states = hidden_states[:, :1].contiguous()
     else:
         context = attend(self_attention(self), normed)
-    branch = _branch(context, output_projection(self), dropouts[0])
+    branch = _branch(context, output_projection(self), factors[0])
     hidden_states, normed = _add_norm(self, hidden_states, branch, self.layernorm_after)
     activated = gelu(F.linear(normed, widen.weight), widen.bias)
-    return hidden_states, _branch(activated, narrow, dropouts[-1])
+    return hidden_states, _branch(activated, narrow, factors[1])
 
 
 def _add_norm(self, hidden_states: torch.Tensor, branch: Branch, norm: nn.LayerNorm):
@@ -184,10 +209,6 @@ def _add_norm(self, hidden_states: torch.Tensor, branch: Branch, norm: nn.LayerN
     return hidden_states, normed
 
 
-def _branch(inputs: torch.Tensor, linear: nn.Module, dropout: nn.Module) -> Branch:
-    """``dropout`` of ``linear(inputs)``, which drops nothing but paths."""
-    product, factors = F.linear(inputs, linear.weight), None
-    for module in dropout.modules():
-        if isinstance(module, DropPath) and module.training:
-            factors = module.draw(len(inputs))
-    return Branch(product, linear.bias, factors)
+def _branch(inputs: torch.Tensor, linear: nn.Module, factors: torch.Tensor | None) -> Branch:
+    """``linear(inputs) * factors``"""
+    return Branch(F.linear(inputs, linear.weight), linear.bias, factors)
