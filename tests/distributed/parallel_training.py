@@ -11,6 +11,7 @@ from unittest import mock
 import helpers
 import torch
 from colossalai.tensor.d_tensor.api import layout_converter
+from colossalai.zero.gemini.chunk import Chunk
 from colossalai.zero.gemini.gemini_hook import GeminiZeROHook
 from helpers import (
     EMA,
@@ -35,6 +36,7 @@ from vit.modules import load_weights, with_first_names
 from vit.parallel import boost as boosting
 from vit.parallel.boost import boost
 from vit.parallel.reduction import GradientReduction
+from vit.patches.colossalai_gemini import GradientCollector
 from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.step import Mixup, TrainStep
@@ -165,22 +167,31 @@ def reduced_early() -> dict:
 
 
 def hooks_of_gemini() -> dict:
-    """`train` on one process, and how often Gemini's hooks of operations ran in the training steps."""
+    """`train` on one process, how often Gemini's hooks of operations ran in the training steps, and how many
+    gradients were copied into a chunk by themselves.
+    """
     found = {}
     for name, patches in (("usual", ""), ("switched off", "operations_without_hooks")):
         ran, pre_op = [], GeminiZeROHook.pre_op
+        copied, copy = [], Chunk.copy_tensor_to_chunk_slice
 
         def count(self, params, ran=ran, pre_op=pre_op) -> None:
             ran.append(torch.is_grad_enabled())
             pre_op(self, params)
 
+        def count_copy(self, *args, copied=copied, copy=copy, **options) -> None:
+            copied.append(1)
+            copy(self, *args, **options)
+
         with (
             mock.patch.dict(os.environ, VIT_DISABLE_PATCHES=patches),
             mock.patch.object(GeminiZeROHook, "pre_op", count),
+            mock.patch.object(Chunk, "copy_tensor_to_chunk_slice", count_copy),
+            mock.patch.object(GradientCollector, "ELEMENTS", 3000),  # several copies for each chunk
             small_chunks(),
         ):
             found[name] = train(plugin="gemini", precision="fp16", grad_checkpoint=True)
-        found[name]["hooks"] = sum(ran)
+        found[name] |= {"hooks": sum(ran), "copied alone": len(copied)}
     return found
 
 

@@ -260,6 +260,7 @@ def test_gemini_needs_no_hooks_of_operations(launched, processes):
     found = launched(processes)["hooks of gemini"]
     assert found["usual"]["hooks"] == 0
     assert found["switched off"]["hooks"] > 100
+    assert found["usual"]["copied alone"] < found["switched off"]["copied alone"] / 10
     assert found["usual"]["losses"] == found["switched off"]["losses"]
     assert found["usual"]["evaluations"] == found["switched off"]["evaluations"]
 

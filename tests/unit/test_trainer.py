@@ -94,10 +94,12 @@ def timed_epoch(monkeypatch, steps: int, seconds: list[float], **changes) -> tup
 
 def test_losses_are_read_about_once_in_so_many_seconds(alone, monkeypatch):
     monkeypatch.setattr("vit.trainer.SECONDS_BETWEEN_LOSS_READS", 2.0)
+    monkeypatch.setattr("vit.trainer.MAX_STEPS_BETWEEN_LOSS_READS", 50)
     trainer, bar = timed_epoch(monkeypatch, 80, [0.5] * 5 + [3.0] * 5 + [0.01] * 70)
     # one step, then as many as take 2 s if they are as fast as those before, but from 1 to 50
     assert bar.steps == [1, 4, 4, 1, 1, 50, 19]
     assert trainer.position.progress.seconds == pytest.approx(18.2) and bar.total == 80
+    assert trainer.steps_between_reads == 50, "the next epoch begins with it"
     assert bar.title == "epoch 2/2"
     assert bar.said[1] == f"loss 84.0000, lr {trainer.learning_rate(84):.2e}, 16 images/s"
 

@@ -6,6 +6,7 @@ Those for speed change results by rounding at most.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass, field
 from functools import cache
 from types import MethodType
 
@@ -58,67 +59,98 @@ def operations_without_hooks(model, settings) -> None:
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return usual(*args, **kwargs)
-        for work in [self.chunk_manager.access_chunk(chunk, async_access=True) for chunk in chunks]:
-            if work is not None:
-                work.wait()  # the GPU does, not the CPU
         with torch._C.DisableTorchFunctionSubclass():  # the hooks are in the parameters' __torch_function__
+            for work in [self.chunk_manager.access_chunk(chunk, async_access=True) for chunk in chunks]:
+                if work is not None:
+                    work.wait()  # the GPU does, not the CPU
             return usual(*args, **kwargs)
 
     model.forward = MethodType(forward, model)
     model.backward = MethodType(_backward_without_hooks, model)
     if model.chunk_manager.reuse_fp16_chunk:  # gradients take the place of the weights
-        _collect_gradients(model)
+        collector = GradientCollector(model)
+        for param in model.fp16_params:
+            param._grad_handle.remove()
+            param._grad_handle = param.register_post_accumulate_grad_hook(collector.add)
 
 
 def _backward_without_hooks(self, loss: torch.Tensor) -> None:
     from colossalai.zero.gemini.chunk import TensorState
 
-    self._pre_backward()
-    for param in self.fp16_params:  # as the hooks would leave it for `grad_handle`
-        for state in (TensorState.COMPUTE, TensorState.HOLD_AFTER_BWD):
-            self.chunk_manager.trans_tensor_state(param, state)
     with torch._C.DisableTorchFunctionSubclass():
+        self._pre_backward()
+        for param in self.fp16_params:  # as the hooks would leave it for `grad_handle`
+            for state in (TensorState.COMPUTE, TensorState.HOLD_AFTER_BWD):
+                self.chunk_manager.trans_tensor_state(param, state)
         loss.backward()
-    if any(device.type == "cpu" for device in self.grads_device.values()) and torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
-    self._post_backward()
+        if any(device.type == "cpu" for device in self.grads_device.values()) and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
+        self._post_backward()
 
 
-def _collect_gradients(model) -> None:
-    """Hooks that keep gradients until a chunk has all of them, and then copy them into it by one call."""
-    from colossalai.zero.gemini.chunk import TensorState
+@dataclass
+class Arrived:
+    """Gradients of a chunk that have arrived.
 
-    manager, complete = model.chunk_manager, type(model).grad_handle
-    options = dict(
-        chunk_manager=manager,
-        param2name=model.param2name,
-        grads_device=model.grads_device,
-        master_weights=model.master_weights,
-        enable_gradient_accumulation=False,
-    )
-    waiting = defaultdict(list)  # of each chunk, the parameters whose gradients are there
+    Attributes:
+        params: whose gradients are not copied yet; ``elements``: of these.
+        total: how many have arrived, with those that are copied.
+    """
 
-    def collect(param: torch.nn.Parameter) -> None:
-        chunk = manager.get_chunk(param)
-        waiting[chunk].append(param)
-        if len(waiting[chunk]) < chunk.num_tensors:
+    params: list[torch.nn.Parameter] = field(default_factory=list)
+    elements: int = 0
+    total: int = 0
+
+
+class GradientCollector:
+    """Copies the gradients of a `GeminiDDP` model into its chunks, several by one call.
+
+    Args:
+        model: of one rank, whose gradients take the place of the weights.
+    """
+
+    ELEMENTS = 2**21  # so many are kept before they are copied: memory beside the chunks
+
+    def __init__(self, model):
+        self.manager, self.handle = model.chunk_manager, type(model).grad_handle
+        self.options = dict(
+            chunk_manager=model.chunk_manager,
+            param2name=model.param2name,
+            grads_device=model.grads_device,
+            master_weights=model.master_weights,
+            enable_gradient_accumulation=False,
+        )
+        self.arrived: dict = defaultdict(Arrived)  # of each chunk
+
+    def add(self, param: torch.nn.Parameter) -> None:
+        """Take a gradient. The last one of a chunk goes the library's way, which then reduces the chunk."""
+        chunk = self.manager.get_chunk(param)
+        arrived = self.arrived[chunk]
+        arrived.total += 1
+        if arrived.total < chunk.num_tensors:
+            arrived.params.append(param)
+            arrived.elements += param.numel()
+            if arrived.elements >= self.ELEMENTS:
+                self.copy(chunk, arrived)
             return
-        *others, last = waiting.pop(chunk)
-        places = [chunk.tensors_info[other] for other in others]
+        self.copy(chunk, self.arrived.pop(chunk))
+        gradient, param.grad = param.grad, None
+        # with a stream, copies to the CPU do not wait for the GPU
+        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        self.handle(gradient, p=param, async_reduce_stream=stream, **self.options)
+
+    def copy(self, chunk, arrived: Arrived) -> None:
+        """Copy the gradients that have arrived into their chunk."""
+        from colossalai.zero.gemini.chunk import TensorState
+
+        places = [chunk.tensors_info[param] for param in arrived.params]
         parts = [chunk.cuda_global_chunk[place.offset : place.end] for place in places]
         if parts:
-            torch._foreach_copy_(parts, [other.grad.flatten() for other in others])
-        for other in others:
-            other.grad, other._gemini_reduced = None, True
-            chunk.tensor_trans_state(other, TensorState.READY_FOR_REDUCE)
-        gradient, last.grad = last.grad, None
-        # a stream: copies to the CPU do not wait for the GPU
-        stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
-        complete(gradient, p=last, async_reduce_stream=stream, **options)  # copies the last one, and so on
-
-    for param in model.fp16_params:
-        param._grad_handle.remove()
-        param._grad_handle = param.register_post_accumulate_grad_hook(collect)
+            torch._foreach_copy_(parts, [param.grad.flatten() for param in arrived.params])
+        for param in arrived.params:
+            param.grad, param._gemini_reduced = None, True
+            chunk.tensor_trans_state(param, TensorState.READY_FOR_REDUCE)
+        arrived.params, arrived.elements = [], 0
 
 
 @patch
