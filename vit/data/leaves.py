@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
+from vit.data.dataset import DataError
 from vit.system import die_with_parent
 
 LABELS = ("angular_leaf_spot", "bean_rust", "healthy")  # names and order of Beans
@@ -201,6 +203,7 @@ def write_leaves(
 
     Raises:
         FileExistsError: ``root`` contains other files.
+        DataError: a process that draws was killed.
     """
     root = Path(root)
     settings = json.dumps({"drawing": DRAWING, "sizes": sizes, "image_size": image_size, "seed": seed})
@@ -235,8 +238,12 @@ def _write(root: Path, sizes: dict[str, int], image_size: int, seed: int, settin
             draw(images)
         else:
             fork = multiprocessing.get_context("fork")
-            with ProcessPoolExecutor(workers, fork, _start_worker) as pool:
-                list(pool.map(draw, (images[part::workers] for part in range(workers))))
+            try:
+                with ProcessPoolExecutor(workers, fork, _start_worker) as pool:
+                    list(pool.map(draw, (images[part::workers] for part in range(workers))))
+            except BrokenProcessPool:
+                problem = "a process that draws the images was killed, maybe for lack of memory; start again"
+                raise DataError(problem, root) from None
         (folder / ".leaves.json").write_text(settings)
         try:
             folder.rename(root)

@@ -1,5 +1,7 @@
 """Synthetic leaves: the same files every time, in classes that neither colour nor a thumbnail gives away."""
 
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -8,6 +10,7 @@ import torch
 from PIL import Image
 
 from vit.data import leaves
+from vit.data.dataset import DataError
 from vit.data.leaves import LABELS, draw_leaf, write_leaves
 
 SIZES = {"train": 9, "test": 4}
@@ -37,6 +40,19 @@ def test_all_cores_draw_the_files_that_one_draws(tmp_path, monkeypatch):
     monkeypatch.setattr(leaves, "PER_WORKER", 1)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2})
     assert contents(write_leaves(tmp_path / "b", SIZES)) == alone
+
+
+def be_killed(*given) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_process_that_draws_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(leaves, "PER_WORKER", 1)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+    monkeypatch.setattr(leaves, "_draw_files", be_killed)
+    with pytest.raises(DataError, match="was killed, maybe for lack of memory; start again"):
+        write_leaves(tmp_path / "a", SIZES)
+    assert [path.name for path in tmp_path.iterdir()] == [".drawing.lock"]
 
 
 def test_one_of_several_processes_draws_and_the_others_wait(tmp_path, monkeypatch):
