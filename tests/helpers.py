@@ -152,12 +152,12 @@ def run_interpreted(program: Path | str, *arguments: str) -> None:
 
 
 def small_chunks():
-    """Context in which Gemini cuts also a tiny model into chunks, which it keeps whole otherwise."""
+    """Context in which Gemini cuts also a tiny model into several chunks; otherwise it keeps one, whole."""
     import colossalai.booster.plugin as library
 
     plugin = library.GeminiPlugin
 
     def with_small_chunks(**options):
-        return plugin(**options | dict(min_chunk_size_m=0))
+        return plugin(**options | dict(min_chunk_size_m=0, search_range_m=0))
 
     return mock.patch.object(library, "GeminiPlugin", with_small_chunks)

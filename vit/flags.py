@@ -38,7 +38,7 @@ def add_parallel_flags(parser: Parser) -> None:
     add("--offload_param_frac", fraction(1), "gemini's parameters in CPU memory")
     add("--grad_checkpoint", bool, "recompute activations in the backward pass (default: by preset)")
     add("--compile", bool, "torch.compile each transformer layer (default: by preset)")
-    add("--cuda_graphs", bool, "replay steps as CUDA graphs, compiled too (default: by preset)")
+    add("--cuda_graphs", bool, "replay steps as CUDA graphs (default: by preset)")
 
 
 def add_optimizer_flags(parser: Parser) -> None:

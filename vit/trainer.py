@@ -28,7 +28,7 @@ from vit.signals import Interrupted, SignalHandler
 from vit.step import TrainStep, evaluate
 
 SECONDS_BETWEEN_LOSS_READS = 1.0  # reading a loss makes the CPU wait for the GPU
-MAX_STEPS_BETWEEN_LOSS_READS = 250
+MAX_STEPS_BETWEEN_LOSS_READS = 100  # a signal is noticed at a read
 
 
 class NonFiniteLoss(Exception):
@@ -97,7 +97,6 @@ class Trainer:
         self.run, self.checkpoints, self.stop = run, checkpoints, stop
         self.settings = run.settings
         self.position = Position()
-        self.steps_between_reads = 1  # of the loss
 
     def fit(self) -> None:
         """Train the epochs that are left; evaluate and save after each one.
@@ -132,7 +131,7 @@ class Trainer:
         self.step.model.train()
         epoch, first = self.position.epoch, self.position.step_in_epoch(self.plan)
         images_per_step = self.plan.real_images_per_step[first:]
-        losses, window_start = [], time.perf_counter()
+        losses, window, window_start = [], 1, time.perf_counter()
         with progress_bar(len(images_per_step), f"epoch {epoch + 1}/{self.settings.num_epoch}") as bar:
             for i, images in enumerate(images_per_step):
                 global_step = epoch * self.plan.steps_per_epoch + first + i
@@ -142,7 +141,7 @@ class Trainer:
                 is_last = i + 1 == len(images_per_step)
                 save_every = self.settings.checkpoint_steps
                 save_now = save_every > 0 and (global_step + 1) % save_every == 0
-                if len(losses) < self.steps_between_reads and not is_last and not save_now:
+                if len(losses) < window and not is_last and not save_now:
                     continue  # let the CPU run ahead of the GPU
                 counts = images_per_step[i + 1 - len(losses) : i + 1]
                 means, signum, seconds = self.read_losses(losses, window_start)
@@ -157,9 +156,9 @@ class Trainer:
                     raise Interrupted(signum)
                 if save_now:
                     self.save()
-                # from the mean time of all ranks, so that all choose the same number
-                steps = round(len(losses) * SECONDS_BETWEEN_LOSS_READS / seconds)
-                self.steps_between_reads = min(MAX_STEPS_BETWEEN_LOSS_READS, max(1, steps))
+                # from the mean time of all ranks, so that all choose the same window
+                window = round(len(losses) * SECONDS_BETWEEN_LOSS_READS / seconds)
+                window = min(MAX_STEPS_BETWEEN_LOSS_READS, max(1, window))
                 losses, window_start = [], time.perf_counter()
 
     def finish_epoch(self) -> None:

@@ -10,7 +10,9 @@ import os
 import sys
 import traceback
 from argparse import Namespace
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
@@ -84,6 +86,9 @@ def cases(world: int) -> dict[str, dict]:
             offloaded = found[f"{plugin} {precision} offloaded"]
             found[f"{plugin} {precision} offloaded recipe"] = offloaded | dict(recipe=True)
             found[f"{plugin} {precision} offloaded checkpointed"] = offloaded | dict(grad_checkpoint=True)
+            found[f"{plugin} {precision} offloaded unclipped"] = offloaded | dict(max_norm=0.0)
+            found[f"{plugin} {precision} half offloaded"] = offloaded | dict(offload_optim_frac=0.5)
+            found[f"{plugin} {precision} in one chunk"] = offloaded | dict(in_chunks=False)
             found[f"{plugin} {precision} placed by need"] = found[f"{plugin} {precision}"] | dict(
                 placement_policy="auto"
             )
@@ -109,6 +114,9 @@ def cases(world: int) -> dict[str, dict]:
             found[f"{name} graphs unclipped"] = found[f"{name} graphs"] | dict(max_norm=0.0)
         for name in ("gemini bf16", "gemini bf16 recipe", "torch_ddp bf16"):  # gemini: not with clipping
             found[f"{name} graphs unclipped"] = found[name] | dict(cuda_graphs=True, max_norm=0.0)
+        found["gemini bf16 graphs unclipped in one chunk"] = found["gemini bf16 graphs unclipped"] | dict(
+            in_chunks=False
+        )
     for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
         if world == tp * pp:
             for precision in ("fp32", "bf16"):
@@ -117,14 +125,40 @@ def cases(world: int) -> dict[str, dict]:
     return found
 
 
-def run(tp: int = 1, pp: int = 1, recipe: bool = False, **changes) -> list[float]:
-    """Losses of the steps, and of four evaluations. ``recipe``: layer decay, EMA, label smoothing."""
+@contextmanager
+def late_copies():
+    """Gemini's copies to the CPU begin 5 ms late: who reads too early reads what was there before."""
+    from colossalai.zero.gemini.chunk import Chunk
+
+    move = Chunk.shard_move
+
+    def move_late(self, *args, **options) -> None:
+        if torch.cuda.is_available():
+            torch.cuda._sleep(10_000_000)  # cycles
+        move(self, *args, **options)
+
+    with mock.patch.object(Chunk, "shard_move", move_late):
+        yield
+
+
+def run(tp: int = 1, pp: int = 1, recipe: bool = False, in_chunks: bool = True, **changes) -> list[float]:
+    """Losses of the steps, and of four evaluations.
+
+    Args:
+        recipe: layer decay, EMA, label smoothing.
+        in_chunks: let Gemini cut the model into several chunks; it offloads nothing of one.
+    """
+    with late_copies(), small_chunks() if in_chunks else nullcontext():
+        return train(tp, pp, recipe, **changes)
+
+
+def train(tp: int, pp: int, recipe: bool, **changes) -> list[float]:
+    """See `run`."""
     torch.manual_seed(0)
     model = tiny_vit(LABELS, **MODEL)
     layout = ParallelLayout(int(os.environ["WORLD_SIZE"]), tp, pp, int(os.environ["RANK"]))
     settings = Settings(layout=layout, tp_size=tp, pp_size=pp, **BASE | (RECIPE if recipe else {}) | changes)
-    with small_chunks():  # Gemini offloads nothing of a model that is one chunk
-        boosted = boost(model, settings)
+    boosted = boost(model, settings)
     step = TrainStep(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3), settings.label_smoothing)
     if step.graph:
         step.graph.WARM_UP_EVALUATION = 1

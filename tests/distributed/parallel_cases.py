@@ -90,8 +90,9 @@ def all_cases() -> dict:
         cases["reduced early"] = (reduced_early, ())
     if WORLD < 4:
         cases["steady gemini"] = (steady_gemini, ())
-        cases["overflowed gemini"] = (overflowed, dict(plugin="gemini"))
-        cases["overflowed zero1"] = (overflowed, dict(plugin="low_level_zero", zero_stage=1))
+        for k in (1, 2):
+            cases[f"overflowed gemini k{k}"] = (overflowed, dict(k=k, plugin="gemini"))
+            cases[f"overflowed zero1 k{k}"] = (overflowed, zero() | dict(k=k))
         for name in PATCHED[WORLD]:
             case = plain_cases(WORLD)[name] | dict(max_norm=MAX_NORM)
             cases[f"library {name}"] = (as_the_library_steps, case)

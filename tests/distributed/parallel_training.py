@@ -1,6 +1,5 @@
 """Training and evaluation of in-memory images by every plugin and layout: cases of parallel_cases.py."""
 
-import gc
 import json
 import os
 import sys
@@ -37,6 +36,7 @@ from vit.parallel import boost as boosting
 from vit.parallel.boost import boost
 from vit.parallel.reduction import GradientReduction
 from vit.patches.colossalai_gemini import GradientCollector
+from vit.patches.torch_kernels import release_model_memory
 from vit.schedule import BatchPlan
 from vit.settings import Settings
 from vit.step import Mixup, TrainStep
@@ -159,11 +159,16 @@ def reduced_early() -> dict:
     case = dict(plugin="low_level_zero", zero_stage=1)
     with mock.patch.multiple(GradientReduction, BUCKET=1000, finish=count):
         result = train(**case)
+    return result | {"sent": sent, "freed": is_freed(**case)}
+
+
+def is_freed(**case) -> bool:
+    """Whether a model and its optimizer go when nothing but their own hooks refers to them."""
     step, _ = build(initial_model(), **case)
-    optimizer = weakref.ref(step.optimizer)
+    kept = [weakref.ref(step.optimizer), *(weakref.ref(param) for param in step.model.parameters())]
     del step
-    gc.collect()
-    return result | {"sent": sent, "freed": optimizer() is None}
+    release_model_memory()
+    return not any(ref() is not None for ref in kept)
 
 
 def hooks_of_gemini() -> dict:
@@ -187,29 +192,29 @@ def hooks_of_gemini() -> dict:
             mock.patch.dict(os.environ, VIT_DISABLE_PATCHES=patches),
             mock.patch.object(GeminiZeROHook, "pre_op", count),
             mock.patch.object(Chunk, "copy_tensor_to_chunk_slice", count_copy),
-            mock.patch.object(GradientCollector, "ELEMENTS", 3000),  # several copies for each chunk
+            mock.patch.object(GradientCollector, "ELEMENTS", 300),  # several copies for some chunks
             small_chunks(),
         ):
             found[name] = train(plugin="gemini", precision="fp16", grad_checkpoint=True)
+            found[name]["freed"] = is_freed(plugin="gemini", precision="fp16")
         found[name] |= {"hooks": sum(ran), "copied alone": len(copied)}
     return found
 
 
-def overflowed(**case) -> dict:
-    """Losses of steps of two micro-batches: of all, and of all but the first, whose gradients overflow."""
+def overflowed(k: int, **case) -> dict:
+    """Losses of steps of ``k`` micro-batches: of all, and of all but the first, whose gradients overflow."""
     images, losses = BatchDataset(in_memory_images(8), Resize(16)), {}
-    halves = [
-        images.__getitems__([(0, i) for i in range(first, 8, 2 * WORLD)]) for first in (RANK, RANK + WORLD)
-    ]
+    firsts = range(RANK, k * WORLD, WORLD)
+    parts = [images.__getitems__([(0, i) for i in range(first, 8, k * WORLD)]) for first in firsts]
     for name, numbers in (("with", range(5)), ("without", range(1, 5))):
-        step, _ = build(initial_model(), precision="fp16", gradient_accumulation_steps=2, **case)
+        step, _ = build(initial_model(), precision="fp16", gradient_accumulation_steps=k, **case)
         scaler = step.boosted.loss_scaler()
         usual = scaler.scale.item()
         step.model.train()
         losses[name] = []
         for number in numbers:
             scaler._scale.fill_(usual if number else 2.0**60)
-            losses[name].append(all_reduce_sum(step(halves, 8, 1e-2, number)).item())
+            losses[name].append(all_reduce_sum(step(parts, 8, 1e-2, number)).item())
     return losses
 
 

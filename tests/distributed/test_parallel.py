@@ -260,7 +260,8 @@ def test_gemini_needs_no_hooks_of_operations(launched, processes):
     found = launched(processes)["hooks of gemini"]
     assert found["usual"]["hooks"] == 0
     assert found["switched off"]["hooks"] > 100
-    assert found["usual"]["copied alone"] < found["switched off"]["copied alone"] / 10
+    assert found["usual"]["copied alone"] < found["switched off"]["copied alone"] / 2
+    assert found["usual"]["freed"], "the hooks keep the weights alive"
     assert found["usual"]["losses"] == found["switched off"]["losses"]
     assert found["usual"]["evaluations"] == found["switched off"]["evaluations"]
 
@@ -287,10 +288,11 @@ def test_gemini_trains_the_same_with_chunks_that_keep_their_memory(launched, pro
     assert steady["losses"] == usual["losses"] and steady["losses"][-1] < steady["losses"][0]
 
 
+@pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("processes, name", [(n, name) for n in (1, 2) for name in ("gemini", "zero1")])
-def test_a_step_that_overflowed_changes_nothing(launched, processes, name):
-    """In fp16, with two micro-batches a step."""
-    found = launched(processes)[f"overflowed {name}"]
+def test_a_step_that_overflowed_changes_nothing(launched, processes, name, k):
+    """In fp16, with k micro-batches a step."""
+    found = launched(processes)[f"overflowed {name} k{k}"]
     assert found["with"][1:] == pytest.approx(found["without"], abs=1e-6)
     assert found["without"][-1] < found["without"][0] - 0.1, "later steps are not skipped"
 

@@ -89,6 +89,16 @@ def test_layers_by_kernels_compute_what_transformers_layers_do(calls, kind, drop
     assert calls == ["add_norm", "gelu"] + ["add_norm", "add_norm", "gelu"] * (layers - 1)
 
 
+def test_drop_path_is_drawn_for_the_layers_that_train(calls):
+    found = []
+    for with_kernels in (False, True):
+        model = build(with_kernels, drop_path=0.5).train()
+        numbered_layers(model)[1].eval()
+        found.append(logits_and_gradients(model, is_autocast=False))
+    for is_, was in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(is_, was, rtol=1e-4, atol=1e-5)
+
+
 def test_layers_by_kernels_serve_transformers_own_loop(calls):
     plain, fast = (build(with_kernels) for with_kernels in (False, True))
     pixels = torch.randn(3, 3, 16, 16)

@@ -9,10 +9,11 @@ _MASK = 2**32 - 1
 
 
 def send(part: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy of ``part`` on the device. From pinned memory: otherwise the CPU waits there for all work that
-    the GPU has left, if the copy has more than 64 KiB.
+    """A copy of ``part`` on the device. From contiguous, pinned memory: otherwise the CPU waits there for all
+    work that the GPU has left, if the copy has more than 64 KiB.
     """
-    return (part.pin_memory() if device.type == "cuda" else part).to(device, non_blocking=True)
+    part = part.contiguous().pin_memory() if device.type == "cuda" else part
+    return part.to(device, non_blocking=True)
 
 
 def _hash32(x: torch.Tensor) -> torch.Tensor:

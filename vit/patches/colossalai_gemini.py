@@ -55,20 +55,23 @@ def operations_without_hooks(model, settings) -> None:
     if settings.layout.world_size > 1 or moves:
         return
     usual, chunks = model.forward, model.chunk_manager.get_chunks(model.fp16_params)
+    model.gradient_collector = None
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return usual(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():  # the hooks are in the parameters' __torch_function__
-            for work in [self.chunk_manager.access_chunk(chunk, async_access=True) for chunk in chunks]:
-                if work is not None:
+            for chunk in chunks:
+                if work := self.chunk_manager.access_chunk(chunk, async_access=True):
                     work.wait()  # the GPU does, not the CPU
             return usual(*args, **kwargs)
 
     model.forward = MethodType(forward, model)
     model.backward = MethodType(_backward_without_hooks, model)
     if model.chunk_manager.reuse_fp16_chunk:  # gradients take the place of the weights
-        collector = GradientCollector(model)
+        # it must not refer to the model, whose end takes the hooks away: they keep the weights in memory
+        model.gradient_collector = collector = GradientCollector(model)
+        model._setup_grads_ptr = lambda: None  # takes gradients away, of which the collector leaves none
         for param in model.fp16_params:
             param._grad_handle.remove()
             param._grad_handle = param.register_post_accumulate_grad_hook(collector.add)
@@ -79,9 +82,11 @@ def _backward_without_hooks(self, loss: torch.Tensor) -> None:
 
     with torch._C.DisableTorchFunctionSubclass():
         self._pre_backward()
-        for param in self.fp16_params:  # as the hooks would leave it for `grad_handle`
-            for state in (TensorState.COMPUTE, TensorState.HOLD_AFTER_BWD):
-                self.chunk_manager.trans_tensor_state(param, state)
+        if self.gradient_collector:
+            self.gradient_collector.arrived.clear()  # of a backward pass that ended in an error
+        for chunk in self.chunk_manager.get_chunks(self.fp16_params):
+            # as the hooks would leave it for `grad_handle`
+            chunk._Chunk__update_tensors_state(TensorState.HOLD_AFTER_BWD)
         loss.backward()
         if any(device.type == "cpu" for device in self.grads_device.values()) and torch.cuda.is_available():
             torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
@@ -127,6 +132,7 @@ class GradientCollector:
         chunk = self.manager.get_chunk(param)
         arrived = self.arrived[chunk]
         arrived.total += 1
+        param._gemini_reduced = True  # the others are named in an error
         if arrived.total < chunk.num_tensors:
             arrived.params.append(param)
             arrived.elements += param.numel()
@@ -148,7 +154,7 @@ class GradientCollector:
         if parts:
             torch._foreach_copy_(parts, [param.grad.flatten() for param in arrived.params])
         for param in arrived.params:
-            param.grad, param._gemini_reduced = None, True
+            param.grad = None
             chunk.tensor_trans_state(param, TensorState.READY_FOR_REDUCE)
         arrived.params, arrived.elements = [], 0
 

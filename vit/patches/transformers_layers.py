@@ -112,7 +112,7 @@ def _run_layers(base: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
         return hidden_states
     layers = list(layer_list(base))
     hidden_states, branch = hidden_states.contiguous(), Branch()  # the kernels need it
-    for layer, factors in zip(layers, draw_factors(layers, len(hidden_states))):
+    for layer, factors in zip(layers, draw_factors(layers, len(hidden_states)), strict=True):
         hidden_states, branch = layer(hidden_states, branch, factors)
     added = branch.product + branch.bias
     if branch.factors is not None:
@@ -124,24 +124,21 @@ def draw_factors(layers: list[nn.Module], images: int) -> list[tuple]:
     """For each layer the factors (N) of its two branches, see `Branch`. In one draw: on a GPU that takes as
     long for one branch as for all.
     """
-    paths = [
-        module
-        for layer in layers
-        for dropout in _ends_of_branches(layer)
-        for module in dropout.modules()
-        if isinstance(module, DropPath) and module.training
-    ]
-    if not paths:
+    ends = [branch_dropouts(layer) for layer in layers]
+    paths = [_drop_path(end.dropout) for both in ends for end in (both[0], both[-1])]
+    drawn = [path for path in paths if path]
+    if not drawn:
         return [(None, None)] * len(layers)
-    keep = torch.stack([path.keep for path in paths])[:, None]
-    factors = (torch.rand(len(paths), images, device=keep.device) < keep) / keep
-    return list(zip(factors[::2].unbind(), factors[1::2].unbind(), strict=True))
+    keep = torch.stack([path.keep for path in drawn])[:, None]
+    rows = iter((torch.rand(len(drawn), images, device=keep.device) < keep) / keep)
+    factors = [next(rows) if path else None for path in paths]
+    return list(zip(factors[::2], factors[1::2], strict=True))
 
 
-def _ends_of_branches(layer: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """The last operation of attention, and of the MLP."""
-    dropouts = [module.dropout for module in branch_dropouts(layer)]
-    return dropouts[0], dropouts[-1]
+def _drop_path(dropout: nn.Module) -> DropPath | None:
+    """The drop path within the last operation of a branch, if it drops now."""
+    found = [module for module in dropout.modules() if isinstance(module, DropPath) and module.training]
+    return found[0] if found else None
 
 
 def run_layer(base: nn.Module, layer: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
