@@ -40,7 +40,7 @@ def accumulate_anew(optimizer) -> None:
 @patch
 def operations_without_hooks(model, settings) -> None:
     """Let a `GeminiDDP` model of one rank gather its chunks before the forward pass, not in a hook of each
-    operation, and copy gradients into a chunk when it has all of them, not in a hook of each parameter.
+    operation, and copy gradients into a chunk several at a time, not each in a hook of its own.
 
     Why: the hooks run Python before and after every operation with a weight, forward and backward, and give
     up chunks that the next operation has to gather again, by copies. Where one rank has all of the weights on
