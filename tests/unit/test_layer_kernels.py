@@ -119,7 +119,9 @@ def test_no_kernels_for_layers_that_compute_something_else(calls, sizes):
     [
         ({}, True),
         (dict(compile=False), False),  # the host is too slow for it to matter
+        (dict(compile=False, cuda_graphs=True, plugin="gemini"), True),  # recorded
         (dict(grad_checkpoint=True), False),
+        (dict(lora_rank=2), False),
         (dict(layout=ParallelLayout(2, tensor_size=2)), False),
         (dict(layout=ParallelLayout(2, pipeline_size=2)), False),
         (dict(layout=ParallelLayout(2)), True),
@@ -135,11 +137,14 @@ def test_kernels_are_for_compiled_layers_that_are_whole(monkeypatch, changes, us
     called: list = []
     monkeypatch.setattr(boost, "layer_kernels", lambda *given: called.append(given[1]))
     monkeypatch.setattr(boost, "compile_model", end)
+    monkeypatch.setattr(boost, "build_booster", lambda settings: None)
+    model = tiny_vit()  # before, for its imports look at the class of streams
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: None)
     chosen = dict(plugin="none", precision="bf16", batch_size=2, learning_rate=0.1, weight_decay=0.0)
     rest = dict(zero_stage=0, num_microbatches=1, offload_optim_frac=0.0, grad_checkpoint=False)
     settings = dict(layout=ParallelLayout(1), compile=True) | chosen | rest | changes
     with pytest.raises(Ends):
-        boost.boost_with_plugin(tiny_vit(), Settings(**settings))
+        boost.boost_with_plugin(model, Settings(**settings))
     assert called == ["bf16"] * used
 
 
