@@ -35,6 +35,7 @@ from vit.modules import load_weights, with_first_names
 from vit.parallel import boost as boosting
 from vit.parallel.boost import boost
 from vit.parallel.reduction import GradientReduction
+from vit.patches import colossalai_zero
 from vit.patches.colossalai_gemini import GradientCollector
 from vit.patches.torch_kernels import release_model_memory
 from vit.schedule import BatchPlan
@@ -143,23 +144,38 @@ def has_ddp(**case) -> bool:
 
 def as_the_library_steps(**case) -> dict:
     """`train` without the patches of Colossal-AI's optimizers."""
-    patches = "fused_zero_updates,reduce_during_backward,fused_mixed_updates,clip_on_device"
+    patches = (
+        "fused_zero_updates,reduce_during_backward,share_during_update,fused_mixed_updates,clip_on_device"
+    )
     with mock.patch.dict(os.environ, VIT_DISABLE_PATCHES=patches):
         return train(**case)
 
 
 def reduced_early() -> dict:
-    """`train` by ZeRO 1 with small buckets; how many a backward pass sent; whether an optimizer is freed."""
+    """`train` by ZeRO 1 with small buckets; how many a backward pass and an update sent; whether an optimizer
+    is freed.
+    """
     sent, finish = [], GradientReduction.finish
+    shared, update = [], colossalai_zero._update_and_share
 
     def count(self) -> None:
         sent.append(len(self.sent))
         finish(self)
 
+    def update_small_buckets(self, masters) -> None:
+        self._reduce_bucket_size = 1000
+        gather = mock.Mock(wraps=colossalai_zero._gather_weights)
+        with mock.patch.object(colossalai_zero, "_gather_weights", gather):
+            update(self, masters)
+        shared.append(gather.call_count)
+
     case = dict(plugin="low_level_zero", zero_stage=1)
-    with mock.patch.multiple(GradientReduction, BUCKET=1000, finish=count):
+    with (
+        mock.patch.multiple(GradientReduction, BUCKET=1000, finish=count),
+        mock.patch.object(colossalai_zero, "_update_and_share", update_small_buckets),
+    ):
         result = train(**case)
-    return result | {"sent": sent, "freed": is_freed(**case)}
+    return result | {"sent": sent, "shared": shared, "freed": is_freed(**case)}
 
 
 def is_freed(**case) -> bool:

@@ -267,10 +267,11 @@ def test_gemini_needs_no_hooks_of_operations(launched, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_zero_reduces_gradients_during_the_backward_pass(launched, processes):
+def test_zero_sends_during_the_backward_pass_and_the_update(launched, processes):
     result = launched(processes)["reduced early"]
     assert_same(result, plain_training(0), BOUNDS["fp32"])
     assert min(result["sent"]) > 3, "buckets, before the end of a backward pass"
+    assert min(result["shared"]) > 3, "buckets, before the end of an update"
     assert result["freed"], "the hooks keep the optimizer, and with it the gradients, alive"
 
 

@@ -26,6 +26,7 @@ PATCHES = (
     "single_overflow_check",
     "fused_zero_updates",
     "reduce_during_backward",
+    "share_during_update",
     "fused_mixed_updates",
     "clip_on_device",
     "steady_chunks",

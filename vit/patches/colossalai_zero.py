@@ -27,6 +27,7 @@ def avoid_device_syncs(optimizer) -> None:
     if isinstance(optimizer, LowLevelZeroOptimizer):
         fused_zero_updates(optimizer)
         reduce_during_backward(optimizer)
+        share_during_update(optimizer)
     elif isinstance(optimizer, hybrid_parallel_plugin.HybridParallelAMPOptimizer):
         fused_mixed_updates(optimizer)
     elif isinstance(optimizer, hybrid_parallel_plugin.HybridParallelNaiveOptimizer):
@@ -83,6 +84,7 @@ def fused_zero_updates(optimizer) -> None:
     """
     (group,) = optimizer.pg_to_param_list
     optimizer.step = MethodType(_zero_step, optimizer)
+    optimizer.update = MethodType(_update_then_share, optimizer)
     if dist.get_world_size(group) == 1:
         optimizer._add_to_bucket = MethodType(_keep_gradient, optimizer)
 
@@ -147,34 +149,83 @@ def _zero_step(self, closure=None) -> None:
         ]
         norm = torch.tensor(norms, device=device()).norm()
     unscale_and_clip(gradients, scale, norm, self._clip_grad_norm)
-    self.optim.step()
+    self.update(masters)
     for master in masters:
         master.grad = None
-    _share_weights(self, masters)
 
 
-def _share_weights(optimizer, masters: list[torch.Tensor]) -> None:
+def _update_then_share(self, masters: list[torch.Tensor]) -> None:
+    """The inner optimizer's step, after which all ranks get the new weights."""
+    self.optim.step()
+    (group,) = self.pg_to_param_list
+    for bucket in buckets(masters, elements=self._reduce_bucket_size):
+        if dist.get_world_size(group) == 1:
+            weights = [self.master_to_working_param[id(master)].data for master in bucket]
+            torch._foreach_copy_([weight.view(-1) for weight in weights], bucket)
+        else:
+            _gather_weights(self, bucket, *_rounded(self, bucket))
+
+
+@patch
+def share_during_update(optimizer) -> None:
+    """Let the ranks of ZeRO send each other the new weights of a bucket while they update those of the next.
+
+    Why: the messages are half a millisecond of a step of ViT-B on two GPUs, in which these do nothing else.
+    Library: zero/low_level/low_level_optim.py, step, colossalai 0.5.0. Can go when it does the same.
+    """
+    (group,) = optimizer.pg_to_param_list
+    if dist.get_world_size(group) == 1 or not hasattr(optimizer, "update"):  # without `fused_zero_updates`
+        return
+    optimizer.sharing_stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+    optimizer.update = MethodType(_update_and_share, optimizer)
+
+
+def _update_and_share(self, masters: list[torch.Tensor]) -> None:
+    """As `_update_then_share`, a bucket at a time: the inner optimizer leaves out what has no gradient."""
+    gradients = {id(master): master.grad for master in masters}
+    for master in masters:
+        master.grad = None
+    stream, in_use = self.sharing_stream, []
+    for bucket in buckets(masters, elements=self._reduce_bucket_size):
+        for master in bucket:
+            master.grad = gradients[id(master)]
+        self.optim.step()
+        for master in bucket:
+            master.grad = None
+        messages = _rounded(self, bucket)
+        if stream:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            _gather_weights(self, bucket, *messages)
+        in_use.append(messages)  # until the stream has used them
+    if stream:
+        torch.cuda.current_stream().wait_stream(stream)
+
+
+def _rounded(optimizer, masters: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """-> this rank's part of some weights, in their precision, and memory for all ranks' parts"""
+    (group,) = optimizer.pg_to_param_list
+    sizes = [master.numel() for master in masters]
+    weight = optimizer.master_to_working_param[id(masters[0])]
+    mine = torch.empty(sum(sizes), dtype=weight.dtype, device=weight.device)
+    torch._foreach_copy_(list(mine.split(sizes)), masters)
+    return mine, mine.new_empty(dist.get_world_size(group) * mine.numel())
+
+
+def _gather_weights(optimizer, masters, mine: torch.Tensor, gathered: torch.Tensor) -> None:
     """Give every rank the new weights: each rank has the masters of an equal part of every weight."""
     (group,) = optimizer.pg_to_param_list
-    world = dist.get_world_size(group)
-    for bucket in buckets(masters, elements=optimizer._reduce_bucket_size):
-        weights = [optimizer.master_to_working_param[id(master)].data for master in bucket]
-        if world == 1:
-            torch._foreach_copy_([weight.view(-1) for weight in weights], bucket)
-            continue
-        sizes = [master.numel() for master in bucket]
-        mine = torch.empty(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
-        torch._foreach_copy_(list(mine.split(sizes)), bucket)
-        gathered = mine.new_empty(world * mine.numel())
-        dist.all_gather_into_tensor(gathered, mine, group=group)
-        targets, sources = [], []
-        parts = [rank_part.split(sizes) for rank_part in gathered.view(world, -1)]
-        for i, (weight, size) in enumerate(zip(weights, sizes)):
-            # the last ranks' parts may end in padding
-            for rank, piece in enumerate(weight.view(-1).split(size)):
-                targets.append(piece)
-                sources.append(parts[rank][i][: piece.numel()])
-        torch._foreach_copy_(targets, sources)
+    world, sizes = dist.get_world_size(group), [master.numel() for master in masters]
+    dist.all_gather_into_tensor(gathered, mine, group=group)
+    targets, sources = [], []
+    parts = [rank_part.split(sizes) for rank_part in gathered.view(world, -1)]
+    for i, master in enumerate(masters):
+        weight = optimizer.master_to_working_param[id(master)].data
+        # the last ranks' parts may end in padding
+        for rank, piece in enumerate(weight.view(-1).split(sizes[i])):
+            targets.append(piece)
+            sources.append(parts[rank][i][: piece.numel()])
+    torch._foreach_copy_(targets, sources)
 
 
 @patch
