@@ -92,7 +92,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         else:
             model, optimizer, *_ = booster.boost(model, adamw)
             avoid_device_syncs(optimizer)
-            accumulate_anew(optimizer)
+            accumulate_anew(model, optimizer)
             no_ddp_on_one_rank(model)
             operations_without_hooks(model, settings)
             if not settings.may_offload:

@@ -16,7 +16,7 @@ from vit.patches import patch
 
 
 @patch
-def accumulate_anew(optimizer) -> None:
+def accumulate_anew(model, optimizer) -> None:
     """Let gradients accumulate from zero again after a step that was skipped for an overflow.
 
     Why: only a step that is taken ends the accumulation. After one that is skipped, gradients are added to
@@ -24,10 +24,9 @@ def accumulate_anew(optimizer) -> None:
     Library: zero/gemini/gemini_optimizer.py, GeminiOptimizer.step, colossalai 0.5.0. Can go when it sets
     accumulating_grads to False before it returns from an overflow.
     """
-    manager = getattr(getattr(optimizer, "module", None), "chunk_manager", None)
-    if manager is None:  # another plugin's
+    if not hasattr(model, "chunk_manager"):  # another plugin's
         return
-    usual = optimizer.step
+    usual, manager = optimizer.step, model.chunk_manager
 
     def step(self, *args, **kwargs):
         result = usual(*args, **kwargs)
@@ -54,8 +53,11 @@ def operations_without_hooks(model, settings) -> None:
     moves = settings.placement_policy != "static" or settings.offload_param_frac > 0
     if settings.layout.world_size > 1 or moves:
         return
+    from colossalai.zero.gemini.chunk import TensorState
+
     usual, chunks = model.forward, model.chunk_manager.get_chunks(model.fp16_params)
-    model.gradient_collector = None
+    collector = _collect_gradients(model) if model.chunk_manager.reuse_fp16_chunk else None
+    offloads = settings.offload_optim_frac > 0 and torch.cuda.is_available()
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
@@ -66,31 +68,33 @@ def operations_without_hooks(model, settings) -> None:
                     work.wait()  # the GPU does, not the CPU
             return usual(*args, **kwargs)
 
+    def backward(self, loss: torch.Tensor) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            self._pre_backward()
+            if collector:
+                collector.arrived.clear()  # of a backward pass that ended in an error
+            for chunk in chunks:  # as the hooks would leave it for `grad_handle`
+                chunk._Chunk__update_tensors_state(TensorState.HOLD_AFTER_BWD)
+            loss.backward()
+            if offloads:
+                torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
+            self._post_backward()
+
     model.forward = MethodType(forward, model)
-    model.backward = MethodType(_backward_without_hooks, model)
-    if model.chunk_manager.reuse_fp16_chunk:  # gradients take the place of the weights
-        # it must not refer to the model, whose end takes the hooks away: they keep the weights in memory
-        model.gradient_collector = collector = GradientCollector(model)
-        model._setup_grads_ptr = lambda: None  # takes gradients away, of which the collector leaves none
-        for param in model.fp16_params:
-            param._grad_handle.remove()
-            param._grad_handle = param.register_post_accumulate_grad_hook(collector.add)
+    model.backward = MethodType(backward, model)
 
 
-def _backward_without_hooks(self, loss: torch.Tensor) -> None:
-    from colossalai.zero.gemini.chunk import TensorState
+def _collect_gradients(model) -> GradientCollector:
+    """Replace the hooks of a model's gradients, which take the place of its weights, by a collector's.
 
-    with torch._C.DisableTorchFunctionSubclass():
-        self._pre_backward()
-        if self.gradient_collector:
-            self.gradient_collector.arrived.clear()  # of a backward pass that ended in an error
-        for chunk in self.chunk_manager.get_chunks(self.fp16_params):
-            # as the hooks would leave it for `grad_handle`
-            chunk._Chunk__update_tensors_state(TensorState.HOLD_AFTER_BWD)
-        loss.backward()
-        if any(device.type == "cpu" for device in self.grads_device.values()) and torch.cuda.is_available():
-            torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
-        self._post_backward()
+    It must not refer to the model, whose end removes the hooks: they keep the weights in memory.
+    """
+    collector = GradientCollector(model)
+    model._setup_grads_ptr = lambda: None  # removes gradients, of which the collector leaves none
+    for param in model.fp16_params:
+        param._grad_handle.remove()
+        param._grad_handle = param.register_post_accumulate_grad_hook(collector.add)
+    return collector
 
 
 @dataclass
