@@ -150,13 +150,13 @@ def _zero_step(self, closure=None) -> None:
         norm = torch.tensor(norms, device=device()).norm()
     unscale_and_clip(gradients, scale, norm, self._clip_grad_norm)
     self.update(masters)
-    for master in masters:
-        master.grad = None
 
 
 def _update_then_share(self, masters: list[torch.Tensor]) -> None:
-    """The inner optimizer's step, after which all ranks get the new weights."""
+    """The inner optimizer's step, after which all ranks get the new weights. It uses up the gradients."""
     self.optim.step()
+    for master in masters:
+        master.grad = None
     (group,) = self.pg_to_param_list
     for bucket in buckets(masters, elements=self._reduce_bucket_size):
         if dist.get_world_size(group) == 1:
@@ -182,13 +182,13 @@ def share_during_update(optimizer) -> None:
 
 def _update_and_share(self, masters: list[torch.Tensor]) -> None:
     """As `_update_then_share`, a bucket at a time: the inner optimizer leaves out what has no gradient."""
-    gradients = {id(master): master.grad for master in masters}
+    gradients = iter([master.grad for master in masters])
     for master in masters:
         master.grad = None
     stream, in_use = self.sharing_stream, []
     for bucket in buckets(masters, elements=self._reduce_bucket_size):
         for master in bucket:
-            master.grad = gradients[id(master)]
+            master.grad = next(gradients)
         self.optim.step()
         for master in bucket:
             master.grad = None
