@@ -73,33 +73,10 @@ def cases(world: int) -> dict[str, dict]:
         ("hybrid_parallel", "fp16"),
         ("hybrid_parallel", "bf16"),
     ):
+        forms = {"": {}} | forms_of(plugin, precision)
         stage = 1 if plugin == "low_level_zero" else 0
-        found[f"{plugin} {precision}"] = dict(plugin=plugin, precision=precision, zero_stage=stage)
-        found[f"{plugin} {precision} recipe"] = found[f"{plugin} {precision}"] | dict(recipe=True)
-        found[f"{plugin} {precision} checkpointed"] = found[f"{plugin} {precision}"] | dict(
-            grad_checkpoint=True
-        )
-        if plugin == "gemini":
-            found[f"{plugin} {precision} offloaded"] = found[f"{plugin} {precision}"] | dict(
-                offload_optim_frac=1.0
-            )
-            offloaded = found[f"{plugin} {precision} offloaded"]
-            found[f"{plugin} {precision} offloaded recipe"] = offloaded | dict(recipe=True)
-            found[f"{plugin} {precision} offloaded checkpointed"] = offloaded | dict(grad_checkpoint=True)
-            found[f"{plugin} {precision} offloaded unclipped"] = offloaded | dict(max_norm=0.0)
-            found[f"{plugin} {precision} half offloaded"] = offloaded | dict(offload_optim_frac=0.5)
-            found[f"{plugin} {precision} in one chunk"] = offloaded | dict(in_chunks=False)
-            found[f"{plugin} {precision} placed by need"] = found[f"{plugin} {precision}"] | dict(
-                placement_policy="auto"
-            )
-            continue
-        if plugin == "low_level_zero":
-            found[f"{plugin} {precision} offloaded recipe"] = found[f"{plugin} {precision} recipe"] | dict(
-                offload_optim_frac=1.0
-            )
-        if precision == "bf16" and torch.cuda.is_available() and plugin != "torch_fsdp":
-            found[f"{plugin} {precision} compiled"] = found[f"{plugin} {precision}"] | dict(compile=True)
-            found[f"{plugin} {precision} graphs"] = found[f"{plugin} {precision}"] | COMPILED_GRAPHS
+        case = dict(plugin=plugin, precision=precision, zero_stage=stage)
+        found |= {f"{plugin} {precision} {form}".strip(): case | changes for form, changes in forms.items()}
     if torch.cuda.is_available():  # whole steps as graphs
         for name in (
             "none bf16",
@@ -125,17 +102,38 @@ def cases(world: int) -> dict[str, dict]:
     return found
 
 
+def forms_of(plugin: str, precision: str) -> dict[str, dict]:
+    """Form of training -> what differs from the plain one."""
+    forms: dict[str, dict] = {"recipe": dict(recipe=True), "checkpointed": dict(grad_checkpoint=True)}
+    offloaded = dict(offload_optim_frac=1.0)
+    if plugin == "gemini":
+        return forms | {
+            "offloaded": offloaded,
+            "offloaded recipe": offloaded | dict(recipe=True),
+            "offloaded checkpointed": offloaded | dict(grad_checkpoint=True),
+            "offloaded unclipped": offloaded | dict(max_norm=0.0),
+            "half offloaded": dict(offload_optim_frac=0.5),
+            "in one chunk": offloaded | dict(in_chunks=False),
+            "placed by need": dict(placement_policy="auto"),
+        }
+    if plugin == "low_level_zero":
+        forms["offloaded recipe"] = offloaded | dict(recipe=True)
+    if precision == "bf16" and torch.cuda.is_available() and plugin != "torch_fsdp":
+        forms |= {"compiled": dict(compile=True), "graphs": COMPILED_GRAPHS}
+    return forms
+
+
 @contextmanager
 def late_copies():
-    """Gemini's copies to the CPU begin 5 ms late: who reads too early reads what was there before."""
+    """Gemini's copies to the CPU begin 1 ms late: who reads too early reads what was there before."""
     from colossalai.zero.gemini.chunk import Chunk
 
     move = Chunk.shard_move
 
-    def move_late(self, *args, **options) -> None:
-        if torch.cuda.is_available():
-            torch.cuda._sleep(10_000_000)  # cycles
-        move(self, *args, **options)
+    def move_late(self, target, *args, **options) -> None:
+        if target.type == "cpu":
+            torch.cuda._sleep(2_000_000)  # cycles
+        move(self, target, *args, **options)
 
     with mock.patch.object(Chunk, "shard_move", move_late):
         yield

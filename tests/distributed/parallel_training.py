@@ -184,7 +184,7 @@ def is_freed(**case) -> bool:
     kept = [weakref.ref(step.optimizer), *(weakref.ref(param) for param in step.model.parameters())]
     del step
     release_model_memory()
-    return not any(ref() is not None for ref in kept)
+    return all(ref() is None for ref in kept)
 
 
 def hooks_of_gemini() -> dict:
