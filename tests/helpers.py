@@ -151,13 +151,16 @@ def run_interpreted(program: Path | str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def small_chunks():
-    """Context in which Gemini cuts also a tiny model into several chunks; otherwise it keeps one, whole."""
+def small_chunks(**others):
+    """Context in which Gemini cuts also a tiny model into several chunks; otherwise it keeps one, whole.
+
+    ``others``: more options of the plugin.
+    """
     import colossalai.booster.plugin as library
 
     plugin = library.GeminiPlugin
 
     def with_small_chunks(**options):
-        return plugin(**options | dict(min_chunk_size_m=0, search_range_m=0))
+        return plugin(**options | dict(min_chunk_size_m=0, search_range_m=0) | others)
 
     return mock.patch.object(library, "GeminiPlugin", with_small_chunks)

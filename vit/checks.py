@@ -133,13 +133,17 @@ def compile_problems(settings: Settings, machine: Machine) -> Iterator[str]:
     plugin = plugin_named(settings.plugin)
     why_not = plugin.why_not_recorded(settings)
     if settings.cuda_graphs:
-        if settings.optimizer == "hybrid_adam" and not why_not:
+        passes = plugin.records_passes(settings)
+        if settings.optimizer == "hybrid_adam" and not why_not and not passes:
             yield "--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded; use adamw"
         if not machine.gpus:
             yield "--cuda_graphs: needs a GPU; leave it out"
-        if settings.gradient_accumulation_steps > 1 or settings.pp_size > 1 or settings.grad_checkpoint:
+        repeats = settings.grad_checkpoint and not passes
+        if settings.gradient_accumulation_steps > 1 or settings.pp_size > 1 or repeats:
             fix = "without accumulation, pipeline and --grad_checkpoint (PRESET=fast)"
             yield f"--cuda_graphs: a graph runs a whole batch at once; {fix}"
+        elif settings.grad_checkpoint and settings.drop_path:
+            yield "--cuda_graphs with --grad_checkpoint: cannot record --drop_path; leave one of them out"
     if not (settings.compile or settings.cuda_graphs):
         return
     flag = "--compile"  # at fault also where graphs were chosen beside it

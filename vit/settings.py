@@ -126,7 +126,12 @@ class Settings:
     @property
     def may_offload(self) -> bool:
         """Whether weights or optimizer states may be in CPU memory."""
-        return self.offload_optim_frac + self.offload_param_frac > 0 or self.placement_policy == "auto"
+        return self.offload_optim_frac > 0 or self.moves_weights
+
+    @property
+    def moves_weights(self) -> bool:
+        """Whether Gemini may leave weights, not only optimizer states, in CPU memory."""
+        return self.offload_param_frac > 0 or self.placement_policy == "auto"
 
     @property
     def strategy(self) -> str:

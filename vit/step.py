@@ -123,10 +123,14 @@ class TrainStep:
         scale = self.layout.data_parallel_size / images
         is_full = images == self.layout.data_parallel_size * sum(len(batch["labels"]) for batch in batches)
         prepared = (self.prepare_batch(batch, global_step, i, is_full) for i, batch in enumerate(batches))
+        whole = self.boosted.graph_updates
+        recorded = self.forward_backward_update if whole else self.forward_backward
         if self.graph:
-            loss = self.graph(self.forward_backward_update, next(prepared), scale)
+            loss = self.graph(recorded, next(prepared), scale)
         else:
-            loss = self.forward_backward_update(prepared, scale, len(batches))
+            loss = recorded(prepared, scale, len(batches))
+        if not whole:
+            self.update()
         if self.boosted.ema:
             self.boosted.ema.update()
         return loss / self.layout.data_parallel_size if self.layout.reports_loss else torch.zeros_like(loss)
@@ -153,21 +157,29 @@ class TrainStep:
     def forward_backward_update(
         self, batches: Iterable[dict], scale: float | torch.Tensor, count: int = 1
     ) -> torch.Tensor:
-        """Forward and backward pass of ``count`` batches, then the optimizer's step.
+        """`forward_backward`, then `update`."""
+        loss = self.forward_backward(batches, scale, count)
+        self.update()
+        return loss
 
-        -> sum of the losses x ``scale``
-        """
+    def forward_backward(
+        self, batches: Iterable[dict], scale: float | torch.Tensor, count: int = 1
+    ) -> torch.Tensor:
+        """Forward and backward pass of ``count`` batches. -> sum of the losses x ``scale``"""
         loss = torch.zeros((), device=device())
         for i, batch in enumerate(batches):
             if self.layout.pipeline_size > 1:
                 loss += self.pipeline_batch(batch, scale)
             else:
                 loss += self.micro_batch(batch, scale, is_last=i + 1 == count)
+        return loss
+
+    def update(self) -> None:
+        """The optimizer's step."""
         if self.boosted.clip_norm > 0:
             self.optimizer.clip_grad_by_norm(self.boosted.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return loss
 
     def micro_batch(self, batch: dict, scale: float | torch.Tensor, is_last: bool) -> torch.Tensor:
         """Forward and backward pass of one batch; gradients are reduced over the ranks with the last one."""

@@ -1,6 +1,4 @@
-"""Records complete train steps and evaluations as CUDA graphs and replays them: one launch, not hundreds of
-kernels.
-"""
+"""Records train steps and evaluations as CUDA graphs and replays them: one launch for hundreds of kernels."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,8 +9,8 @@ from vit.distributed import device
 
 
 class StepGraph:
-    """Replays a train step: forward, backward, gradient reduction, clipping and the optimizer step; and the
-    forward pass of an evaluation.
+    """Replays a train step: forward, backward and gradient reduction, and where they can be recorded clipping
+    and the optimizer's step; and the forward pass of an evaluation.
 
     After PyTorch's notes on CUDA graphs ("Whole-network capture", "Usage with DistributedDataParallel"). Each
     combination of shapes and types has its own graph; all use the same memory, one after the other.

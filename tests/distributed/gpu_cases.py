@@ -94,11 +94,35 @@ def cases(world: int) -> dict[str, dict]:
         found["gemini bf16 graphs unclipped in one chunk"] = found["gemini bf16 graphs unclipped"] | dict(
             in_chunks=False
         )
+        if world == 1:
+            found |= recorded_passes()
     for tp, pp in ((2, 1), (1, 2), (2, 2), (4, 1), (1, 4)):
         if world == tp * pp:
             for precision in ("fp32", "bf16"):
                 name = f"hybrid_parallel {precision} tp {tp} pp {pp}"
                 found[name] = dict(plugin="hybrid_parallel", precision=precision, tp=tp, pp=pp)
+    return found
+
+
+def recorded_passes() -> dict[str, dict]:
+    """Cases of gemini whose graphs leave out the optimizer's step."""
+    found, offloaded = {}, dict(offload_optim_frac=1.0)
+    forms = {
+        "": {},
+        "overflow": dict(overflows=True),
+        "offloaded": offloaded,
+        "offloaded overflow": offloaded | dict(overflows=True),
+        "offloaded checkpointed": offloaded | dict(grad_checkpoint=True),
+        "offloaded in one chunk": offloaded | dict(in_chunks=False),
+        "offloaded hybrid_adam": offloaded | dict(optimizer="hybrid_adam"),
+        "offloaded recipe": offloaded | dict(recipe=True),
+        "half offloaded": dict(offload_optim_frac=0.5),
+    }
+    for precision in ("fp16", "bf16"):
+        case = dict(plugin="gemini", precision=precision, cuda_graphs=True, max_norm=0.0)
+        for form, changes in forms.items():
+            if precision == "fp16" or (changes and "overflow" not in form):
+                found[f"gemini {precision} graphs of passes unclipped {form}".strip()] = case | changes
     return found
 
 
@@ -150,7 +174,7 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, in_chunks: bool = True, 
         return train(tp, pp, recipe, **changes)
 
 
-def train(tp: int, pp: int, recipe: bool, **changes) -> list[float]:
+def train(tp: int, pp: int, recipe: bool, overflows: bool = False, **changes) -> list[float]:
     """See `run`."""
     torch.manual_seed(0)
     model = tiny_vit(LABELS, **MODEL)
@@ -175,12 +199,23 @@ def train(tp: int, pp: int, recipe: bool, **changes) -> list[float]:
         if number == STEPS - 3:  # the second evaluation is recorded, and replayed with later weights
             losses += [evaluate(step, [batch], BATCH)["average_loss"] for _ in range(2)]
             step.model.train()
+            if overflows:
+                overflow(step, batch)
         last = number == STEPS - 2
         share = step([padded if last else batch], BATCH - last, 1e-3 if number % 2 else 5e-4, number)
         losses.append(all_reduce_sum(share).item())
     losses.append(evaluate(step, [batch], BATCH)["average_loss"])
     step.free_graphs()
     return [*losses, evaluate(step, [batch], BATCH)["average_loss"]]
+
+
+def overflow(step: TrainStep, batch: dict) -> None:
+    """A step that must change nothing, because its gradients overflow."""
+    scale = step.boosted.loss_scaler().scale
+    usual = scale.item()
+    scale.fill_(2.0**60)
+    step([batch], BATCH, 1e-3)
+    scale.fill_(usual)
 
 
 def attention_gradients(dropout: float) -> list[torch.Tensor]:

@@ -38,6 +38,11 @@ def resolved(words: str, machine: Machine = GPU):
         ("--preset published --plugin none --cuda_graphs", GPU, True, True),
         ("--preset fast --plugin torch_ddp --cuda_graphs --no-compile", GPU, False, True),
         ("--preset fast --plugin gemini --cuda_graphs", GPU, False, True),
+        # forward and backward pass alone
+        ("--preset fast --plugin gemini --precision fp16", GPU, False, True),
+        ("--preset fast --plugin gemini --offload_optim_frac 0.5", GPU, False, True),
+        ("--preset published --plugin gemini --cuda_graphs", GPU, False, True),
+        ("--preset published --plugin gemini --cuda_graphs --optimizer hybrid_adam", GPU, False, True),
         ("--preset fast --plugin torch_ddp --cuda_graphs", GPU, None, True),
         ("--preset fast --plugin torch_ddp --precision fp16 --cuda_graphs", GPU, True, True),
         # nothing by itself
@@ -57,7 +62,14 @@ def test_fast_steps_are_chosen_where_nothing_is_asked_for(words, machine, compil
         ("--plugin torch_ddp --precision fp16", None, "a step in fp16 asks whether a gradient overflowed"),
         ("--plugin torch_ddp_fp16", None, "a step in fp16 asks"),
         ("--plugin gemini --max_norm 1", False, "a step of gemini asks for the norm to clip by"),
-        ("--plugin gemini --offload_optim_frac 0.5", False, "what is offloaded waits for the CPU"),
+        ("--plugin low_level_zero --offload_optim_frac 1", None, "what is offloaded waits for the CPU"),
+        ("--plugin gemini --placement_policy auto", False, "what is offloaded waits for the CPU"),
+        ("--plugin gemini --world_size 2 --precision fp16", False, "asks whether a gradient overflowed"),
+        (
+            "--plugin gemini --offload_optim_frac 1 --grad_checkpoint --drop_path 0.1",
+            False,
+            "record --drop_path",
+        ),
         ("--plugin torch_fsdp", False, "torch_fsdp is not tested under the compiler"),
         ("--plugin torch_ddp --gradient_accumulation_steps 2", None, "a graph runs a whole batch at once"),
         ("--plugin torch_ddp --grad_checkpoint", None, "a graph runs a whole batch at once"),
@@ -108,3 +120,11 @@ def test_without_a_compiler_nothing_is_compiled_and_a_note_says_why(monkeypatch)
     assert settings.notes[-1] == "PRESET=fast compiles nothing: triton is not installed"
     asked = resolved("--preset fast --plugin torch_ddp --compile")
     assert decide_compilation(asked, None, 3, None) is asked
+
+
+def test_dropout_cannot_be_recorded_and_repeated(capsys):
+    asked = resolved("--preset published --plugin gemini --cuda_graphs")
+    assert decide_compilation(asked, SimpleNamespace(hidden_dropout_prob=0.0), 3, None) is asked
+    with pytest.raises(SystemExit):
+        decide_compilation(asked, SimpleNamespace(hidden_dropout_prob=0.1), 3, None)
+    assert "--cuda_graphs with --grad_checkpoint: the model has dropout" in capsys.readouterr().err

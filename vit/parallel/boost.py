@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from vit.console import rank
+from vit.console import exit_with_errors, rank
 from vit.flops import device_peak_tflops, training_flops
 from vit.model import pad_classifier
 from vit.model_variants import add_drop_path
@@ -18,7 +18,12 @@ from vit.parallel.lora import add_lora, base_name, lora_scale
 from vit.parallel.mesh_train import boost_mesh
 from vit.parallel.plain import boost_plain
 from vit.parallel.plugins import MESH_PLUGINS, PLUGINS
-from vit.patches.colossalai_gemini import accumulate_anew, operations_without_hooks, steady_chunks
+from vit.patches.colossalai_gemini import (
+    accumulate_anew,
+    operations_without_hooks,
+    steady_chunks,
+    update_after_replay,
+)
 from vit.patches.colossalai_zero import avoid_device_syncs
 from vit.patches.torch_kernels import eager_dropout, no_ddp_on_one_rank, safe_attention_kernels
 from vit.patches.transformers_layers import class_token_alone, direct_forward, layer_kernels
@@ -78,7 +83,9 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
     if settings.grad_checkpoint:
         # the re-entrant form gives no gradients to a layer whose input has none: the first above frozen ones
         reentrant = plugin.reentrant_checkpoint and not settings.trains_a_part
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        # the state of random numbers cannot be kept while a step is recorded
+        draws = draws_random_numbers(model.config, settings)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant, "preserve_rng_state": draws})
     stream = torch.cuda.Stream() if records_steps(settings) else None
     compile_model(model, compiled_part(settings))
     if settings.lora_rank:
@@ -92,11 +99,9 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         else:
             model, optimizer, *_ = booster.boost(model, adamw)
             avoid_device_syncs(optimizer)
-            accumulate_anew(model, optimizer)
             no_ddp_on_one_rank(model)
-            operations_without_hooks(model, settings)
-            if not settings.may_offload:
-                steady_chunks(model, recorded=stream is not None)
+            if plugin.own_adam:
+                patch_gemini(model, optimizer, settings)
     if stream:
         torch.cuda.current_stream().wait_stream(stream)
         for module in model.modules():
@@ -114,9 +119,21 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         zero_stage=settings.zero_stage,
         clip_norm=0.0 if plugin.clips else settings.max_norm,
         graph_stream=stream,
+        graph_updates=not (stream and plugin.records_passes(settings)),
         frozen=frozen if is_rounded else {},
         lora_scale=lora_scale(settings) if settings.lora_rank else 0.0,
     )
+
+
+def patch_gemini(model: nn.Module, optimizer, settings) -> None:
+    """Apply the patches of a `GeminiDDP` model and its optimizer."""
+    recorded = records_steps(settings)
+    accumulate_anew(model, optimizer)
+    operations_without_hooks(model, settings, recorded=recorded)
+    if not settings.moves_weights:
+        steady_chunks(model, recorded=recorded)
+    if recorded and PLUGINS[settings.plugin].records_passes(settings):
+        update_after_replay(model, optimizer)
 
 
 def build_booster(settings):
@@ -129,8 +146,18 @@ def build_booster(settings):
     return Booster(plugin=plugin, mixed_precision=mixed_precision)
 
 
+def draws_random_numbers(config, settings) -> bool:
+    """Whether layers draw random numbers in training: by dropout, or by drop path.
+
+    Args:
+        config: HuggingFace config of the model.
+    """
+    names = [name for name in vars(config) if "dropout" in name or "drop_path" in name]
+    return bool(settings.drop_path or any(getattr(config, name) for name in names))
+
+
 def records_steps(settings) -> bool:
-    """Whether whole train steps are recorded as CUDA graphs."""
+    """Whether train steps are recorded as CUDA graphs by `StepGraph`, not by the compiler."""
     return settings.cuda_graphs and not PLUGINS[settings.plugin].why_not_recorded(settings)
 
 
@@ -165,7 +192,13 @@ def decide_compilation(settings: Settings, config, labels: int, plan: BatchPlan)
     Args:
         config: HuggingFace config of the model.
         labels: number of classes.
+
+    Raises:
+        SystemExit: a recorded step would repeat layers that draw random numbers.
     """
+    if settings.cuda_graphs and settings.grad_checkpoint and draws_random_numbers(config, settings):
+        reason = "the model has dropout, which cannot be recorded and repeated"
+        exit_with_errors(f"--cuda_graphs with --grad_checkpoint: {reason}; leave one out")
     if settings.compile is not None:
         return settings
     if reason := why_no_compiler():

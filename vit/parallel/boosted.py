@@ -25,7 +25,8 @@ class BoostedModel:
 
     Attributes:
         clip_norm: the train step clips gradients to this norm; 0: the plugin clips by itself, or nobody does.
-        graph_stream: stream on which whole steps are recorded as CUDA graphs; None: they are not recorded.
+        graph_stream: stream on which steps are recorded as CUDA graphs; None: they are not recorded.
+        graph_updates: whether the graph of a step holds the optimizer's step, too.
         ema: moving average of the weights, if any.
         frozen: parameters that are not trained, in fp32, on rank 0, where the plugin rounds them to 16 bit.
         lora_scale: factor of LoRA's matrices, which the export adds to the weights.
@@ -39,6 +40,7 @@ class BoostedModel:
     zero_stage: int = 0
     clip_norm: float = 0.0
     graph_stream: torch.cuda.Stream | None = None
+    graph_updates: bool = True
     ema: WeightEMA | None = None
     frozen: dict[str, torch.Tensor] = field(default_factory=dict)
     lora_scale: float = 0.0

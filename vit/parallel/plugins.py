@@ -72,14 +72,25 @@ class Plugin:
         return not self.why_not_compiled
 
     def why_not_recorded(self, settings: Settings) -> str:
-        """Why whole train steps cannot be recorded as CUDA graphs; empty: they can."""
+        """Why train steps cannot be recorded as CUDA graphs; empty: they can, see `records_passes`."""
+        if self.own_adam and settings.max_norm:
+            return "a step of gemini asks for the norm to clip by"
+        if self.records_passes(settings):
+            return ""
         if settings.precision == "fp16":
             return "a step in fp16 asks whether a gradient overflowed"
         if settings.may_offload:
             return "what is offloaded waits for the CPU"
-        if self.own_adam and settings.max_norm:
-            return "a step of gemini asks for the norm to clip by"
         return ""
+
+    def records_passes(self, settings: Settings) -> bool:
+        """Whether the graph of a step holds forward and backward pass, and the optimizer steps beside it.
+
+        So does gemini on one rank, where its step asks whether a gradient overflowed (fp16) or runs on the
+        CPU.
+        """
+        alone = settings.layout.world_size == 1 and not settings.moves_weights
+        return self.own_adam and alone and (settings.precision == "fp16" or settings.may_offload)
 
     def shards_optimizer(self, zero_stage: int) -> bool:
         """Whether data-parallel ranks hold different optimizer states."""

@@ -31,6 +31,7 @@ PATCHES = (
     "clip_on_device",
     "steady_chunks",
     "operations_without_hooks",
+    "update_after_replay",
     # colossalai.legacy
     "seed_manager",
     "state_dict",

@@ -24,8 +24,6 @@ def accumulate_anew(model, optimizer) -> None:
     Library: zero/gemini/gemini_optimizer.py, GeminiOptimizer.step, colossalai 0.5.0. Can go when it sets
     accumulating_grads to False before it returns from an overflow.
     """
-    if not hasattr(model, "chunk_manager"):  # another plugin's
-        return
     usual, manager = optimizer.step, model.chunk_manager
 
     def step(self, *args, **kwargs):
@@ -37,7 +35,7 @@ def accumulate_anew(model, optimizer) -> None:
 
 
 @patch
-def operations_without_hooks(model, settings) -> None:
+def operations_without_hooks(model, settings, recorded: bool) -> None:
     """Let a `GeminiDDP` model of one rank gather its chunks before the forward pass, not in a hook of each
     operation, and copy gradients into a chunk several at a time, not each in a hook of its own.
 
@@ -47,21 +45,25 @@ def operations_without_hooks(model, settings) -> None:
     CPU wait for each of them.
     Library: zero/gemini/gemini_ddp.py, forward, backward and grad_handle; tensor/colo_parameter.py,
     __torch_function__, colossalai 0.5.0. Can go when the hooks are left out on one rank.
+
+    Args:
+        recorded: whether the passes are recorded as a CUDA graph.
     """
-    if not hasattr(model, "chunk_manager"):  # another plugin's
-        return
-    moves = settings.placement_policy != "static" or settings.offload_param_frac > 0
-    if settings.layout.world_size > 1 or moves:
+    if settings.layout.world_size > 1 or settings.moves_weights:
         return
     from colossalai.zero.gemini.chunk import TensorState
 
     usual, chunks = model.forward, model.chunk_manager.get_chunks(model.fp16_params)
     collector = _collect_gradients(model) if model.chunk_manager.reuse_fp16_chunk else None
     offloads = settings.offload_optim_frac > 0 and torch.cuda.is_available()
+    offloaded = [chunk for chunk in chunks if recorded and _is_offloaded(model, chunk)]
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return usual(*args, **kwargs)
+        _return_chunks(self.chunk_manager, offloaded)
+        for chunk in offloaded:  # read from its fp32 one, as in every replay
+            chunk.optim_sync_flag = False
         with torch._C.DisableTorchFunctionSubclass():  # the hooks are in the parameters' __torch_function__
             for chunk in chunks:
                 if work := self.chunk_manager.access_chunk(chunk, async_access=True):
@@ -76,12 +78,69 @@ def operations_without_hooks(model, settings) -> None:
             for chunk in chunks:  # as the hooks would leave it for `grad_handle`
                 chunk._Chunk__update_tensors_state(TensorState.HOLD_AFTER_BWD)
             loss.backward()
-            if offloads:
+            if offloads and not recorded:  # otherwise `update_after_replay` waits
                 torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
             self._post_backward()
 
     model.forward = MethodType(forward, model)
     model.backward = MethodType(backward, model)
+
+
+def _is_offloaded(model, chunk) -> bool:
+    """Whether the optimizer updates a chunk on the CPU, where there is a GPU."""
+    first = next(iter(chunk.tensors_info))
+    return torch.cuda.is_available() and model.grads_device[first].type == "cpu"
+
+
+def _return_chunks(manager, offloaded: list) -> None:
+    """Bring offloaded chunks that an evaluation left on the GPU to the CPU, where a recorded step begins and
+    ends. Nothing is copied: their weights are also in their fp32 chunks.
+    """
+    for chunk in offloaded:
+        manager.release_chunk(chunk)
+        chunk.cpu_vis_flag = chunk.optim_sync_flag = True  # as if the CPU had them already
+        manager.move_chunk(chunk, torch.device("cpu"))
+
+
+@patch
+def update_after_replay(model, optimizer) -> None:
+    """Let a `GeminiOptimizer` update after a CUDA graph of forward and backward pass was replayed.
+
+    Why: a replay runs no Python. The factor of the loss was read by the CPU, so a graph would keep its first
+    value; it changed its place in memory when it changed; and Python noted that a backward pass has scaled
+    the loss. The CPU must wait for gradients that it reads, and find them where the graph leaves them.
+    Library: amp/naive_amp/mixed_precision_mixin/fp16.py, FP16MixedPrecisionMixin.pre_backward;
+    grad_scaler/dynamic_grad_scaler.py, DynamicGradScaler.update, colossalai 0.5.0. Can go when the factor is
+    used on the GPU and stays in its place.
+    """
+    from colossalai.amp.naive_amp.mixed_precision_mixin.fp16 import OptimState
+
+    usual, mixin, manager = optimizer.step, optimizer.mix_precision_mixin, model.chunk_manager
+    scaler = getattr(mixin, "grad_scaler", None)  # in fp16
+    offloaded = [chunk for chunk in manager.get_chunks(model.fp16_params) if _is_offloaded(model, chunk)]
+
+    def step(self, *args, **kwargs):
+        torch.cuda.current_stream().synchronize()
+        _return_chunks(manager, offloaded)
+        if scaler:
+            mixin.optim_state = OptimState.SCALED
+        return usual(*args, **kwargs)
+
+    optimizer.step = MethodType(step, optimizer)
+    if not scaler:
+        return
+    change = scaler.update
+
+    def pre_backward(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * scaler.scale[0]
+
+    def update(self, overflow: bool) -> None:
+        place = self._scale
+        change(overflow)
+        self._scale = place.copy_(self._scale)
+
+    mixin.pre_backward = MethodType(pre_backward, mixin)
+    scaler.update = MethodType(update, scaler)
 
 
 def _collect_gradients(model) -> GradientCollector:
@@ -165,7 +224,7 @@ class GradientCollector:
 
 @patch
 def steady_chunks(model, recorded: bool) -> None:
-    """Let the chunks of a `GeminiDDP` model, of which nothing is offloaded, keep their memory.
+    """Let the chunks of a `GeminiDDP` model that are not offloaded keep their memory.
 
     Why: a chunk is gathered into new memory and cut into new memory several times a step, also where one
     rank holds the whole of it, so that a step cannot be recorded as a CUDA graph; and each bf16 gradient is
@@ -176,14 +235,14 @@ def steady_chunks(model, recorded: bool) -> None:
     Args:
         recorded: whether steps are recorded; shards of several ranks then take more memory.
     """
-    if not hasattr(model, "chunk_manager"):  # another plugin's
-        return
     whole, shard = _chunk_classes()
     for param in model.fp16_params:
         chunk = model.chunk_manager.get_chunk(param)
-        if chunk.pg_size == 1 and not chunk.keep_gathered:
+        if chunk.keep_gathered or _is_offloaded(model, chunk):
+            continue
+        if chunk.pg_size == 1:
             chunk.__class__ = whole
-        elif recorded and not chunk.keep_gathered:
+        elif recorded:
             chunk.__class__ = shard
 
 
