@@ -17,6 +17,7 @@ from vit.layout import freeze_problem
 from vit.model_folder import PREPROCESSING, read_model_folder
 from vit.output_checks import output_problems
 from vit.parallel.plugins import PEERS, PLUGINS, plugin_named
+from vit.patches import disabled
 from vit.presets import PRESETS, known_architecture
 from vit.settings import Settings
 from vit.system import Machine, local_world_size
@@ -136,6 +137,9 @@ def compile_problems(settings: Settings, machine: Machine) -> Iterator[str]:
         passes = plugin.records_passes(settings)
         if settings.optimizer == "hybrid_adam" and not why_not and not passes:
             yield "--cuda_graphs with --optimizer hybrid_adam: its step cannot be recorded; use adamw"
+        needed = {"steady_chunks", "operations_without_hooks", "update_after_replay"}
+        if plugin.own_adam and needed & set(disabled()):
+            yield "--cuda_graphs: VIT_DISABLE_PATCHES switches off what gemini needs for it; leave one out"
         if not machine.gpus:
             yield "--cuda_graphs: needs a GPU; leave it out"
         repeats = settings.grad_checkpoint and not passes

@@ -53,6 +53,11 @@ class GeminiAdamW(torch.optim.Optimizer):
                     grad_scale=scale,
                 )
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for param, state in self.state.items():  # PyTorch leaves the number of steps where it was saved
+            state["step"] = state["step"].to(param.device)
+
     def _gradients(self, params: list[torch.Tensor]) -> list[torch.Tensor]:
         """The gradients in fp32; on the CPU in memory that each call uses again, because new memory takes
         the system as long as the update itself.

@@ -85,8 +85,8 @@ def with_fast_steps(settings: Settings, machine: Machine) -> Settings:
     """The settings with CUDA graphs and compilation chosen, where the user did not.
 
     By the preset `fast` steps are recorded if they can be. Whether it pays to compile depends on the length
-    of the training, which is not known yet: ``compile`` stays None. With the other presets, and where the
-    whole step cannot be recorded, ``--cuda_graphs`` compiles, too; nothing else is chosen there.
+    of the training, which is not known yet: ``compile`` stays None. With the other presets, and where
+    steps cannot be recorded, ``--cuda_graphs`` compiles, too; nothing else is chosen there.
     """
     compiles, graphs, plugin = settings.compile, settings.cuda_graphs, plugin_named(settings.plugin)
     chooses = settings.preset == "fast" and machine.gpus and settings.plugin not in PEERS

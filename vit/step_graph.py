@@ -19,7 +19,7 @@ class StepGraph:
     communicator that a graph uses, but waits for the graph, without an end.
 
     Args:
-        optimizer: its ``param_groups`` have the learning rates; its step must be capturable.
+        optimizer: its ``param_groups`` have the learning rates; a recorded step of it must be capturable.
         stream: on which the model was made parallel; the default stream cannot be captured.
     """
 
@@ -42,7 +42,8 @@ class StepGraph:
         """Run ``update`` on one batch. -> scalar on the device
 
         Args:
-            update: (batches, scale of the loss) -> scalar on the device; the same in every call. It must not
+            update: what is recorded, (batches, scale of the loss) -> scalar on the device; the same in every
+                call. It must not
                 synchronise with the device, must draw random numbers from torch's default generator only,
                 and must leave nothing behind in memory that it allocated.
         """

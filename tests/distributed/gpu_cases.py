@@ -5,6 +5,7 @@ torchrun --nproc_per_node N gpu_cases.py RESULTS.json [WORD]
 WORD: only the cases with it in their names, such as graphs, and plain PyTorch in fp32.
 """
 
+import io
 import json
 import os
 import sys
@@ -129,6 +130,8 @@ def recorded_passes() -> dict[str, dict]:
 def forms_of(plugin: str, precision: str) -> dict[str, dict]:
     """Form of training -> what differs from the plain one."""
     forms: dict[str, dict] = {"recipe": dict(recipe=True), "checkpointed": dict(grad_checkpoint=True)}
+    if plugin != "torch_fsdp":
+        forms["resumed"] = dict(resumes=True)
     offloaded = dict(offload_optim_frac=1.0)
     if plugin == "gemini":
         return forms | {
@@ -136,7 +139,9 @@ def forms_of(plugin: str, precision: str) -> dict[str, dict]:
             "offloaded recipe": offloaded | dict(recipe=True),
             "offloaded checkpointed": offloaded | dict(grad_checkpoint=True),
             "offloaded unclipped": offloaded | dict(max_norm=0.0),
+            "offloaded resumed": offloaded | dict(resumes=True),
             "half offloaded": dict(offload_optim_frac=0.5),
+            "half offloaded resumed": dict(offload_optim_frac=0.5, resumes=True),
             "in one chunk": offloaded | dict(in_chunks=False),
             "placed by need": dict(placement_policy="auto"),
         }
@@ -174,7 +179,9 @@ def run(tp: int = 1, pp: int = 1, recipe: bool = False, in_chunks: bool = True, 
         return train(tp, pp, recipe, **changes)
 
 
-def train(tp: int, pp: int, recipe: bool, overflows: bool = False, **changes) -> list[float]:
+def train(
+    tp: int, pp: int, recipe: bool, overflows: bool = False, resumes: bool = False, **changes
+) -> list[float]:
     """See `run`."""
     torch.manual_seed(0)
     model = tiny_vit(LABELS, **MODEL)
@@ -201,12 +208,22 @@ def train(tp: int, pp: int, recipe: bool, overflows: bool = False, **changes) ->
             step.model.train()
             if overflows:
                 overflow(step, batch)
+        if resumes and number == 5:
+            resume(step)
         last = number == STEPS - 2
         share = step([padded if last else batch], BATCH - last, 1e-3 if number % 2 else 5e-4, number)
         losses.append(all_reduce_sum(share).item())
     losses.append(evaluate(step, [batch], BATCH)["average_loss"])
     step.free_graphs()
     return [*losses, evaluate(step, [batch], BATCH)["average_loss"]]
+
+
+def resume(step: TrainStep) -> None:
+    """Continue from a checkpoint of this step, whose tensors come from the CPU."""
+    saved = io.BytesIO()
+    torch.save(step.boosted.capture_state(), saved)
+    saved.seek(0)
+    step.boosted.restore_state(torch.load(saved, map_location="cpu"))
 
 
 def overflow(step: TrainStep, batch: dict) -> None:

@@ -12,6 +12,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -150,6 +151,8 @@ def train(recorded: bool, **changes) -> dict:
     for number in range(STEPS):
         if recorded and number >= FIRST_REPLAY:
             step.forward_backward = replayed
+        if number == 7:
+            step.boosted.restore_state(deepcopy(step.boosted.capture_state()))
         if scaler and number in (4, 5):
             scaler._scale.fill_(2.0 ** (60 if number == 4 else 10))
         step.model.train()
@@ -162,14 +165,21 @@ def train(recorded: bool, **changes) -> dict:
     return {"losses": losses, "scales": scales, "places": len(places)}
 
 
+def evaluated_after_loading(**changes) -> list[float]:
+    """Losses of three evaluations after other weights were loaded, before any step."""
+    step = build(False, **changes)
+    step.boosted.load_weights({"masters": [2 * weights for weights in step.boosted.master_weights()]})
+    batch = BatchDataset(in_memory_images(8), Resize(16)).__getitems__([(0, i) for i in range(8)])
+    return [evaluate(step, [batch], 8)["average_loss"] for _ in range(3)]
+
+
 def main() -> None:
     import_libraries()
     init_distributed(0)
     with pretended_gpu():
-        found = {
-            name: {kind: train(kind == "replayed", **case) for kind in ("usual", "replayed")}
-            for name, case in CASES.items()
-        }
+        found: dict = {"loaded": {name: evaluated_after_loading(**case) for name, case in CASES.items()}}
+        for name, case in CASES.items():
+            found[name] = {kind: train(kind == "replayed", **case) for kind in ("usual", "replayed")}
     Path(sys.argv[1]).write_text(json.dumps(found))
     destroy_distributed()
 

@@ -27,6 +27,13 @@ def test_it_is_the_same_training_wherever_the_optimizer_is(found):
     assert everywhere[0] == everywhere[1] == everywhere[2]
 
 
+@pytest.mark.parametrize("name", ["fp16, all", "fp16, half", "bf16, all"])
+def test_every_evaluation_has_the_weights_that_were_loaded(found, name):
+    assert found["loaded"][name] == [found["loaded"][name][0]] * 3
+    if name != "bf16, all":
+        assert found["loaded"][name] == found["loaded"]["fp16, nothing"]
+
+
 @pytest.mark.parametrize("name", ["fp16, all", "fp16, half", "fp16, nothing"])
 def test_the_factor_of_the_loss_changes_where_a_graph_reads_it(found, name):
     usual, replayed = found[name]["usual"], found[name]["replayed"]

@@ -122,9 +122,17 @@ def test_without_a_compiler_nothing_is_compiled_and_a_note_says_why(monkeypatch)
     assert decide_compilation(asked, None, 3, None) is asked
 
 
-def test_dropout_cannot_be_recorded_and_repeated(capsys):
+def test_dropout_cannot_be_recorded_and_repeated():
     asked = resolved("--preset published --plugin gemini --cuda_graphs")
     assert decide_compilation(asked, SimpleNamespace(hidden_dropout_prob=0.0), 3, None) is asked
-    with pytest.raises(SystemExit):
-        decide_compilation(asked, SimpleNamespace(hidden_dropout_prob=0.1), 3, None)
-    assert "--cuda_graphs with --grad_checkpoint: the model has dropout" in capsys.readouterr().err
+    found = decide_compilation(asked, SimpleNamespace(hidden_dropout_prob=0.1), 3, None)
+    assert not found.cuda_graphs and "the model has dropout" in found.notes[-1]
+
+
+@pytest.mark.parametrize("name", ["steady_chunks", "operations_without_hooks", "update_after_replay"])
+def test_nothing_is_recorded_without_the_patches_that_it_needs(monkeypatch, name):
+    words = "--preset fast --plugin gemini --precision fp16"
+    assert resolved(words).cuda_graphs
+    monkeypatch.setenv("VIT_DISABLE_PATCHES", name)
+    settings = resolved(words)
+    assert not settings.cuda_graphs and "VIT_DISABLE_PATCHES" in settings.notes[-1]

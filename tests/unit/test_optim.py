@@ -5,7 +5,7 @@ import torch
 from helpers import tiny_vit
 
 from vit.modules import layer_number, with_first_names
-from vit.optim import WeightEMA, param_groups
+from vit.optim import GeminiAdamW, WeightEMA, param_groups
 
 
 def file_name(name: str) -> str:
@@ -113,6 +113,22 @@ def test_average_is_that_of_the_master_weights_not_of_their_16_bit_copies():
     weights[0].copy_(masters[0])
     ema.update()
     assert ema.averages[0].item() == pytest.approx(2.002, abs=1e-6)
+
+
+def test_loaded_states_of_gemini_are_all_where_their_weights_are():
+    """The number of steps was left on the CPU, where it was saved, which the kernel of a GPU refuses."""
+    saved = torch.nn.Parameter(torch.ones(2))
+    optimizer = GeminiAdamW([saved])
+    saved.grad = torch.ones(2)
+    optimizer.step()
+    weights = torch.nn.Parameter(torch.ones(2, device="meta"))
+    loaded = GeminiAdamW([weights])
+    loaded.load_state_dict(optimizer.state_dict())
+    assert {name: value.device.type for name, value in loaded.state[weights].items()} == {
+        "step": "meta",
+        "exp_avg": "meta",
+        "exp_avg_sq": "meta",
+    }
 
 
 def test_weights_after_an_evaluation_are_those_of_the_masters_whatever_was_in_their_memory():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from vit.console import exit_with_errors, rank
+from vit.console import rank
 from vit.flops import device_peak_tflops, training_flops
 from vit.model import pad_classifier
 from vit.model_variants import add_drop_path
@@ -187,18 +187,17 @@ def compile_model(model: nn.Module, part: str) -> None:
 
 
 def decide_compilation(settings: Settings, config, labels: int, plan: BatchPlan) -> Settings:
-    """The settings with ``compile`` decided, where it was open: by the expected time of the training.
+    """The settings with ``compile`` decided, where it was open: by the expected time of the training. And
+    without CUDA graphs, if layers would be repeated that draw random numbers.
 
     Args:
         config: HuggingFace config of the model.
         labels: number of classes.
-
-    Raises:
-        SystemExit: a recorded step would repeat layers that draw random numbers.
     """
     if settings.cuda_graphs and settings.grad_checkpoint and draws_random_numbers(config, settings):
-        reason = "the model has dropout, which cannot be recorded and repeated"
-        exit_with_errors(f"--cuda_graphs with --grad_checkpoint: {reason}; leave one out")
+        reason = "the model has dropout, which gradient checkpointing repeats"
+        notes = (*settings.notes, f"no CUDA graphs are recorded: {reason}")
+        settings = replace(settings, cuda_graphs=False, notes=notes)
     if settings.compile is not None:
         return settings
     if reason := why_no_compiler():

@@ -136,7 +136,11 @@ class BoostedModel:
             self.frozen = state["frozen"]
         if scaler := self.loss_scaler():
             for name, value in state["scaler"].items():
-                setattr(scaler, name, value.to(device()) if isinstance(value, torch.Tensor) else value)
+                current = getattr(scaler, name)
+                if isinstance(current, torch.Tensor):
+                    current.copy_(value)
+                else:
+                    setattr(scaler, name, value.to(device()) if isinstance(value, torch.Tensor) else value)
 
     def merge_shards(self, shards: list[dict]) -> dict:
         """ZeRO shards that another number of ranks saved, cut for this number.
@@ -207,3 +211,4 @@ class BoostedGemini(BoostedModel):
         for chunk, saved in zip(self.chunks(), state["masters"], strict=True):
             chunk.paired_chunk.payload.copy_(saved)
             chunk.payload.copy_(chunk.paired_chunk.payload)
+            chunk.cpu_vis_flag = False  # of two copies only the GPU's was changed

@@ -89,8 +89,8 @@ class Plugin:
         So does gemini on one rank, where its step asks whether a gradient overflowed (fp16) or runs on the
         CPU.
         """
-        alone = settings.layout.world_size == 1 and not settings.moves_weights
-        return self.own_adam and alone and (settings.precision == "fp16" or settings.may_offload)
+        stays = settings.layout.world_size == 1 and not settings.moves_weights and not settings.max_norm
+        return self.own_adam and stays and (settings.precision == "fp16" or settings.may_offload)
 
     def shards_optimizer(self, zero_stage: int) -> bool:
         """Whether data-parallel ranks hold different optimizer states."""

@@ -93,12 +93,13 @@ def _is_offloaded(model, chunk) -> bool:
 
 
 def _return_chunks(manager, offloaded: list) -> None:
-    """Bring offloaded chunks that an evaluation left on the GPU to the CPU, where a recorded step begins and
-    ends. Nothing is copied: their weights are also in their fp32 chunks.
+    """Let go of the GPU's copy of offloaded chunks, which an evaluation leaves there: a recorded step begins
+    and ends on the CPU. The weights are in the fp32 chunks, too, and the CPU's 16-bit memory may hold the
+    gradients of a replay, so nothing may be copied into it.
     """
     for chunk in offloaded:
         manager.release_chunk(chunk)
-        chunk.cpu_vis_flag = chunk.optim_sync_flag = True  # as if the CPU had them already
+        chunk.cpu_vis_flag = chunk.optim_sync_flag = True  # so that `move_chunk` copies nothing
         manager.move_chunk(chunk, torch.device("cpu"))
 
 
