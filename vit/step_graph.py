@@ -43,9 +43,8 @@ class StepGraph:
 
         Args:
             update: what is recorded, (batches, scale of the loss) -> scalar on the device; the same in every
-                call. It must not
-                synchronise with the device, must draw random numbers from torch's default generator only,
-                and must leave nothing behind in memory that it allocated.
+                call. It must not synchronise with the device, must draw random numbers from torch's default
+                generator only, and must leave nothing behind in memory that it allocated.
         """
         self.steps += 1
         if self.steps <= self.WARM_UP:

@@ -10,10 +10,9 @@ are put back.
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -31,7 +30,7 @@ from vit.data.processor import Normalize
 from vit.data.transforms import Resize
 from vit.distributed import destroy_distributed, import_libraries, init_distributed
 from vit.layout import ParallelLayout
-from vit.parallel import boost as boosting
+from vit.parallel.boost import boost
 from vit.patches import colossalai_gemini
 from vit.settings import Settings
 from vit.step import TrainStep, evaluate
@@ -68,23 +67,22 @@ def pretended_gpu() -> Iterator[None]:
         moves = any(isinstance(value, PretendedGPU) for value in (*args, *options.values()))
         return copied.clone() if moves and copied is tensor else copied
 
+    def pageable(*args, pin_memory: bool = False, **options):  # memory can be pinned only for a GPU
+        return empty(*args, **options)
+
     def is_offloaded(model, chunk) -> bool:
         return model.grads_device[next(iter(chunk.tensors_info))].type == "cpu"
 
     with ExitStack() as stack:
         for module in (chunk, manager, gemini_ddp, gemini_optimizer, placement_policy):
             stack.enter_context(mock.patch.object(module, "get_accelerator", lambda: pretended))
-        pageable = partial(_pageable, empty)
         stack.enter_context(mock.patch.object(torch, "empty", pageable))
         stack.enter_context(mock.patch.object(torch.Tensor, "to", copy_to))
-        stack.enter_context(mock.patch.object(torch.cuda, "current_stream", mock.Mock()))
+        for name in ("Stream", "current_stream"):
+            stack.enter_context(mock.patch.object(torch.cuda, name, mock.Mock()))
+        stack.enter_context(mock.patch.object(torch.cuda, "stream", lambda stream: nullcontext()))
         stack.enter_context(mock.patch.object(colossalai_gemini, "_is_offloaded", is_offloaded))
         yield
-
-
-def _pageable(empty: Callable, *args, pin_memory: bool = False, **options) -> torch.Tensor:
-    """Memory can be pinned only for a GPU."""
-    return empty(*args, **options)
 
 
 def build(recorded: bool, **changes) -> TrainStep:
@@ -97,21 +95,18 @@ def build(recorded: bool, **changes) -> TrainStep:
         grad_checkpoint=True,
         weight_decay=0.05,
         learning_rate=1e-2,
+        cuda_graphs=recorded,
         **changes,
     )
-    without_hooks, steady = boosting.operations_without_hooks, boosting.steady_chunks
-    with (
-        small_chunks(pin_memory=True),
-        mock.patch.object(
-            boosting, "operations_without_hooks", lambda *args, **_: without_hooks(*args, recorded=recorded)
-        ),
-        mock.patch.object(boosting, "steady_chunks", lambda model, **_: steady(model, recorded)),
-    ):
-        boosted = boosting.boost(tiny_vit(4), settings)
-    if recorded:
-        colossalai_gemini.update_after_replay(boosted.model, boosted.optimizer)
-        boosted.graph_updates = False
-    return TrainStep(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3))
+    with small_chunks(pin_memory=True):
+        boosted = boost(tiny_vit(4), settings)
+    step = TrainStep(boosted, 3, Normalize((0.5,) * 3, (0.5,) * 3))
+    step.free_graphs()  # nothing is captured: `train` replays
+    return step
+
+
+def one_batch() -> dict:
+    return BatchDataset(in_memory_images(8), Resize(16)).__getitems__([(0, i) for i in range(8)])
 
 
 @contextmanager
@@ -122,6 +117,9 @@ def as_replayed(boosted) -> Iterator[None]:
     states = [(info, info.state) for chunk in boosted.chunks() for info in chunk.tensors_info.values()]
     counts = [(chunk.tensor_state_cnter, dict(chunk.tensor_state_cnter)) for chunk in boosted.chunks()]
     accessed, memory = set(manager.accessed_chunks), dict(manager.total_mem)
+    for chunk in boosted.chunks():  # a graph reads the weights of offloaded chunks from the fp32 ones
+        if colossalai_gemini._is_offloaded(boosted.model, chunk):
+            chunk.payload.fill_(torch.nan)
     yield
     for owner, values in kept:
         vars(owner).update(values)
@@ -146,8 +144,7 @@ def train(recorded: bool, **changes) -> dict:
         with as_replayed(step.boosted):
             return passes(*args)
 
-    batch = BatchDataset(in_memory_images(8), Resize(16)).__getitems__([(0, i) for i in range(8)])
-    losses, scales, places = [], [], set()
+    batch, losses, scales, places = one_batch(), [], [], set()
     for number in range(STEPS):
         if recorded and number >= FIRST_REPLAY:
             step.forward_backward = replayed
@@ -169,7 +166,7 @@ def evaluated_after_loading(**changes) -> list[float]:
     """Losses of three evaluations after other weights were loaded, before any step."""
     step = build(False, **changes)
     step.boosted.load_weights({"masters": [2 * weights for weights in step.boosted.master_weights()]})
-    batch = BatchDataset(in_memory_images(8), Resize(16)).__getitems__([(0, i) for i in range(8)])
+    batch = one_batch()
     return [evaluate(step, [batch], 8)["average_loss"] for _ in range(3)]
 
 

@@ -119,7 +119,7 @@ def boost_with_plugin(model: nn.Module, settings) -> BoostedModel:
         zero_stage=settings.zero_stage,
         clip_norm=0.0 if plugin.clips else settings.max_norm,
         graph_stream=stream,
-        graph_updates=not (stream and plugin.records_passes(settings)),
+        graph_updates=not plugin.records_passes(settings),
         frozen=frozen if is_rounded else {},
         lora_scale=lora_scale(settings) if settings.lora_rank else 0.0,
     )

@@ -55,15 +55,13 @@ def operations_without_hooks(model, settings, recorded: bool) -> None:
 
     usual, chunks = model.forward, model.chunk_manager.get_chunks(model.fp16_params)
     collector = _collect_gradients(model) if model.chunk_manager.reuse_fp16_chunk else None
-    offloads = settings.offload_optim_frac > 0 and torch.cuda.is_available()
-    offloaded = [chunk for chunk in chunks if recorded and _is_offloaded(model, chunk)]
+    offloaded = [chunk for chunk in chunks if _is_offloaded(model, chunk)]
 
     def forward(self, *args, **kwargs):
         if not torch.is_grad_enabled():
             return usual(*args, **kwargs)
-        _return_chunks(self.chunk_manager, offloaded)
-        for chunk in offloaded:  # read from its fp32 one, as in every replay
-            chunk.optim_sync_flag = False
+        if recorded:
+            _return_chunks(self.chunk_manager, offloaded)
         with torch._C.DisableTorchFunctionSubclass():  # the hooks are in the parameters' __torch_function__
             for chunk in chunks:
                 if work := self.chunk_manager.access_chunk(chunk, async_access=True):
@@ -78,7 +76,7 @@ def operations_without_hooks(model, settings, recorded: bool) -> None:
             for chunk in chunks:  # as the hooks would leave it for `grad_handle`
                 chunk._Chunk__update_tensors_state(TensorState.HOLD_AFTER_BWD)
             loss.backward()
-            if offloads and not recorded:  # otherwise `update_after_replay` waits
+            if offloaded and not recorded:  # otherwise `update_after_replay` waits
                 torch.cuda.current_stream().synchronize()  # the CPU reads the gradients next
             self._post_backward()
 
@@ -101,6 +99,7 @@ def _return_chunks(manager, offloaded: list) -> None:
         manager.release_chunk(chunk)
         chunk.cpu_vis_flag = chunk.optim_sync_flag = True  # so that `move_chunk` copies nothing
         manager.move_chunk(chunk, torch.device("cpu"))
+        chunk.optim_sync_flag = False  # the next pass reads the fp32 chunk, as every replay does
 
 
 @patch
